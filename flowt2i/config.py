@@ -1,0 +1,250 @@
+"""Typed configuration and the table of presets.
+
+Every field can be set from the command line as `--section.field value` (`--optim.lr 3e-4`) and is refused by name where it does
+not exist or has the wrong type. What is fixed by the data (codec, text encoder, latent statistics) is not configured here:
+`prepare` decides it and writes it into the data set's description.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flowt2i.errors import UserError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    batch_size: int = Field(576, ge=1, description="effective batch: images an optimizer step, over all GPUs and accumulation steps")
+    workers: int = Field(
+        0,
+        ge=0,
+        description="loader processes a rank; 0 reads in the training process, which is enough up to tens of thousands of images a second",
+    )
+    subset: int = Field(0, ge=0, description="train on the first N training samples only (0: all); `overfit` uses it")
+    flip: bool = Field(False, description="mirror images at random; wrong for captions that say left or right. Pixel codec only")
+    codec: str = Field("any", description="refuse data prepared with another codec than this id; any: obey the data")
+    text: str = Field("any", description="refuse data prepared with another text encoder than this id; any: obey the data")
+
+
+class ModelConfig(_Section):
+    block: Literal["modern", "seed"] = Field("modern", description="transformer block: see flowt2i/model.py")
+    width: int = Field(768, ge=32, description="width of the image stream")
+    depth: int = Field(12, ge=1, description="number of blocks")
+    heads: int = Field(12, ge=1, description="attention heads; divides the width")
+    mlp_ratio: float = Field(4.0, gt=0, description="MLP width over model width (for SwiGLU: at equal cost)")
+    time_width: int = Field(512, ge=16, description="width of the time embedding that feeds AdaLN")
+    text_width: int = Field(512, ge=32, description="built-in caption encoder: its width")
+    text_depth: int = Field(4, ge=0, description="built-in caption encoder: its number of blocks")
+    pooled_text: bool = Field(True, description="modern block: add the mean caption feature to the time embedding")
+    patch: int = Field(0, ge=0, description="side of a patch; 0: 8 for pixels, 1 for latents, so that 64x64 images make 64 tokens")
+    bottleneck: int = Field(128, ge=0, description="pixels: width of a linear bottleneck in the patch embedding; 0: none")
+    positions: Literal["sincos", "learned"] = Field("sincos", description="image positions: fixed 2D sin-cos, or learned from scratch")
+    prediction: Literal["auto", "v", "x"] = Field("auto", description="what the network puts out: velocity or clean data; auto: v for latents, x for pixels")
+
+    @property
+    def target(self) -> Literal["v", "x"]:
+        """The prediction of a resolved configuration."""
+        assert self.prediction != "auto", "resolve the configuration first"
+        return self.prediction
+
+    def resolve(self, codec_kind: str, shape: tuple[int, int, int]) -> "ModelConfig":
+        """Fill in what depends on the codec; UserError where sizes do not divide."""
+        pixels = codec_kind == "pixels"
+        patch = self.patch or (8 if pixels else 1)
+        if shape[1] % patch or shape[2] % patch:
+            raise UserError(f"model.patch {patch} does not divide the {shape[1]}x{shape[2]} latents: choose a divisor")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise UserError(f"model.heads {self.heads} must divide model.width {self.width} into heads of even width")
+        if self.width % 4:
+            raise UserError(f"model.width {self.width} must be a multiple of 4")
+        if self.text_width % max(1, self.text_width // 64) or self.text_width % 2:
+            raise UserError(f"model.text_width {self.text_width} must be a multiple of 64, or an even number under 128")
+        prediction = self.prediction if self.prediction != "auto" else ("x" if pixels else "v")
+        return self.model_copy(update={"patch": patch, "prediction": prediction, "bottleneck": self.bottleneck if pixels else 0})
+
+
+class FlowConfig(_Section):
+    times: Literal["logit_normal", "uniform"] = Field("logit_normal", description="distribution of training times")
+    logit_mean: float = Field(0.0, description="logit-normal times: mean (above 0: nearer the data)")
+    logit_std: float = Field(1.0, gt=0, description="logit-normal times: standard deviation")
+    uniform_share: float = Field(0.1, ge=0, le=1, description="logit-normal times: share of the batch whose times stay uniform")
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions replaced by the empty one, for guidance")
+    floor: float = Field(0.05, gt=0, lt=1, description="x-prediction: the loss divides by 1 - t, kept above this")
+
+
+class OptimConfig(_Section):
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon on the matrices of the blocks, AdamW on the rest")
+    lr: float = Field(5e-4, gt=0, description="maximum learning rate of AdamW")
+    muon_lr: float = Field(3e-3, gt=0, description="maximum learning rate of Muon (scaled to AdamW's RMS)")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the first moment")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: decay of the second moment")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices")
+    clip: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0: never")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="after the warm-up; linear holds the maximum, then falls over the last `decay` share"
+    )
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of steps that warm up, linearly")
+    warmup_from: float = Field(0.1, ge=0, le=1, description="learning rate at step 0, as a share of the maximum")
+    final: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the maximum")
+    decay: float = Field(0.4, gt=0, le=1, description="schedule linear: the last share of steps over which it falls")
+
+
+class TrainConfig(_Section):
+    steps: int = Field(30_000, ge=0, description="optimizer steps; 0: until stopped")
+    minutes: float = Field(0.0, ge=0, description="with a value: train this long instead; the first steps are timed and `steps` is set once from them")
+    micro_batch: int = Field(96, ge=0, description="images a forward pass and rank; 0: as many as the effective batch allows. Accumulation follows from it")
+    seed: int = Field(0, ge=0, description="of data order, noise, times, dropout and initial weights")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="compute under autocast; weights are always fp32")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of each block; auto: where a compiler is found and the run is long enough to pay"
+    )
+    ema: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights, warmed up as (1 + n) / (10 + n); 0: none")
+    log_every: int = Field(10, ge=1, description="steps between lines of log.jsonl")
+    eval_every: int = Field(1_000, ge=0, description="steps between validation loss and sample grid; 0: at the end only")
+    eval_images: int = Field(512, ge=1, description="held-out images of the validation loss, at most")
+    score_prompts: int = Field(64, ge=0, description="scenes data: prompts of the prompt-following score at each evaluation; 0: none")
+    checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
+    keep_recent: int = Field(3, ge=1, description="newest checkpoints kept")
+    keep_every: int = Field(10_000, ge=0, description="checkpoints at multiples of this are kept for good; 0: none")
+
+
+class SampleConfig(_Section):
+    steps: int = Field(50, ge=1, le=1000, description="solver steps")
+    solver: Literal["euler", "heun"] = Field("euler", description="ODE solver")
+    guidance: float = Field(3.0, ge=0, le=100, description="classifier-free guidance scale; 1: none")
+    images: int = Field(16, ge=1, description="images in a preview grid")
+    prompts: list[str] = Field([], description="prompts of the preview grid, as JSON; empty: captions from the held-out split")
+
+
+class TrackConfig(_Section):
+    use_wandb: bool = Field(False, description="log to Weights & Biases")
+    wandb_project: str = Field("flowt2i", description="its project")
+    wandb_mode: Literal["online", "offline"] = Field("online", description="offline writes a run folder to sync later")
+    tensorboard: bool = Field(False, description="write TensorBoard events into RUN/tensorboard")
+
+
+class Config(_Section):
+    """One run, whole. `RUN/config.json` holds it."""
+
+    preset: str = "custom"
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    track: TrackConfig = TrackConfig()
+
+
+# What each preset changes from the defaults above. The seed's own recipe stays at hand as `seed`.
+SEED_RECIPE: dict[str, Any] = {
+    "model": {"block": "seed", "mlp_ratio": 2.0, "positions": "learned", "prediction": "v"},
+    "flow": {"times": "uniform"},
+    "optim": {"name": "adamw"},
+    "train": {"ema": 0.0},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "stability": {"train": {"steps": 30_000}},
+    "overfit": {
+        "data": {"batch_size": 288, "subset": 32},
+        "flow": {"caption_dropout": 0.0},
+        "train": {"steps": 5_000, "ema": 0.999},
+        "sample": {"guidance": 1.0},
+    },
+    "hparam_tuning": {"data": {"batch_size": 288}, "train": {"steps": 5_000}},
+    "debug": {"data": {"batch_size": 288}, "optim": {"schedule": "constant"}, "train": {"steps": 0, "log_every": 1}},
+    "full_scale": {"train": {"steps": 300_000, "keep_every": 25_000}},
+    "quickstart": {
+        "data": {"batch_size": 64},
+        "model": {"width": 256, "depth": 6, "heads": 4, "time_width": 256, "text_width": 256, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64},
+        "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 3e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
+        "train": {"minutes": 9.0, "micro_batch": 0, "ema": 0.998, "eval_every": 0, "checkpoint_every": 500},
+        "sample": {"guidance": 2.0},
+    },
+    "seed": SEED_RECIPE,
+}  # fmt: skip
+# What `prepare --config PRESET` prepares for. The latent codec and T5 have to be downloaded once, the others need nothing.
+PREPARATION = {name: {"codec": "pixels", "text": "builtin"} if name == "quickstart" else {"codec": "sd-vae-ft-mse", "text": "t5-small"} for name in PRESETS}
+
+
+def resolve(preset: str | None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
+    """A preset (or `base`) with `--section.field value` overrides applied; UserError names what does not fit."""
+    if base is None:
+        name = preset or "stability"
+        if name not in PRESETS:
+            raise UserError(f"no preset {name!r}{nearest(name, PRESETS)}")
+        config = Config.model_validate({"preset": name, **PRESETS[name]})
+    else:
+        config = base.model_copy(deep=True)
+    for key, value in parse_overrides(overrides):
+        set_field(config, key, value)
+    return config
+
+
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Split `--a.b value` and `--a.b=value` into pairs; a lone boolean `--a.b` is true."""
+    pairs, i = [], 0
+    while i < len(words):
+        word = words[i]
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}: settings are given as --section.field value")
+        key, equals, value = word[2:].partition("=")
+        if equals:
+            pairs.append((key, value))
+        elif i + 1 < len(words) and not words[i + 1].startswith("--"):
+            pairs.append((key, words[i + 1]))
+            i += 1
+        else:
+            pairs.append((key, "true"))
+        i += 1
+    return pairs
+
+
+def set_field(config: Config, key: str, text: str) -> None:
+    """Set `section.field` from text, converted and checked by its type."""
+    section_name, _, field = key.partition(".")
+    sections = {name: getattr(config, name) for name in type(config).model_fields if name != "preset"}
+    known = [f"{name}.{f}" for name, section in sections.items() for f in type(section).model_fields]
+    if key not in known:
+        raise UserError(f"no setting --{key}{nearest(key, known)}")
+    section = sections[section_name]
+    value: Any = text
+    if type(section).model_fields[field].annotation == list[str]:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--{key} takes a JSON list of texts, such as '[\"a red circle\"]'") from error
+    try:
+        setattr(section, field, value)
+    except ValidationError as error:
+        raise UserError(f"--{key} {text!r}: {error.errors()[0]['msg'].lower()}") from error
+
+
+def load_config(path: Path) -> Config:
+    """Read a config.json written by a run; UserError names the field that this version does not know."""
+    try:
+        values = json.loads(Path(path).read_text())
+        values.pop("resolved", None)  # what RUN/config.json adds for people
+        return Config.model_validate(values)
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{path} is not a configuration: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def describe_fields() -> str:
+    """All settings with default and meaning, for `--help`."""
+    lines = []
+    for name in (n for n in Config.model_fields if n != "preset"):
+        for field, info in type(getattr(Config(), name)).model_fields.items():
+            lines.append(f"  --{name}.{field} (default {json.dumps(info.default)})\n      {info.description}")
+    return "\n".join(lines)

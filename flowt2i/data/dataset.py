@@ -1,0 +1,158 @@
+"""What training reads: a prepared folder, memory-mapped, any samples by number, many thousands a second."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from flowt2i.data.units import SPLITS, read_part, stored_column
+from flowt2i.description import DatasetDescription
+from flowt2i.errors import UserError, nearest
+
+
+class Batch(NamedTuple):
+    """Samples as they are stored; `codec.stored_to_latents` makes latents of them."""
+
+    stored: torch.Tensor  # uint8 [B, 3, S, S] (pixels) or float16 [B, 2C, h, w] (VAE: mean and log-variance)
+    ids: torch.Tensor  # int64 [B, T], padded with the tokenizer's pad token
+    mask: torch.Tensor  # bool [B, T], True where a token is real
+    index: torch.Tensor  # type: ignore[assignment]  # int64 [B], numbers of the samples
+
+
+class _Part(NamedTuple):
+    """Views into one memory-mapped part."""
+
+    stored: NDArray[Any]  # [rows, ...]
+    tokens: NDArray[np.int32]  # of all rows, end to end
+    ends: list[int]  # row i has tokens[ends[i] : ends[i + 1]]
+    keys: pa.Array
+    captions: pa.Array
+
+
+class ImageTextDataset(torch.utils.data.Dataset):
+    """One split of a prepared folder.
+
+    `fetch(indices)` gives a Batch; `__getitems__` is the same, for a DataLoader with `collate_fn=ImageTextDataset.collate`.
+    T is the longest caption of the batch, rounded up to a multiple of `pad_to`. Maps are opened on first use and again
+    after a fork or pickling. UserError: no such folder, unfinished or broken dataset, unknown split, empty split.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train", pad_to: int = 8) -> None:
+        self.folder, self.split, self.pad_to = Path(folder), split, pad_to
+        if split not in SPLITS:
+            raise UserError(f"no split {split!r}{nearest(split, SPLITS)}")
+        self.description = DatasetDescription.load(self.folder)
+        self._length = self.description.train_count if split == "train" else self.description.heldout_count
+        if not self._length:
+            raise UserError(f"the {split} split of {folder} is empty: prepare more samples, or with a larger --heldout")
+        self._parts: list[_Part] | None = None
+        self._part_of: NDArray[np.int64] = np.zeros(0, np.int64)  # first sample number of each part, and the end
+        self._open()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def fetch(self, indices: Sequence[int] | NDArray[np.integer] | torch.Tensor) -> Batch:
+        """The samples with these numbers, in this order; they may repeat. IndexError outside [0, len)."""
+        numbers = np.asarray(indices, np.int64).reshape(-1)
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= self._length):
+            raise IndexError(f"sample numbers must lie in [0, {self._length}), got {numbers.min()} to {numbers.max()}")
+        parts = self._open()
+        where = np.searchsorted(self._part_of, numbers, side="right") - 1
+        rows = (numbers - self._part_of[where]).tolist()
+        places = [(parts[p], row) for p, row in zip(where.tolist(), rows)]
+        stored = np.empty((len(numbers), *parts[0].stored.shape[1:]), parts[0].stored.dtype)
+        tokens = []
+        for i, (part, row) in enumerate(places):
+            stored[i] = part.stored[row]
+            tokens.append(part.tokens[part.ends[row] : part.ends[row + 1]])
+        lengths = np.array([len(line) for line in tokens], np.int64)
+        width = max(1, -(-int(lengths.max(initial=1)) // self.pad_to)) * self.pad_to
+        mask = np.arange(width) < lengths[:, None]
+        ids = np.full(mask.shape, self.description.text.pad_id, np.int64)
+        if tokens:
+            ids[mask] = np.concatenate(tokens)
+        return Batch(torch.from_numpy(stored), torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(numbers.copy()))
+
+    __getitems__ = fetch
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.fetch([index])
+
+    @staticmethod
+    def collate(batch: Any) -> Batch:
+        """For DataLoader(collate_fn=…): `__getitems__` made the batch already."""
+        return batch
+
+    def key(self, index: int) -> str:
+        """The key of a sample, as in the source."""
+        part, row = self._place(index)
+        return part.keys[row].as_py()
+
+    def caption(self, index: int) -> str:
+        """The caption of a sample."""
+        part, row = self._place(index)
+        return part.captions[row].as_py()
+
+    def captions(self) -> list[str]:
+        """All captions, in order."""
+        return [text for part in self._open() for text in part.captions.to_pylist()]
+
+    def token_lengths(self) -> NDArray[np.int64]:
+        """Number of caption tokens of every sample, in order: int64 [len]."""
+        return np.concatenate([np.diff(part.ends) for part in self._open()])
+
+    def _place(self, index: int) -> tuple[_Part, int]:
+        if not 0 <= index < self._length:
+            raise IndexError(f"sample {index} of {self._length}")
+        parts = self._open()
+        number = int(np.searchsorted(self._part_of, index, side="right")) - 1
+        return parts[number], index - int(self._part_of[number])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": None}  # maps are not pickled; another process opens its own
+
+    def _open(self) -> list[_Part]:
+        if self._parts is None:
+            _allow_open_files()
+            parts = [self._view(path) for path in sorted((self.folder / self.split).glob("part-*.arrow"))]
+            parts = [part for part in parts if len(part.stored)]
+            counts = [len(part.stored) for part in parts]
+            if sum(counts) != self._length:
+                where = self.folder / self.split
+                raise UserError(f"{where} has {sum(counts)} samples, dataset.json says {self._length}: prepare the data again")
+            self._part_of = np.concatenate([[0], np.cumsum(counts)])
+            self._parts = parts
+        return self._parts
+
+    def _view(self, path: Path) -> _Part:
+        codec = self.description.codec
+        column, _ = stored_column(codec)
+        batch = read_part(path)
+        missing = {"key", "caption", "tokens", column} - set(batch.schema.names)
+        shape = (codec.shape[0] * (1 if column == "pixels" else 2), *codec.shape[1:])
+        if missing or batch.schema.field(column).type.list_size != int(np.prod(shape)):
+            raise UserError(f"{path} does not hold what dataset.json says ({column} of shape {list(shape)}): prepare the data again")
+        tokens = batch.column("tokens")
+        return _Part(
+            stored=batch.column(column).flatten().to_numpy(zero_copy_only=True).reshape(len(batch), *shape),
+            tokens=tokens.values.to_numpy(zero_copy_only=True),
+            ends=tokens.offsets.to_pylist(),
+            keys=batch.column("key"),
+            captions=batch.column("caption"),
+        )
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: every part is an open file."""
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)) if hard > 0 else soft, hard))
+    except (ImportError, ValueError, OSError):
+        pass

@@ -1,0 +1,53 @@
+"""Prompt-following on the built-in scenes: what share of pictures shows what the prompt says, by an exact checker."""
+
+import math
+from typing import Any
+
+from tqdm import tqdm
+
+from flowt2i.data import scenes, scenes_check
+from flowt2i.pipeline import Pipeline
+
+ATOMS = ("shape", "colour", "size", "count", "relation")
+
+
+def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95% interval of a share (Wilson 1927, eq. 4)."""
+    if not total:
+        return 0.0, 1.0
+    p, n = hits / total, total
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def tally(hits: int, total: int) -> dict[str, Any]:
+    low, high = wilson(hits, total)
+    return {"accuracy": hits / total if total else 0.0, "low": low, "high": high, "n": total}
+
+
+def score_pipeline(pipeline: Pipeline, count: int, *, seed: int = 0, heldout: bool = False, progress: bool = False, **settings: Any) -> dict[str, Any]:
+    """Accuracy with Wilson's interval over `count` prompts: "all" (every atom right), each atom, and by kind of prompt.
+
+    Prompts are drawn from `scenes.prompts(seed, count, heldout)`; image k has seed `1_000_000 + k`. Settings as in `Pipeline.sample`.
+    """
+    prompts = scenes.prompts(seed, count, heldout=heldout)
+    with tqdm(total=count, desc="drawing", unit="image", disable=not progress, leave=False) as bar:
+        samples = pipeline.sample(prompts, seed=1_000_000, progress=bar.update, **settings)
+    hits: dict[str, list[bool]] = {}
+    for image, prompt in zip(samples.images, prompts):
+        result = scenes_check.check(image, prompt)
+        hits.setdefault("all", []).append(bool(result.all))
+        hits.setdefault(kind(prompt), []).append(bool(result.all))
+        for atom in ATOMS:
+            value = getattr(result, atom)
+            if value is not None:
+                hits.setdefault(atom, []).append(bool(value))
+    return {name: tally(sum(values), len(values)) for name, values in hits.items()}
+
+
+def kind(prompt: str) -> str:
+    """ "one object", "several alike" or "two objects with a relation"."""
+    scene = scenes.parse(prompt)
+    if len(scene.things) > 1:
+        return "relation"
+    return "single" if scene.things[0].count == 1 else "counted"

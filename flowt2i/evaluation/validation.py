@@ -1,0 +1,43 @@
+"""Validation loss at fixed noise and fixed times, by time bin: comparable between steps, runs and machines."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowt2i.training import stream
+
+BINS = 5
+SEED = 20_777  # not a run's seed: every run meets the same noise
+
+
+def fixed_times(count: int) -> Tensor:
+    """`count` times that fill (0, 1) evenly in any prefix: the golden-ratio sequence. [count]."""
+    return torch.from_numpy(((np.arange(count) + 0.5) * 0.6180339887498949) % 1.0).float()
+
+
+def validation_loss(
+    loss: Callable[[np.ndarray, Tensor, stream.Draw], Tensor],
+    count: int,
+    batch: int,
+    shape: tuple[int, ...],
+    moments: bool,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean loss, and mean loss of each fifth of the times (`t0.0-0.2` … `t0.8-1.0`).
+
+    loss(rows, t, draw) gives the loss per image of held-out images `rows` [b] at times `t` [b] with the noise of the first rows of `draw`.
+    """
+    values = []
+    for number, start in enumerate(range(0, count, batch)):
+        rows = np.arange(start, min(start + batch, count))
+        draw = stream.draw(SEED, number, batch, shape, 0.0, moments, device)
+        values.append(loss(rows, fixed_times(count)[start : start + len(rows)].to(device), draw).float().cpu())
+    losses, bins = torch.cat(values).double(), (fixed_times(count) * BINS).long().clamp(0, BINS - 1)
+    out = {"loss": losses.mean().item()}
+    for number in range(BINS):
+        inside = losses[bins == number]
+        if len(inside):
+            out[f"t{number / BINS:.1f}-{(number + 1) / BINS:.1f}"] = inside.mean().item()
+    return out

@@ -1,0 +1,317 @@
+"""The transformer: image patches attend to each other and to the caption, and are modulated by the time.
+
+Two blocks, chosen by `ModelConfig.block`:
+
+- `seed`: the architecture the project began from: LayerNorm, self-attention, then cross-attention to the caption, a GELU MLP for
+  the image and another for the caption (which is updated from block to block), AdaLN of its own in every block (Peebles & Xie, DiT,
+  2212.09748), learned positions.
+- `modern`: RMSNorm, one attention in which image queries see image and caption keys, QK-norm (2302.05442), SwiGLU (2002.05202),
+  one AdaLN shared by all blocks plus a table a block (PixArt-alpha, 2310.00426, sec. 2.3), fixed 2D sin-cos positions at
+  unit scale. The caption is read, never updated: at 64 image tokens a second stream costs more than it gives.
+
+Shapes: B images, N = (H/p)(W/p) image tokens, T caption tokens, d width, D width of the caption features.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowt2i.config import ModelConfig
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
+    """Softmax attention. q [B, h, N, e], k and v [B, h, M, e], key_bias [B, 1, 1, M] (0 or -inf) or None -> [B, h, N, e].
+
+    On a CPU the products are written out: at under a few hundred tokens the fused kernel's backward is the slower one there
+    (`benchmarks/attention.py` shows by how much), and `torch.compile` fuses what lies between the products.
+    """
+    if q.device.type != "cpu" or k.shape[2] > 512:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_bias is None else key_bias.to(q.dtype))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if key_bias is not None:
+        scores = scores + key_bias.to(scores.dtype)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def mask_bias(mask: Tensor) -> Tensor:
+    """Additive bias [B, 1, 1, T] from a mask [B, T] of real tokens; finite, so that a row without any token cannot make NaN."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)[:, None, None, :]
+
+
+def sincos_1d(positions: Tensor, width: int) -> Tensor:
+    """Sine and cosine features [n, width] of positions [n] at geometrically spaced frequencies (1706.03762, sec. 3.5)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1).float()
+
+
+def sincos_2d(rows: int, columns: int, width: int) -> Tensor:
+    """[rows * columns, width]: half of the width speaks of the row, half of the column."""
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.cat([sincos_1d(y.flatten(), width // 2), sincos_1d(x.flatten(), width // 2)], 1)
+
+
+def time_features(t: Tensor, width: int = 256) -> Tensor:
+    """[B, width] features of times [B] in [0, 1] (stretched to [0, 1000], the range these frequencies are made for)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2))
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN: x [B, N, d], shift and scale [B, 1, d]."""
+    return x * (1 + scale) + shift
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last axis whose weight follows the input's dtype (under autocast torch's own falls off its fused path)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """`W2 (silu(W1 x) * W3 x)` (2002.05202); W1 and W3 lie in one matrix."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * value)
+
+
+def gelu_mlp(width: int, ratio: float) -> nn.Sequential:
+    hidden = int(width * ratio)
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+def swiglu_hidden(width: int, ratio: float) -> int:
+    """Hidden width that makes SwiGLU as costly as a two-matrix MLP of this ratio, rounded to what matrix units like."""
+    return max(32, round(width * ratio * 2 / 3 / 32) * 32)
+
+
+class Attention(nn.Module):
+    """Image queries over image keys and, where a caption is given, caption keys in the same softmax; QK-norm on request."""
+
+    def __init__(self, width: int, heads: int, text: bool, qk_norm: bool, bias: bool):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.text_kv = nn.Linear(width, 2 * width, bias=bias) if text else None
+        self.out = nn.Linear(width, width, bias=bias)
+        head = width // heads
+        self.q_norm = RMSNorm(head) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head) if qk_norm else nn.Identity()
+        self.text_k_norm = RMSNorm(head) if qk_norm and text else nn.Identity()
+
+    def forward(self, x: Tensor, text: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x [B, N, d], text [B, T, d], bias [B, 1, 1, keys] -> [B, N, d]; keys are the caption's, then the image's."""
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.text_kv is not None and text is not None:
+            text_k, text_v = self.text_kv(text).view(batch, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            k, v = torch.cat([self.text_k_norm(text_k), k], 2), torch.cat([text_v, v], 2)
+        y = attend(q.to(v.dtype), k.to(v.dtype), v, bias)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class CrossAttention(nn.Module):
+    """Image queries [B, N, d] over caption keys and values [B, T, D]."""
+
+    def __init__(self, width: int, text_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(text_width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q = self.q(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(text).view(batch, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.out(attend(q, k, v, bias).transpose(1, 2).reshape(batch, tokens, width))
+
+
+class ModernBlock(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d = config.width
+        self.norm1, self.norm2 = RMSNorm(d, elementwise_affine=False), RMSNorm(d, elementwise_affine=False)
+        self.attention = Attention(d, config.heads, text=True, qk_norm=True, bias=False)
+        self.mlp = SwiGLU(d, swiglu_hidden(d, config.mlp_ratio))
+        self.table = nn.Parameter(torch.zeros(6, d))  # this block's own offset to the shared modulation
+
+    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, N, d], text [B, T, d], text_bias [B, 1, 1, T + N], time [B, 6, d]: the shared modulation."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.table).to(x.dtype).unsqueeze(2).unbind(1)
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), text, text_bias)
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x, text
+
+
+class SeedBlock(nn.Module):
+    def __init__(self, config: ModelConfig, text_width: int):
+        super().__init__()
+        d = config.width
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d, elementwise_affine=affine) for affine in (False, True, False))
+        self.text_norm = nn.LayerNorm(text_width)
+        self.attention = Attention(d, config.heads, text=False, qk_norm=False, bias=True)
+        self.cross = CrossAttention(d, text_width, config.heads)
+        self.mlp, self.text_mlp = gelu_mlp(d, config.mlp_ratio), gelu_mlp(text_width, config.mlp_ratio)
+        self.adaln = nn.Linear(config.time_width, 6 * d)
+
+    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, N, d], text [B, T, D], text_bias [B, 1, 1, T], time [B, time_width]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(time)).unsqueeze(1).chunk(6, -1)
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
+        x = x + self.cross(self.norm2(x), text, text_bias)
+        x = x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
+        text = text + self.text_mlp(self.text_norm(text))
+        return x, text
+
+
+class CaptionBlock(nn.Module):
+    """A plain pre-norm transformer block over caption tokens."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.attention = Attention(width, heads, text=False, qk_norm=True, bias=False)
+        self.mlp = SwiGLU(width, swiglu_hidden(width, 4))
+        nn.init.zeros_(self.attention.out.weight)
+        nn.init.zeros_(self.mlp.down.weight)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x), None, bias)
+        return x + self.mlp(self.norm2(x))
+
+
+class CaptionEncoder(nn.Module):
+    """The built-in text encoder: learned token embeddings and a small transformer, trained along with the model."""
+
+    def __init__(self, vocab_size: int, width: int, depth: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.blocks = nn.ModuleList(CaptionBlock(width, max(1, width // 64)) for _ in range(depth))
+        self.norm = RMSNorm(width)
+        nn.init.normal_(self.embedding.weight, std=1.0)  # as large as the positions, so that words differ from the first step
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids [B, T] int64, mask [B, T] bool -> features [B, T, width]."""
+        positions = sincos_1d(torch.arange(ids.shape[1]), self.embedding.embedding_dim).to(ids.device)
+        x, bias = self.embedding(ids) + positions, mask_bias(mask)
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.norm(x)
+
+
+class FlowTransformer(nn.Module):
+    """Predicts the velocity (or the clean data, see `flow.to_velocity`) of noisy latents under a caption and a time.
+
+    shape: (C, H, W) of the latents; text_dim: D of the frozen encoder's features, or 0 for the built-in encoder with `vocab_size`
+    token ids. The output has the latents' shape. `config` must be resolved for the shape (`ModelConfig.resolve`).
+    """
+
+    def __init__(self, config: ModelConfig, shape: tuple[int, int, int], text_dim: int, vocab_size: int = 0):
+        super().__init__()
+        self.config, self.shape, self.patch = config, shape, config.patch
+        channels, height, width = shape
+        d, values = config.width, channels * config.patch**2
+        self.rows, self.columns = height // config.patch, width // config.patch
+        self.caption_encoder = None if text_dim else CaptionEncoder(vocab_size, config.text_width, config.text_depth)
+        text_dim = text_dim or config.text_width
+
+        if config.bottleneck and config.bottleneck < values:
+            self.embed: nn.Module = nn.Sequential(nn.Linear(values, config.bottleneck, bias=False), nn.Linear(config.bottleneck, d))
+        else:
+            self.embed = nn.Linear(values, d)
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.randn(self.rows * self.columns, d) * 0.02)
+        else:
+            self.register_buffer("positions", sincos_2d(self.rows, self.columns, d), persistent=False)
+        self.seed = config.block == "seed"
+        self.time = nn.Sequential(nn.Linear(256, config.time_width), nn.SiLU(), nn.Linear(config.time_width, config.time_width))
+        if self.seed:
+            self.text_embed: nn.Module = nn.Identity()
+            self.blocks = nn.ModuleList(SeedBlock(config, text_dim) for _ in range(config.depth))
+            self.final_norm: nn.Module = nn.LayerNorm(d, elementwise_affine=False)
+        else:
+            self.text_embed = nn.Sequential(nn.RMSNorm(text_dim), nn.Linear(text_dim, d))
+            self.pooled = nn.Linear(text_dim, config.time_width) if config.pooled_text else None
+            self.shared_adaln = nn.Linear(config.time_width, 6 * d)
+            self.blocks = nn.ModuleList(ModernBlock(config) for _ in range(config.depth))
+            self.final_norm = RMSNorm(d, elementwise_affine=False)
+        self.final_adaln = nn.Linear(config.time_width, 2 * d)
+        self.unembed = nn.Linear(d, values)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Every residual branch starts at zero, so that the untrained network is its input and output layers alone."""
+        zero = [self.unembed, self.final_adaln]
+        for block in self.blocks:
+            if isinstance(block, SeedBlock):
+                zero += [block.adaln, block.cross.out]
+        if not self.seed:
+            zero.append(self.shared_adaln)
+            if self.pooled is not None:
+                zero.append(self.pooled)
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def encode_captions(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Built-in encoder only: token ids [B, T], mask [B, T] -> features [B, T, D]."""
+        assert self.caption_encoder is not None, "this model reads the features of a frozen encoder"
+        return self.caption_encoder(ids, mask)
+
+    def patchify(self, z: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, C p p]."""
+        b, c, p = z.shape[0], self.shape[0], self.patch
+        return z.view(b, c, self.rows, p, self.columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, self.rows * self.columns, c * p * p)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """[B, N, C p p] -> [B, C, H, W]."""
+        b, c, p = x.shape[0], self.shape[0], self.patch
+        return x.view(b, self.rows, self.columns, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, *self.shape)
+
+    def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """z [B, C, H, W], t [B] in [0, 1], text [B, T, D], mask [B, T] (True: a real token) -> [B, C, H, W]."""
+        x = self.embed(self.patchify(z))
+        x = x + self.positions.to(x.dtype)
+        time = self.time(time_features(t))
+        bias = mask_bias(mask)
+        if self.seed:
+            modulation = time
+        else:
+            if self.pooled is not None:
+                weights = mask.to(text.dtype).unsqueeze(-1)
+                time = time + self.pooled((text * weights).sum(1) / weights.sum(1).clamp_min(1))
+            modulation = self.shared_adaln(F.silu(time)).view(z.shape[0], 6, -1)
+            bias = F.pad(bias, (0, x.shape[1]))  # image keys are never masked
+        text = self.text_embed(text)
+        for block in self.blocks:
+            x, text = block(x, text, bias, modulation)
+        shift, scale = self.final_adaln(F.silu(time)).unsqueeze(1).chunk(2, -1)
+        return self.unpatchify(self.unembed(modulate(self.final_norm(x), shift, scale)))
+
+
+def count_parameters(model: FlowTransformer) -> dict[str, int]:
+    """Trainable parameters by part, and their sum under "total"."""
+    parts: dict[str, int] = {}
+    names = {
+        "attention": "self-attention", "cross": "cross-attention", "mlp": "image MLP", "text_mlp": "text MLP", "adaln": "AdaLN", "table": "AdaLN",
+        "shared_adaln": "AdaLN", "final_adaln": "AdaLN", "time": "time embedding", "pooled": "time embedding", "caption_encoder": "caption encoder",
+        "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "text_embed": "text embedding",
+    }  # fmt: skip
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        word = words[2] if words[0] == "blocks" else words[0]
+        part = "attention over the caption" if "text_kv" in name else names.get(word, "norms")
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts | {"total": sum(parts.values())}

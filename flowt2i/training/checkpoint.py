@@ -1,0 +1,191 @@
+"""Checkpoints: complete or absent, safetensors and JSON only, self-contained.
+
+    RUN/checkpoints/step_00001000/
+        model.safetensors  ema.safetensors  optimizer.safetensors
+        state.json         step, images seen, EMA updates, steps to go
+        config.json  dataset.json  tokenizer/      all that sampling needs beside the weights
+        manifest.json      size and sha256 of every file above: written last
+
+A save writes into `step_….tmp`, syncs, and renames; old ones go only after the new one stands.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from flowt2i.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def list_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints of a run that are complete by name, ascending."""
+    found = []
+    for path in (run / "checkpoints").glob("step_*"):
+        number = path.name.removeprefix("step_")
+        if number.isdigit() and (path / MANIFEST).exists():
+            found.append(int(number))
+    return sorted(found)
+
+
+def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> Path:
+    """Write a checkpoint. tensors: file stem -> named tensors; texts: file name -> content; copies: name -> folder to copy in.
+
+    UserError where the disk has no room, saying how much is needed; the earlier checkpoints stay as they are.
+    """
+    target = folder(run, step)
+    if (target / MANIFEST).exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values()) + (16 << 20)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise UserError(
+            f"no room for a checkpoint in {target.parent}: {needed >> 20} MiB needed, {free >> 20} MiB free; free some and run again with --resume latest"
+        )
+    aside = target.with_name(target.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        for stem, named in tensors.items():
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
+        for name, text in texts.items():
+            (aside / name).write_text(text)
+        for name, source in copies.items():
+            if source.exists():
+                shutil.copytree(source, aside / name)
+        write_manifest(aside)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"could not write the checkpoint {target}: {error.strerror or error} ({needed >> 20} MiB needed); earlier ones are untouched"
+        ) from error
+    shutil.rmtree(target, ignore_errors=True)  # the remains of one without a manifest
+    os.replace(aside, target)
+    _sync_folder(target.parent)
+    return target
+
+
+def write_manifest(path: Path) -> None:
+    """Sync every file under a folder and record its size and sha256, the manifest itself last."""
+    entries = {}
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST):
+        entries[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    with (path / MANIFEST).open("w") as handle:
+        json.dump(entries, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    _sync_folder(path)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file of the manifest is there, with its size and sha256."""
+    try:
+        entries = json.loads((path / MANIFEST).read_text())
+        for name, entry in entries.items():
+            file = path / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
+            if _sha256(file) != entry["sha256"]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
+
+
+def newest_good(run: Path) -> Path | None:
+    """The newest checkpoint that is undamaged; warns about each that is passed over. None where there never was one.
+
+    UserError where there are some and none is good: starting again from step 0 must be the user's own decision.
+    """
+    steps = list_steps(run)
+    for step in reversed(steps):
+        problem = damage(folder(run, step))
+        if problem is None:
+            return folder(run, step)
+        warnings.warn(f"checkpoint {folder(run, step)} is damaged ({problem}): passing over it", stacklevel=2)
+    if steps:
+        raise UserError(f"all {len(steps)} checkpoints in {run / 'checkpoints'} are damaged: remove them to start again, or choose another --out")
+    return None
+
+
+def find(path: Path) -> Path:
+    """The checkpoint or model folder meant by a path: itself, or the newest good one of a run. UserError otherwise."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no model at {path}: give a run folder, a checkpoint or an exported model")
+    if path.is_file():
+        raise UserError(f"{path} is a file: give a run folder, a checkpoint or an exported model (pickled .pt files are never loaded)")
+    if (path / "config.json").exists() and ((path / "model.safetensors").exists() or (path / "ema.safetensors").exists()):
+        problem = damage(path)
+        if problem:
+            raise UserError(f"{path} is damaged: {problem}")
+        return path
+    newest = newest_good(path)
+    if newest is None:
+        raise UserError(f"{path} holds no checkpoint yet: train longer, or give another folder")
+    return newest
+
+
+def prune(run: Path, keep_recent: int, keep_every: int) -> None:
+    """Remove all but the newest `keep_recent` checkpoints and those at multiples of `keep_every`."""
+    for step in list_steps(run)[:-keep_recent]:
+        if not keep_every or step % keep_every:
+            shutil.rmtree(folder(run, step), ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text())
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Named tensors of a safetensors file; UserError where it is not one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def load_into(model: nn.Module, path: Path) -> None:
+    """Load weights strictly; UserError names the first missing, surplus or misshapen tensor."""
+    tensors = load_tensors(path)
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise UserError(f"{path} lacks {name!r}: it belongs to a model of another configuration")
+        if tensors[name].shape != tensor.shape:
+            raise UserError(f"{path}: {name!r} has shape {tuple(tensors[name].shape)}, this model wants {tuple(tensor.shape)}")
+    surplus = sorted(set(tensors) - set(own))
+    if surplus:
+        raise UserError(f"{path} holds {surplus[0]!r}, which this model does not have: it belongs to a model of another configuration")
+    model.load_state_dict(tensors)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

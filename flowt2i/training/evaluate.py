@@ -1,0 +1,96 @@
+"""What a training shows of itself every `eval_every` steps: validation loss, a preview grid, on scenes data a score."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowt2i.evaluation.validation import validation_loss
+from flowt2i.grid import grid
+from flowt2i.model import FlowTransformer
+from flowt2i.pipeline import Pipeline
+from flowt2i.training import stream
+from flowt2i.training.objective import Objective
+from flowt2i.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from flowt2i.training.loop import Trainer
+
+
+def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
+    """Validation loss of raw and EMA weights by time bin, a preview grid, and on scenes data the prompt-following score."""
+    if not trainer.world.main:
+        trainer.world.barrier()
+        return {}
+    values: dict[str, Any] = {"validation": loss_on_heldout(trainer, trainer.model)}
+    if trainer.ema:
+        values["validation_ema"] = loss_on_heldout(trainer, trainer.ema.model)
+    pipeline = trainer.pipeline()
+    pipeline.model.eval()
+    prompts = preview_prompts(trainer)
+    samples = pipeline.sample(prompts, seed=1_000)
+    picture = grid(samples.images, samples.prompts, columns=min(8, math.ceil(math.sqrt(len(prompts)))))
+    if trainer.description.source.startswith("scenes") and trainer.config.train.score_prompts:
+        from flowt2i.evaluation.scenes import score_pipeline
+
+        values["score"] = score_pipeline(
+            pipeline, trainer.config.train.score_prompts, seed=trainer.config.train.seed, steps=min(20, trainer.config.sample.steps)
+        )["all"]["accuracy"]
+    if tracker:
+        tracker.scalars(trainer.step, {"images_seen": trainer.step * trainer.config.data.batch_size, **values})
+        tracker.image(trainer.step, "samples", picture)
+        if trainer.config.data.subset and last:
+            tracker.image(trainer.step, "memorised", side_by_side(trainer, pipeline))
+    trainer.model.train()
+    trainer.world.barrier()
+    return values
+
+
+@torch.no_grad()
+def loss_on_heldout(trainer: "Trainer", model: FlowTransformer) -> dict[str, float]:
+    """On held-out images (or on the training subset, where memorising is the aim), see `evaluation.validation`."""
+    dataset, text_of = (trainer.dataset, trainer.text_of) if trainer.config.data.subset else (trainer.heldout, trainer.heldout_text_of)
+    count = min(trainer.config.train.eval_images, trainer.count if trainer.config.data.subset else len(dataset))
+    objective = Objective(model, trainer.config.flow, trainer.config.train.precision)  # type: ignore[arg-type]
+
+    def loss(rows: np.ndarray, t: Tensor, draw: stream.Draw) -> Tensor:
+        batch = dataset.fetch(rows)
+        text = text_of(batch)
+        n = len(rows)
+        latents = trainer.latents(batch, None if draw.latent_noise is None else draw.latent_noise[:n])
+        return objective(latents, draw.noise[:n], t, text, batch.mask.to(trainer.world.device)).losses
+
+    codec = trainer.description.codec
+    return validation_loss(loss, count, min(64, trainer.config.train.eval_images), codec.shape, codec.kind == "vae", trainer.world.device)
+
+
+def preview_prompts(trainer: "Trainer") -> list[str]:
+    wanted = trainer.config.sample.images
+    if trainer.config.sample.prompts:
+        return trainer.config.sample.prompts[:wanted]
+    if trainer.config.data.subset:
+        return [trainer.dataset.caption(i) for i in range(min(wanted, trainer.count))]
+    if trainer.description.source.startswith("scenes"):
+        from flowt2i.data.scenes import curated_prompts
+
+        return curated_prompts()[:wanted]
+    return [c for c in (trainer.heldout.caption(i) for i in range(min(wanted, len(trainer.heldout)))) if c.strip()]
+
+
+def side_by_side(trainer: "Trainer", pipeline: Pipeline) -> Any:
+    """Training images above, what the model makes of their captions below."""
+    shown = min(trainer.count, 32)
+    captions = [trainer.dataset.caption(i) for i in range(shown)]
+    batch = trainer.dataset.fetch(np.arange(shown))
+    originals = pipeline.to_images(trainer.latents(batch, None))
+    samples = pipeline.sample(captions, seed=1_000).images
+    columns, images, labels = 8, [], []
+    for start in range(0, shown, columns):
+        row = slice(start, min(start + columns, shown))
+        short = columns - len(originals[row])
+        blank = [np.full_like(originals[0], 255)] * short
+        images += [*originals[row], *blank, *samples[row], *blank]
+        labels += [f"real: {c}" for c in captions[row]] + [""] * short + [f"model: {c}" for c in captions[row]] + [""] * short
+    return grid(np.stack(images), labels, columns=columns)

@@ -1,0 +1,39 @@
+"""Caption features of a frozen encoder, computed once where they fit into memory."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flowt2i.data.dataset import Batch, ImageTextDataset
+from flowt2i.text import FrozenEncoder
+
+LIMIT_BYTES = 1 << 30
+
+
+class CaptionFeatures:
+    """Features [B, T, D] of a batch's captions: read from memory where all of the data set's fit (ragged, bf16), encoded in the step otherwise."""
+
+    def __init__(self, encoder: FrozenEncoder, dataset: ImageTextDataset, dim: int, device: torch.device, progress: bool):
+        self.device, self.encode = device, encoder
+        self.rows: Tensor | None = None
+        lengths = dataset.token_lengths()
+        if int(lengths.sum()) * dim * 2 > LIMIT_BYTES:
+            return
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.rows = torch.empty(int(self.starts[-1]), dim, dtype=torch.bfloat16)
+        order = np.argsort(lengths, kind="stable")  # batches of equal lengths: little padding
+        for start in tqdm(range(0, len(order), 256), desc="encoding captions", unit="batch", disable=not progress, leave=False):
+            batch = dataset.fetch(order[start : start + 256])
+            features = encoder(batch.ids.to(device), batch.mask.to(device)).to("cpu", torch.bfloat16)
+            for i, index in enumerate(batch.index.tolist()):
+                self.rows[self.starts[index] : self.starts[index + 1]] = features[i, : lengths[index]]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if self.rows is None:
+            return self.encode(batch.ids.to(self.device), batch.mask.to(self.device))
+        out = torch.zeros(*batch.ids.shape, self.rows.shape[1], dtype=torch.bfloat16)
+        for i, index in enumerate(batch.index.tolist()):
+            rows = self.rows[self.starts[index] : self.starts[index + 1]]
+            out[i, : len(rows)] = rows
+        return out.to(self.device)

@@ -1,0 +1,358 @@
+"""The training of one run.
+
+    flowt2i train --config quickstart --data data/scenes --out runs/quickstart
+    flowt2i train --config quickstart --data data/scenes --out runs/quickstart --resume latest
+
+A step: fetch, draw noise and times, forward and backward (gradients are summed over ranks at the last micro-batch only), clip,
+check that all is finite, optimizer, EMA, counters; then log, evaluate, save. State is counted in optimizer steps.
+"""
+
+import fcntl
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from flowt2i import flow
+from flowt2i.codec import stored_to_latents
+from flowt2i.config import Config, load_config
+from flowt2i.data.dataset import Batch, ImageTextDataset
+from flowt2i.description import DatasetDescription, require_same
+from flowt2i.errors import UserError
+from flowt2i.model import count_parameters
+from flowt2i.pipeline import Pipeline, build_model, compute_dtype
+from flowt2i.text import load_encoder, load_tokenizer
+from flowt2i.training import checkpoint, distributed, stream
+from flowt2i.training.compiling import compile_blocks, will_compile
+from flowt2i.training.ema import EMA
+from flowt2i.training.evaluate import evaluate
+from flowt2i.training.features import CaptionFeatures
+from flowt2i.training.objective import Objective, drop_captions
+from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
+from flowt2i.training.tracking import Tracker
+
+TIMED = (5, 20)  # steps between which the speed is measured that turns `train.minutes` into `steps`
+
+
+class Stopped(Exception):
+    """A signal asked for the end; everything is saved."""
+
+
+class Trainer:
+    """Owns model, optimizer, EMA, data and counters of a run."""
+
+    def __init__(self, config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True):
+        self.started = time.perf_counter()
+        self.world = distributed.start()
+        self.config, self.data, self.run_folder, self.progress = config, data, run, progress and self.world.main
+        self.micro, self.accumulate = distributed.accumulation(config.data.batch_size, config.train.micro_batch, self.world.size)
+        self.description = DatasetDescription.load(data)
+        self._check_data()
+        self.model_config = config.model.resolve(self.description.codec.kind, self.description.codec.shape)
+        self.compiled = will_compile(config.train, self.world.device)
+        source = self._find_resume(resume)
+        self._lock()
+
+        pad = self._text_padding()
+        self.dataset = ImageTextDataset(data, "train", pad_to=pad)
+        self.heldout = ImageTextDataset(data, "heldout", pad_to=pad) if self.description.heldout_count else self.dataset
+        self.count = min(config.data.subset or len(self.dataset), len(self.dataset))
+        self.tokenizer = load_tokenizer(self.description.text, data)
+        device = self.world.device
+        torch.manual_seed(config.train.seed)
+        self.model = build_model(config, self.description).to(device)
+        self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
+        self.optimizer = Optimizer(config.optim, self.model)
+        self.step, self.steps, self.speed_start = 0, 0 if config.train.minutes else config.train.steps, 0.0
+        if source:
+            self._load(source)
+        self.mean = torch.tensor(self.description.latent_mean, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(self.description.latent_std, device=device).view(1, -1, 1, 1)
+        self.encoder = load_encoder(self.description.text, compute_dtype(config)).to(device) if self.description.text.kind == "hf" else None
+        self.null, self.text_of, self.heldout_text_of = self._prepare_text()
+        self.objective = Objective(self.model, config.flow, config.train.precision)
+        if self.compiled:
+            compile_blocks(self.model)
+        self.distributed = DistributedDataParallel(self.objective) if self.world.size > 1 else None
+        self.stop_signal: int | None = None
+
+    # ---- set-up -------------------------------------------------------------------------------------------------------
+
+    def _check_data(self) -> None:
+        wanted = {"codec": self.config.data.codec, "text": self.config.data.text}
+        for name, want in wanted.items():
+            have = getattr(self.description, name).id
+            if want not in ("any", have) and have.rsplit("/", 1)[-1] != want:
+                raise UserError(f"data.{name} asks for {want!r}, but {self.data} was prepared with {have!r}: prepare the data again, or set --data.{name} any")
+        if self.description.train_count < 1:
+            raise UserError(f"{self.data} has no training samples")
+        if self.config.data.flip and self.description.codec.kind != "pixels":
+            raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
+
+    def _find_resume(self, resume: str | None) -> Path | None:
+        """Where to continue from, or None for a new run. Never silently starts over."""
+        steps = checkpoint.list_steps(self.run_folder)
+        if resume is None:
+            if steps:
+                raise UserError(f"{self.run_folder} already holds a run at step {steps[-1]}: add --resume latest to continue it, or choose another --out")
+            return None
+        if resume == "latest":
+            source = checkpoint.newest_good(self.run_folder)
+            if source is None and self.world.main:
+                print(f"no checkpoint in {self.run_folder} yet: starting at step 0", file=sys.stderr)
+            return source
+        return checkpoint.find(Path(resume))
+
+    def _lock(self) -> None:
+        if not self.world.main:
+            return
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        self._lock_file = (self.run_folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another training is writing into {self.run_folder}: choose another --out") from error
+
+    def close(self) -> None:
+        """Let another training use the run folder."""
+        if self.world.main:
+            self._lock_file.close()
+
+    def _text_padding(self) -> int:
+        """One caption width where captions are short (no recompilation), multiples of 8 or 32 where they are long."""
+        longest = self.description.longest_caption
+        if longest <= 32:
+            return max(1, longest)
+        return 32 if self.compiled else 8
+
+    def _load(self, source: Path) -> None:
+        require_same(DatasetDescription.load(source).codec, self.description.codec, "codec of the checkpoint and of the data")
+        require_same(DatasetDescription.load(source).text, self.description.text, "text encoder of the checkpoint and of the data")
+        theirs = load_config(source / "config.json")
+        for name in ("data.batch_size", "train.seed", "model", "optim.name"):
+            section, _, field = name.partition(".")
+            a, b = (getattr(c, section) if not field else getattr(getattr(c, section), field) for c in (theirs, self.config))
+            if a != b:
+                what = name if field else f"model.{next(f for f in type(a).model_fields if getattr(a, f) != getattr(b, f))}"
+                raise UserError(f"the checkpoint {source} was made with another {what}: resume with the same settings, or start a new run with another --out")
+        checkpoint.load_into(self.model, source / "model.safetensors")
+        state = checkpoint.read_state(source)
+        if self.ema:
+            if not (source / "ema.safetensors").exists():
+                raise UserError(f"{source} has no EMA weights: resume with --train.ema 0, as it was made")
+            checkpoint.load_into(self.ema.model, source / "ema.safetensors")
+            self.ema.updates = state["ema_updates"]
+        self.optimizer.load_state(checkpoint.load_tensors(source / "optimizer.safetensors"))
+        self.step = state["step"]
+        if self.config.train.minutes:
+            self.steps = state["steps"]
+
+    def _prepare_text(self) -> tuple[Tensor, Any, Any]:
+        ids = torch.tensor(self.description.text.null_tokens, device=self.world.device)
+        if self.encoder is None:
+            by_ids = lambda batch: batch.ids.to(self.world.device, non_blocking=True)
+            return ids, by_ids, by_ids
+        encoder = self.encoder
+
+        null = encoder(ids[None], torch.ones_like(ids[None], dtype=torch.bool))[0]
+        make = lambda dataset: CaptionFeatures(encoder, dataset, self.description.text.dim, self.world.device, self.progress)
+        return null, make(self.dataset), make(self.heldout)
+
+    # ---- the run ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end. Returns a summary; raises Stopped after saving when a signal came."""
+        self._write_config()
+        tracker = Tracker(self.run_folder, self.config, self.step) if self.world.main else None
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.world.main and self.progress:
+            print(self.headline(), file=sys.stderr)
+        bar = tqdm(total=self.steps or None, initial=self.step, unit="step", desc="training", disable=not self.progress, smoothing=0.05)
+        batches = iter(self._loader())
+        batch_size, every = self.config.data.batch_size, self.config.train
+        since, since_step = time.perf_counter(), self.step
+        evaluation: dict[str, Any] = {}
+        try:
+            while not self.steps or self.step < self.steps:
+                logging = (self.step + 1) % every.log_every == 0
+                factor = learning_rate(self.config.optim, self.step, self.steps or (2_000 if every.minutes else 0))
+                loss, norm, statistics = self._step(batches, factor, logging)
+                self.step += 1
+                self._set_budget(bar)
+                bar.update()
+                if logging and tracker:
+                    now = time.perf_counter()
+                    rate = (self.step - since_step) * batch_size / max(1e-9, now - since)
+                    since, since_step = now, self.step
+                    line = {
+                        "images_seen": self.step * batch_size,
+                        "loss": loss.item(),
+                        "lr": self.config.optim.lr * factor,
+                        "grad_norm": norm.item(),
+                    }
+                    if self.config.optim.name == "muon":
+                        line["muon_lr"] = self.config.optim.muon_lr * factor
+                    tracker.scalars(self.step, line | {"images_per_s": rate, "statistics": statistics})
+                    bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:.0f} images/s")
+                last = self.steps and self.step >= self.steps
+                if last or (every.eval_every and self.step % every.eval_every == 0):
+                    evaluation = evaluate(self, tracker, last=bool(last))
+                    since, since_step = time.perf_counter(), self.step
+                if last or self.stop_signal or self.step % every.checkpoint_every == 0:
+                    self.save()
+                if self.stop_signal and not last:
+                    raise Stopped(f"stopped by signal {self.stop_signal} at step {self.step}; continue with --resume latest")
+        finally:
+            bar.close()
+            if tracker:
+                tracker.close()
+            for which, handler in handlers.items():
+                signal.signal(which, handler)
+        seconds = time.perf_counter() - self.started
+        return {
+            "run": str(self.run_folder),
+            "step": self.step,
+            "images_seen": self.step * batch_size,
+            "seconds": round(seconds, 1),
+            **evaluation,
+        }
+
+    def _step(self, batches: Any, factor: float, logging: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """One optimizer step over the global batch. Returns its loss and gradient norm (scalar tensors) and, when logging, statistics."""
+        config, device = self.config, self.world.device
+        codec = self.description.codec
+        draw = stream.draw(config.train.seed, self.step, config.data.batch_size, codec.shape, config.flow.caption_dropout, codec.kind == "vae", device)
+        t = flow.times(draw.uniform, draw.choice, config.flow.times, config.flow.logit_mean, config.flow.logit_std, config.flow.uniform_share)
+        total = torch.zeros((), device=device)
+        statistics: dict[str, float] = {}
+        rows = stream.micro_rows(config.data.batch_size, self.micro, self.world.rank, self.world.size)
+        for number, part in enumerate(rows):
+            batch = next(batches)
+            data = self.latents(batch, draw.latent_noise[part] if draw.latent_noise is not None else None)
+            if config.data.flip:
+                data = torch.where(draw.flipped[part].view(-1, 1, 1, 1), data.flip(-1), data)
+            text, mask = drop_captions(self.text_of(batch), batch.mask.to(device, non_blocking=True), draw.dropped[part], self.null)
+            last = number == len(rows) - 1
+            module = self.distributed or self.objective
+            with nullcontext() if last or not self.distributed else self.distributed.no_sync():
+                terms = module(data, draw.noise[part], t[part], text, mask)
+                loss = terms.losses.mean() / len(rows)
+                loss.backward()
+            total += loss.detach()
+            if logging and last:
+                statistics = self._statistics(data, draw.noise[part], t[part], terms.output.detach())
+        self.world.mean(total)
+        norm = clip_gradients(self.model, config.optim.clip)
+        if not (math.isfinite(total.item()) and math.isfinite(norm.item())):  # before the optimizer: nothing is spoiled
+            ids = stream.sample_indices(config.train.seed, self.step, config.data.batch_size, self.count)[:8].tolist()
+            raise UserError(f"loss {total.item()} or gradient norm {norm.item()} is not finite at step {self.step} (samples {ids}…): nothing was updated; "
+                            "resume with a lower --optim.lr, or look at these samples")  # fmt: skip
+        self.optimizer.step(factor)
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update()
+        return total, norm, statistics
+
+    def latents(self, batch: Batch, noise: Tensor | None) -> Tensor:
+        """Stored pixels or moments -> normalised latents [b, C, H, W]."""
+        return (stored_to_latents(self.description.codec.kind, batch.stored.to(self.world.device, non_blocking=True), noise) - self.mean) / self.std
+
+    @torch.no_grad()
+    def _statistics(self, data: Tensor, noise: Tensor, t: Tensor, output: Tensor) -> dict[str, float]:
+        z = flow.interpolate(data, noise, t)
+        velocity = flow.to_velocity(output.float(), z, t, self.model_config.target)
+        target = flow.velocity_target(data, noise)
+        return {
+            "latent_mean": data.mean().item(), "latent_std": data.std().item(),
+            "velocity_target_std": target.std().item(), "velocity_std": velocity.std().item(), "velocity_mean": velocity.mean().item(),
+        }  # fmt: skip
+
+    def _loader(self) -> DataLoader[Batch]:
+        sampler = stream.StepSampler(self.config.train.seed, self.count, self.config.data.batch_size, self.micro, self.world.rank, self.world.size, self.step)
+        workers = self.config.data.workers
+        collate: Any = ImageTextDataset.collate  # the batch comes whole from the dataset
+        return DataLoader(
+            self.dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=self.world.device.type == "cuda",
+            persistent_workers=workers > 0, multiprocessing_context="spawn" if workers else None,
+        )  # fmt: skip
+
+    def _set_budget(self, bar: Any) -> None:
+        """With `train.minutes`: once the speed is known, fix the number of steps, so that the learning rate can end within the time."""
+        minutes = self.config.train.minutes
+        if not minutes or self.steps:
+            return
+        if self.step == TIMED[0]:
+            self.speed_start = time.perf_counter()
+        elif self.step == TIMED[1]:
+            now = time.perf_counter()
+            per_step = torch.tensor((now - self.speed_start) / (TIMED[1] - TIMED[0]))
+            left = minutes * 60 - (now - self.started)
+            self.steps = self.step + max(10, int(left / self.world.mean(per_step).item()))
+            bar.total = self.steps
+            bar.refresh()
+            self._write_config()
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.stop_signal = number
+
+    # ---- saving ----------------------------------------------------------------------------------------
+
+    def pipeline(self) -> Pipeline:
+        """The model as it would be loaded from a checkpoint now: the EMA where there is one."""
+        model = self.ema.model if self.ema else self.model
+        return Pipeline(model, self.config, self.description, self.tokenizer, self.encoder)
+
+    def save(self) -> None:
+        """Write a checkpoint and drop superseded ones (rank 0; the others wait)."""
+        if self.world.main:
+            tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
+            if self.ema:
+                tensors["ema"] = self.ema.model.state_dict()
+            state = {"step": self.step, "images_seen": self.step * self.config.data.batch_size, "steps": self.steps}
+            state["ema_updates"] = self.ema.updates if self.ema else 0
+            texts = {"state.json": json.dumps(state), "config.json": self.config.model_dump_json(indent=2)}
+            texts["dataset.json"] = self.description.model_dump_json(indent=2)
+            checkpoint.save(self.run_folder, self.step, tensors, texts, {"tokenizer": self.data / "tokenizer"})
+            checkpoint.prune(self.run_folder, self.config.train.keep_recent, self.config.train.keep_every)
+        self.world.barrier()
+
+    def _write_config(self) -> None:
+        if self.world.main:
+            facts = {"data": str(self.data), "micro_batch": self.micro, "accumulation": self.accumulate, "ranks": self.world.size, "steps": self.steps}
+            facts |= {"device": str(self.world.device), "compiled": self.compiled, "model": self.model_config.model_dump()}
+            resolved = self.config.model_dump() | {"resolved": facts | {"parameters": count_parameters(self.model)}}
+            (self.run_folder / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+
+    def headline(self) -> str:
+        """What is about to happen, for people."""
+        parts = count_parameters(self.model)
+        lines = [
+            f"model: {parts['total'] / 1e6:.1f}M trainable parameters (" + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in parts.items() if k != "total") + ")"
+        ]
+        lines.append(
+            f"batch: {self.config.data.batch_size} images a step = {self.micro} x {self.accumulate} accumulation x {self.world.size} rank(s); "
+            f"{self.count:,} training images; {self.world.device.type}, {self.config.train.precision}{', compiled' if self.compiled else ''}"
+        )
+        return "\n".join(lines)
+
+
+def train(config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True) -> dict[str, Any]:
+    """Train a run; see `Trainer`. UserError for what the user can mend, Stopped after a signal (all saved)."""
+    trainer = None
+    try:
+        trainer = Trainer(config, data, run, resume, progress)
+        return trainer.train()
+    finally:
+        if trainer:
+            trainer.close()
+        distributed.stop()

@@ -1,0 +1,47 @@
+"""One micro-batch to its loss: the module that training differentiates (and DDP wraps)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowt2i import flow
+from flowt2i.config import FlowConfig
+from flowt2i.model import FlowTransformer
+
+
+class Terms(NamedTuple):
+    losses: Tensor  # [b]
+    output: Tensor  # [b, C, H, W], what the network put out
+
+
+class Objective(nn.Module):
+    """Flow-matching loss of a model, from normalised latents to one number an image."""
+
+    def __init__(self, model: FlowTransformer, config: FlowConfig, precision: str):
+        super().__init__()
+        self.model, self.config, self.precision = model, config, precision
+
+    def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Terms:
+        """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]."""
+        z = flow.interpolate(data, noise, t)
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.model.encode_captions(text, mask) if text.dtype == torch.int64 else text
+            output = self.model(z, t, features, mask)
+        return Terms(flow.loss_per_image(output, data, noise, t, self.model.config.target, self.config.floor), output)
+
+
+def drop_captions(text: Tensor, mask: Tensor, dropped: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the empty caption in place of the dropped ones.
+
+    text [b, T] ids or [b, T, D] features; null [n] ids or [n, D] features of the encoded empty caption; dropped [b] bool.
+    """
+    n = null.shape[0]
+    if mask.shape[1] < n:  # batches whose longest caption is shorter than the empty one
+        pad = n - mask.shape[1]
+        text = torch.cat([text, text.new_zeros(text.shape[0], pad, *text.shape[2:])], 1)
+        mask = torch.cat([mask, mask.new_zeros(mask.shape[0], pad)], 1)
+    empty = torch.zeros_like(text[0])
+    empty[:n] = null.to(text.dtype)
+    where = dropped.view(-1, *[1] * (text.ndim - 1))
+    return torch.where(where, empty, text), torch.where(dropped[:, None], torch.arange(mask.shape[1], device=mask.device) < n, mask)

@@ -1,0 +1,93 @@
+"""Where a run's numbers and pictures go: `RUN/log.jsonl` always, TensorBoard and Weights & Biases where asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flowt2i.config import Config
+from flowt2i.errors import UserError
+
+
+class Tracker:
+    """Writes scalars and images of a run under the optimizer step they belong to."""
+
+    def __init__(self, run: Path, config: Config, step: int):
+        self.run = run
+        self._cut_log(step)
+        self._file = (run / "log.jsonl").open("a", buffering=1)
+        self._board: Any = None
+        self._wandb: Any = None
+        if config.track.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("track.tensorboard needs `pip install tensorboard`") from error
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        if config.track.use_wandb:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("track.use_wandb needs `pip install wandb`") from error
+            self._wandb = wandb.init(
+                project=config.track.wandb_project,
+                dir=str(run),
+                mode=config.track.wandb_mode,
+                config=config.model_dump(),
+                name=run.name,
+                resume="allow",
+            )
+
+    def _cut_log(self, step: int) -> None:
+        """Drop lines past the step that a resume continues from, so that each step stands in the log once."""
+        path = self.run / "log.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # a line that a kill cut short
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.replace(path)
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """One line of the log; nested dicts become `a/b` elsewhere."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        flat: dict[str, Any] = {}
+        for key, value in values.items():
+            if isinstance(value, dict):
+                flat |= {f"{key}/{inner}": v for inner, v in value.items()}
+            else:
+                flat[key] = value
+        numbers = {key: float(value) for key, value in flat.items() if isinstance(value, int | float)}
+        if self._board:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def image(self, step: int, name: str, picture: Image.Image) -> Path:
+        """Save a picture as RUN/samples/step-*.png, and send it on."""
+        path = self.run / "samples" / f"step-{step:08d}{'' if name == 'samples' else '-' + name}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        if self._board:
+            self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(picture)}, step=step)
+        return path
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()

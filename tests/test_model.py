@@ -1,0 +1,116 @@
+"""The transformer: shapes, sizes, masking, initial state, gradients."""
+
+import pytest
+import torch
+
+from flowt2i.config import ModelConfig, resolve
+from flowt2i.errors import UserError
+from flowt2i.model import FlowTransformer, attend, count_parameters, mask_bias, sincos_2d
+
+TINY = {"width": 64, "depth": 2, "heads": 2, "time_width": 32, "text_width": 32, "text_depth": 1, "bottleneck": 16}
+
+
+def tiny(block="modern", kind="pixels", shape=(3, 32, 32), text_dim=0, seed=0):
+    torch.manual_seed(seed)
+    config = ModelConfig(block=block, **TINY).resolve(kind, shape)
+    return FlowTransformer(config, shape, text_dim, vocab_size=50)
+
+
+def shake(model):
+    """Give every weight a value, so that zero-initialised branches speak too."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=g)
+    return model.eval()
+
+
+def test_seed_architecture_has_its_promised_size():
+    config = resolve("seed").model
+    assert (config.depth, config.width, config.heads) == (12, 768, 12)
+    with torch.device("meta"):
+        model = FlowTransformer(config.resolve("vae", (4, 8, 8)), (4, 8, 8), 512)
+    counts = count_parameters(model)
+    assert 110e6 < counts["total"] < 130e6
+    assert counts["total"] == sum(p.numel() for p in model.parameters()) == sum(v for k, v in counts.items() if k != "total")
+    assert model.rows * model.columns == 64
+    for part in ("self-attention", "cross-attention", "image MLP", "text MLP", "AdaLN"):
+        assert counts[part] > 10e6
+
+
+@pytest.mark.parametrize("preset", ["stability", "quickstart"])
+def test_presets_make_64_tokens_of_64_pixels(preset):
+    config = resolve(preset).model
+    with torch.device("meta"):
+        pixels = FlowTransformer(config.resolve("pixels", (3, 64, 64)), (3, 64, 64), 0, 4096)
+        latents = FlowTransformer(config.resolve("vae", (4, 8, 8)), (4, 8, 8), 512)
+    assert pixels.rows * pixels.columns == latents.rows * latents.columns == 64
+    assert (pixels.config.prediction, latents.config.prediction) == ("x", "v")
+
+
+@pytest.mark.parametrize("block", ["modern", "seed"])
+@pytest.mark.parametrize("kind, shape, text_dim", [("pixels", (3, 32, 32), 0), ("vae", (4, 8, 8), 24)])
+def test_shapes_and_gradients_reach_every_parameter(block, kind, shape, text_dim):
+    model = shake(tiny(block, kind, shape, text_dim))
+    z, t, mask = torch.randn(3, *shape), torch.rand(3), torch.ones(3, 5, dtype=torch.bool)
+    text = torch.randn(3, 5, text_dim) if text_dim else model.encode_captions(torch.randint(0, 50, (3, 5)), mask)
+    out = model(z, t, text, mask)
+    assert out.shape == z.shape
+    out.square().sum().backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    unused = {"blocks.1.text_mlp", "blocks.1.text_norm"} if block == "seed" else set()  # the last block's text update feeds nothing
+    assert [n for n in silent if not any(n.startswith(u) for u in unused)] == []
+
+
+@pytest.mark.parametrize("block", ["modern", "seed"])
+def test_padding_changes_nothing(block):
+    model = shake(tiny(block))
+    ids = torch.randint(0, 50, (2, 5))
+    longer = torch.cat([ids, torch.randint(0, 50, (2, 7))], 1)
+    mask, longer_mask = torch.ones(2, 5, dtype=torch.bool), torch.arange(12).expand(2, 12) < 5
+    z, t = torch.randn(2, 3, 32, 32), torch.rand(2)
+    short = model(z, t, model.encode_captions(ids, mask), mask)
+    padded = model(z, t, model.encode_captions(longer, longer_mask), longer_mask)
+    assert torch.allclose(short, padded, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", ["modern", "seed"])
+def test_caption_and_time_matter_once_trained(block):
+    model = shake(tiny(block))
+    z, mask = torch.randn(1, 3, 32, 32), torch.ones(1, 3, dtype=torch.bool)
+    run = lambda ids, t: model(z, torch.tensor([t]), model.encode_captions(torch.tensor([ids]), mask), mask)
+    assert not torch.allclose(run([1, 2, 3], 0.5), run([1, 2, 4], 0.5), atol=1e-4)
+    assert not torch.allclose(run([1, 2, 3], 0.5), run([3, 2, 1], 0.5), atol=1e-5), "word order must be seen"
+    assert not torch.allclose(run([1, 2, 3], 0.5), run([1, 2, 3], 0.9), atol=1e-4)
+
+
+def test_untrained_model_puts_out_zero():
+    model = tiny()
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    out = model(torch.randn(2, 3, 32, 32), torch.rand(2), model.encode_captions(torch.zeros(2, 3, dtype=torch.int64), mask), mask)
+    assert torch.all(out == 0)
+
+
+def test_patches_come_back_where_they_were():
+    model, z = tiny(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.unpatchify(model.patchify(z)), z)
+
+
+def test_written_out_attention_equals_torchs():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(2, 3, 7, 16, generator=g), torch.randn(2, 3, 9, 16, generator=g), torch.randn(2, 3, 9, 16, generator=g)
+    mask = torch.rand(2, 9, generator=g) < 0.7
+    ours = attend(q, k, v, mask_bias(mask))
+    assert torch.allclose(ours, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :]), atol=1e-5)
+
+
+def test_positions_tell_all_places_apart():
+    positions = sincos_2d(8, 8, 64)
+    distances = torch.cdist(positions, positions) + torch.eye(64) * 9
+    assert positions.shape == (64, 64) and distances.min() > 0.5
+
+
+@pytest.mark.parametrize("change", [{"heads": 5}, {"patch": 3}, {"width": 66, "heads": 1}])
+def test_sizes_that_do_not_divide_are_refused(change):
+    with pytest.raises(UserError):
+        ModelConfig(**{**TINY, **change}).resolve("pixels", (3, 64, 64))

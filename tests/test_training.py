@@ -1,0 +1,271 @@
+"""Whole trainings of tiny models on small real data: they learn, resume exactly, and refuse what does not fit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowt2i.config import PRESETS, resolve
+from flowt2i.errors import UserError
+from flowt2i.training import checkpoint
+from flowt2i.training.loop import Stopped, Trainer, train
+
+
+def log(run: Path) -> dict[int, dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+def fit(preset, data, run, *words, resume=None):
+    return train(resolve(preset, words), data, run, resume, progress=False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(preset, scenes_data, tiny, tmp_path):
+    summary = fit(preset, scenes_data, tmp_path / "run", *tiny, "--train.steps", "3", "--train.eval_every", "2")
+    assert summary["step"] == 3 and summary["images_seen"] == 24
+    for line in log(tmp_path / "run").values():
+        assert {"step", "images_seen", "loss", "lr", "grad_norm", "images_per_s", "statistics"} <= set(line)
+        assert np.isfinite(line["loss"])
+    assert {p.name for p in (tmp_path / "run" / "samples").glob("*.png")} >= {"step-00000002.png", "step-00000003.png"}
+    assert checkpoint.list_steps(tmp_path / "run") == [3]
+    resolved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert resolved["preset"] == preset and resolved["resolved"]["accumulation"] == 1
+
+
+@pytest.mark.parametrize("block", ["modern", "seed"])
+def test_it_learns(block, scenes_data, tiny, tmp_path):
+    words = [
+        *tiny,
+        "--train.steps",
+        "60",
+        "--model.block",
+        block,
+        "--optim.lr",
+        "3e-3",
+        "--train.eval_every",
+        "30",
+        "--model.prediction",
+        "v",
+    ]
+    fit("quickstart", scenes_data, tmp_path / "run", *words)
+    losses = [line["loss"] for line in log(tmp_path / "run").values()]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+def test_resume_is_exact_even_of_a_resume(scenes_data, tiny, tmp_path):
+    words = [*tiny, "--train.steps", "9", "--optim.schedule", "constant", "--train.ema", "0.9", "--optim.name", "muon"]
+    fit("quickstart", scenes_data, tmp_path / "whole", *words)
+    part = tmp_path / "part"
+    for steps, resume in (("3", None), ("6", "latest"), ("9", str(checkpoint.folder(part, 6)))):
+        fit("quickstart", scenes_data, part, *words, "--train.steps", steps, "--optim.warmup", str(0.05 * 9 / int(steps)), resume=resume)
+    whole, pieces = log(tmp_path / "whole"), log(part)
+    assert list(whole) == list(pieces) == list(range(1, 10))
+    assert [line["loss"] for line in whole.values()] == [line["loss"] for line in pieces.values()]
+    for name in ("model", "ema", "optimizer"):
+        a, b = (checkpoint.load_tensors(checkpoint.folder(run, 9) / f"{name}.safetensors") for run in (tmp_path / "whole", part))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_accumulation_changes_nothing_but_rounding(scenes_data, tiny, tmp_path):
+    for micro in ("8", "2"):
+        fit("quickstart", scenes_data, tmp_path / micro, *tiny, "--train.steps", "4", "--train.micro_batch", micro)
+    a, b = ([line["loss"] for line in log(tmp_path / m).values()] for m in ("8", "2"))
+    assert np.allclose(a, b, rtol=1e-4)
+
+
+def test_loader_processes_change_nothing(scenes_data, tiny, tmp_path):
+    for workers in ("0", "2"):
+        fit("quickstart", scenes_data, tmp_path / workers, *tiny, "--train.steps", "3", "--data.workers", workers)
+    a, b = ([line["loss"] for line in log(tmp_path / w).values()] for w in ("0", "2"))
+    assert a == b
+
+
+def test_two_ranks_see_what_one_sees(scenes_data, tiny, tmp_path):
+    """Two gloo ranks under torchrun, against one process, at the same effective batch."""
+    words = ["train", "--config", "quickstart", "--data", str(scenes_data), *tiny, "--train.steps", "4"]
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    two = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "flowt2i.cli",
+        *words,
+        "--out",
+        str(tmp_path / "two"),
+    ]
+    subprocess.run(two, check=True, cwd=root, env=env, capture_output=True, timeout=240)
+    fit("quickstart", scenes_data, tmp_path / "one", *tiny, "--train.steps", "4")
+    a, b = ([line["loss"] for line in log(tmp_path / w).values()] for w in ("one", "two"))
+    assert np.allclose(a, b, rtol=1e-4)
+
+
+def test_minutes_fix_the_steps_once(scenes_data, tiny, tmp_path):
+    summary = fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.minutes", "0.05")
+    assert summary["step"] >= 30
+    state = checkpoint.read_state(checkpoint.newest_good(tmp_path / "run"))
+    assert state["steps"] == state["step"] == summary["step"]
+
+
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(scenes_data, tiny, tmp_path):
+    words = [
+        "train",
+        "--config",
+        "debug",
+        "--data",
+        str(scenes_data),
+        "--out",
+        str(tmp_path / "run"),
+        "--resume",
+        "latest",
+        *tiny,
+        "--train.eval_every",
+        "0",
+    ]
+    command = [sys.executable, "-m", "flowt2i.cli", *words, "--train.steps"]
+    process = subprocess.Popen([*command, "0"], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    deadline = time.time() + 120
+    while time.time() < deadline and not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    (step,) = checkpoint.list_steps(tmp_path / "run")
+    assert f"at step {step}" in errors
+    fit("debug", scenes_data, tmp_path / "run", *tiny, "--train.eval_every", "0", "--train.steps", str(step + 2), resume="latest")
+    assert list(log(tmp_path / "run")) == list(range(1, step + 3))
+
+
+def test_previews_use_the_same_seeds_each_time(scenes_data, tiny, tmp_path):
+    for name in ("a", "b"):
+        fit("quickstart", scenes_data, tmp_path / name, *tiny, "--train.steps", "2")
+    a, b = (np.asarray(Image.open(tmp_path / n / "samples" / "step-00000002.png")) for n in ("a", "b"))
+    assert np.array_equal(a, b)
+
+
+def test_flips_and_dropout_are_applied(scenes_data, tiny, tmp_path):
+    base = fit_losses(scenes_data, tiny, tmp_path / "base")
+    assert fit_losses(scenes_data, tiny, tmp_path / "flip", "--data.flip", "true") != base
+    trainer = Trainer(resolve("quickstart", [*tiny, "--flow.caption_dropout", "0.5"]), scenes_data, tmp_path / "drop", progress=False)
+    seen = []
+    trainer.objective.forward = lambda data, noise, t, text, mask: seen.append((text, mask)) or (_ for _ in ()).throw(StopIteration)  # type: ignore[method-assign]
+    with pytest.raises((StopIteration, RuntimeError)):
+        trainer._step(iter(trainer._loader()), 1.0, False)
+    text, mask = seen[0]
+    empty = (mask.sum(1) == 1) & (text[:, 0] == trainer.null[0])
+    from flowt2i.training import stream
+
+    assert torch.equal(empty, stream.draw(0, 0, 8, (3, 64, 64), 0.5, False, torch.device("cpu")).dropped) and empty.any() and not empty.all()
+
+
+def fit_losses(data, tiny, run, *words):
+    fit("quickstart", data, run, *tiny, "--train.steps", "3", *words)
+    return [line["loss"] for line in log(run).values()]
+
+
+def test_wandb_offline_and_tensorboard(scenes_data, tiny, tmp_path):
+    pytest.importorskip("wandb"), pytest.importorskip("tensorboard")
+    fit(
+        "quickstart",
+        scenes_data,
+        tmp_path / "run",
+        *tiny,
+        "--train.steps",
+        "2",
+        "--track.use_wandb",
+        "true",
+        "--track.wandb_mode",
+        "offline",
+        "--track.tensorboard",
+        "true",
+    )
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {
+        "loss",
+        "lr",
+        "grad_norm",
+        "validation/loss",
+        "validation_ema/loss",
+        "score",
+        "statistics/latent_std",
+        "statistics/velocity_std",
+    } <= scalars
+    assert "samples" in events.Tags()["images"]
+
+
+def test_non_finite_loss_stops_before_the_update(scenes_data, tiny, tmp_path):
+    trainer = Trainer(resolve("quickstart", [*tiny, "--train.steps", "3"]), scenes_data, tmp_path / "run", progress=False)
+    with torch.no_grad():
+        trainer.model.unembed.weight[0, 0] = float("nan")
+    before = trainer.model.time[0].weight.clone()
+    with pytest.raises(UserError, match="not finite at step 0"):
+        trainer.train()
+    assert torch.equal(before, trainer.model.time[0].weight) and checkpoint.list_steps(tmp_path / "run") == []
+
+
+class TestRefused:
+    def test_existing_run_without_resume(self, scenes_data, tiny, tmp_path):
+        fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.steps", "1")
+        with pytest.raises(UserError, match="--resume latest"):
+            fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.steps", "2")
+        with pytest.raises(UserError, match=r"model\.width"):
+            fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--model.width", "32", "--train.steps", "2", resume="latest")
+        with pytest.raises(UserError, match="no model"):
+            fit("quickstart", scenes_data, tmp_path / "run", *tiny, resume=str(tmp_path / "nowhere"))
+
+    def test_data_prepared_otherwise(self, scenes_data, tiny, tmp_path):
+        with pytest.raises(UserError, match=r"data\.codec"):
+            fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--data.codec", "sd-vae-ft-mse")
+        from flowt2i.data.options import PrepareOptions
+        from flowt2i.data.prepare import prepare
+
+        fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.steps", "1")
+        prepare(PrepareOptions(sources=["scenes"], out=tmp_path / "other", count=40, image_size=32, workers=1), progress=False)
+        with pytest.raises(UserError, match="image_size"):
+            fit("quickstart", tmp_path / "other", tmp_path / "run", *tiny, "--train.steps", "2", resume="latest")
+
+    def test_missing_or_foreign_data(self, tiny, tmp_path):
+        with pytest.raises(UserError, match="no dataset"):
+            fit("quickstart", tmp_path / "nowhere", tmp_path / "run", *tiny)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match=r"dataset\.json"):
+            fit("quickstart", tmp_path / "empty", tmp_path / "run", *tiny)
+
+    @pytest.mark.parametrize("words", [["--train.micro_batch", "3"], ["--model.heads", "3"], ["--model.patch", "7"]])
+    def test_indivisible_sizes(self, words, scenes_data, tiny, tmp_path):
+        with pytest.raises(UserError):
+            fit("quickstart", scenes_data, tmp_path / "run", *tiny, *words)
+
+    def test_two_trainings_in_one_folder(self, scenes_data, tiny, tmp_path):
+        first = Trainer(resolve("quickstart", tiny), scenes_data, tmp_path / "run", progress=False)
+        with pytest.raises(UserError, match="another training"):
+            Trainer(resolve("quickstart", tiny), scenes_data, tmp_path / "run", progress=False)
+        first.close()
+        Trainer(resolve("quickstart", tiny), scenes_data, tmp_path / "run", progress=False).close()
+
+
+def test_stopped_is_raised_after_saving(scenes_data, tiny, tmp_path):
+    trainer = Trainer(resolve("quickstart", [*tiny, "--train.steps", "5"]), scenes_data, tmp_path / "run", progress=False)
+    trainer.stop_signal = signal.SIGTERM
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert checkpoint.list_steps(tmp_path / "run") == [1]
