@@ -37,6 +37,7 @@ CSS = """
 .gradio-container { max-width: 960px !important; margin: 0 auto !important; }
 #gallery img { image-rendering: pixelated; }
 #status { min-height: 1.6em; }
+@media (max-width: 700px) { #drawn { order: -1; } }  /* on a phone the pictures come before the settings */
 """
 
 
@@ -167,22 +168,21 @@ def page(pipeline: Pipeline) -> gr.Blocks:
 
     with gr.Blocks(title="flowt2i", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
         gr.Markdown(f"# flowt2i\n`{pipeline.name or 'model'}`: {parameters:.1f}M parameters, {size}×{size} pictures")
+        prompt = gr.Textbox(prompts[0], label="Prompt", lines=2, max_lines=6, max_length=LONGEST_PROMPT)
+        with gr.Row():
+            go, stop = gr.Button("Draw", variant="primary", min_width=100), gr.Button("Stop", min_width=100)
         with gr.Row():
             with gr.Column(min_width=300):
-                prompt = gr.Textbox(prompts[0], label="Prompt", lines=2, max_lines=6, max_length=LONGEST_PROMPT)
-                with gr.Row():
-                    go, stop = gr.Button("Draw", variant="primary", min_width=100), gr.Button("Stop", min_width=100)
                 images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures")
                 steps = gr.Slider(1, MOST_STEPS, min(own["steps"], MOST_STEPS), step=1, label="Steps")
                 guidance = gr.Slider(0, MOST_GUIDANCE, min(own["guidance"], MOST_GUIDANCE), step=0.1, label="Guidance",
                                      info="1: none; more follows the prompt more closely")  # fmt: skip
-                with gr.Row(equal_height=True):
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120)
-                    new_seed = gr.Button("New seed", min_width=100)
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
+                new_seed = gr.Button("New seed", size="sm")
                 with gr.Accordion("More", open=False):
                     solver = gr.Radio(list(SOLVERS), value=own["solver"], label="Solver", info="heun: twice the work a step, fewer steps needed")
                     every = gr.Slider(1, 50, 2, step=1, label="Update every … steps")
-            with gr.Column(min_width=300):
+            with gr.Column(min_width=300, elem_id="drawn"):
                 gallery = gr.Gallery(label="Pictures", columns=2, height="auto", format="png", object_fit="contain", elem_id="gallery",
                                      buttons=["download", "fullscreen"])  # fmt: skip
                 status = gr.Markdown(elem_id="status")
@@ -190,7 +190,7 @@ def page(pipeline: Pipeline) -> gr.Blocks:
 
         inputs = [prompt, steps, guidance, solver, seed, images, every]
         # preprocess=False: `check` alone judges what comes, in words for people, where gradio would print a traceback
-        drawing = gr.on([go.click, prompt.submit], _bind(pipeline), inputs, [gallery, status], show_progress="minimal", preprocess=False,
+        drawing = gr.on([go.click, prompt.submit], _bind(pipeline), inputs, [gallery, status], show_progress="minimal", show_progress_on=gallery, preprocess=False,
                         api_name="generate", concurrency_limit=1, trigger_mode="once")  # fmt: skip
         stop.click(lambda: "stopped", None, status, cancels=[drawing], queue=False, api_visibility="private")
         new_seed.click(lambda: random.randrange(LARGEST_SEED), None, seed, queue=False, api_visibility="private")

@@ -15,9 +15,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from flowt2i.codec import LOAD_ERRORS, find_pretrained, first_line, full_id, quiet, read_config, weight_files
 from flowt2i.description import TextSpec, fingerprint_files
 from flowt2i.errors import UserError
+from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, full_id, quiet, read_config, weight_files
 
 PAD, END = "<pad>", "<end>"
 SMALLEST_VOCAB = 256 + 2  # every byte, the pad and the end token
