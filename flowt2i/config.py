@@ -163,8 +163,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
         "data": {"batch_size": 64},
         "model": {"width": 256, "depth": 6, "heads": 4, "time_width": 256, "text_width": 256, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64},
-        "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 3e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
-        "train": {"minutes": 9.0, "micro_batch": 0, "ema": 0.998, "eval_every": 0, "checkpoint_every": 500},
+        "flow": {"logit_mean": -0.8, "floor": 0.2},
+        "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
+        "train": {"minutes": 9.5, "micro_batch": 0, "ema": 0.998, "eval_every": 0, "checkpoint_every": 500},
         "sample": {"guidance": 2.0},
     },
     "seed": SEED_RECIPE,

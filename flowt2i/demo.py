@@ -190,8 +190,8 @@ def page(pipeline: Pipeline) -> gr.Blocks:
 
         inputs = [prompt, steps, guidance, solver, seed, images, every]
         # preprocess=False: `check` alone judges what comes, in words for people, where gradio would print a traceback
-        drawing = gr.on([go.click, prompt.submit], _bind(pipeline), inputs, [gallery, status], show_progress="minimal", show_progress_on=gallery, preprocess=False,
-                        api_name="generate", concurrency_limit=1, trigger_mode="once")  # fmt: skip
+        drawing = gr.on([go.click, prompt.submit], _bind(pipeline), inputs, [gallery, status], show_progress="minimal", show_progress_on=gallery,
+                        preprocess=False, api_name="generate", concurrency_limit=1, trigger_mode="once")  # fmt: skip
         stop.click(lambda: "stopped", None, status, cancels=[drawing], queue=False, api_visibility="private")
         new_seed.click(lambda: random.randrange(LARGEST_SEED), None, seed, queue=False, api_visibility="private")
     return blocks.queue(max_size=WAITING)

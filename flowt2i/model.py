@@ -155,14 +155,15 @@ class ModernBlock(nn.Module):
 
 
 class SeedBlock(nn.Module):
-    def __init__(self, config: ModelConfig, text_width: int):
+    def __init__(self, config: ModelConfig, text_width: int, last: bool):
         super().__init__()
         d = config.width
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d, elementwise_affine=affine) for affine in (False, True, False))
-        self.text_norm = nn.LayerNorm(text_width)
         self.attention = Attention(d, config.heads, text=False, qk_norm=False, bias=True)
         self.cross = CrossAttention(d, text_width, config.heads)
-        self.mlp, self.text_mlp = gelu_mlp(d, config.mlp_ratio), gelu_mlp(text_width, config.mlp_ratio)
+        self.mlp = gelu_mlp(d, config.mlp_ratio)
+        # Nothing reads the caption after the last block: updating it there would be weights that never learn.
+        self.text_mlp = None if last else nn.Sequential(nn.LayerNorm(text_width), gelu_mlp(text_width, config.mlp_ratio))
         self.adaln = nn.Linear(config.time_width, 6 * d)
 
     def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,8 +172,7 @@ class SeedBlock(nn.Module):
         x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
         x = x + self.cross(self.norm2(x), text, text_bias)
         x = x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
-        text = text + self.text_mlp(self.text_norm(text))
-        return x, text
+        return x, text if self.text_mlp is None else text + self.text_mlp(text)
 
 
 class CaptionBlock(nn.Module):
@@ -238,7 +238,7 @@ class FlowTransformer(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, config.time_width), nn.SiLU(), nn.Linear(config.time_width, config.time_width))
         if self.seed:
             self.text_embed: nn.Module = nn.Identity()
-            self.blocks = nn.ModuleList(SeedBlock(config, text_dim) for _ in range(config.depth))
+            self.blocks = nn.ModuleList(SeedBlock(config, text_dim, last=i == config.depth - 1) for i in range(config.depth))
             self.final_norm: nn.Module = nn.LayerNorm(d, elementwise_affine=False)
         else:
             self.text_embed = nn.Sequential(nn.RMSNorm(text_dim), nn.Linear(text_dim, d))

@@ -36,4 +36,4 @@ class CaptionFeatures:
         for i, index in enumerate(batch.index.tolist()):
             rows = self.rows[self.starts[index] : self.starts[index + 1]]
             out[i, : len(rows)] = rows
-        return out.to(self.device)
+        return out.to(self.device).float()

@@ -41,7 +41,7 @@ from flowt2i.training.objective import Objective, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
 from flowt2i.training.tracking import Tracker
 
-TIMED = (5, 20)  # steps between which the speed is measured that turns `train.minutes` into `steps`
+WARM, TIMED = 5, 20  # `train.minutes`: the first steps (compilation) do not count; the speed is first known after so many
 
 
 class Stopped(Exception):
@@ -73,9 +73,10 @@ class Trainer:
         self.model = build_model(config, self.description).to(device)
         self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
         self.optimizer = Optimizer(config.optim, self.model)
-        self.step, self.steps, self.speed_start = 0, 0 if config.train.minutes else config.train.steps, 0.0
+        self.step, self.steps = 0, 0 if config.train.minutes else config.train.steps
         if source:
             self._load(source)
+        self.first, self.resumed, self.warm = self.step, bool(self.step and self.steps), 0.0
         self.mean = torch.tensor(self.description.latent_mean, device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(self.description.latent_std, device=device).view(1, -1, 1, 1)
         self.encoder = load_encoder(self.description.text, compute_dtype(config)).to(device) if self.description.text.kind == "hf" else None
@@ -287,17 +288,20 @@ class Trainer:
         )  # fmt: skip
 
     def _set_budget(self, bar: Any) -> None:
-        """With `train.minutes`: once the speed is known, fix the number of steps, so that the learning rate can end within the time."""
-        minutes = self.config.train.minutes
-        if not minutes or self.steps:
+        """With `train.minutes`: turn the time into a number of steps, so that the learning rate can end within it.
+
+        Done once the speed is known, and again every 100 steps up to half way, since a machine's speed drifts; a resume keeps the number.
+        """
+        minutes, done = self.config.train.minutes, self.step - self.first
+        if not minutes or self.resumed:
             return
-        if self.step == TIMED[0]:
-            self.speed_start = time.perf_counter()
-        elif self.step == TIMED[1]:
+        if done == WARM:
+            self.warm = time.perf_counter()
+        elif done == TIMED or (done > TIMED and done % 100 == 0 and self.step < self.steps / 2):
             now = time.perf_counter()
-            per_step = torch.tensor((now - self.speed_start) / (TIMED[1] - TIMED[0]))
+            per_step = self.world.mean(torch.tensor((now - self.warm) / (done - WARM))).item()
             left = minutes * 60 - (now - self.started)
-            self.steps = self.step + max(10, int(left / self.world.mean(per_step).item()))
+            self.steps = self.step + max(10, int(left / per_step))
             bar.total = self.steps
             bar.refresh()
             self._write_config()
