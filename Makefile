@@ -8,7 +8,8 @@ SEED ?= 0
 COUNT ?= 40000
 DATA ?= data/scenes
 OUT ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
-MINUTES ?=
+# training time: the preset's own on a CPU, less where a GPU does far more in it
+MINUTES ?= $(if $(shell command -v nvidia-smi),1.5)
 SLOW ?=
 JOBS ?= 2
 
@@ -28,6 +29,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv found: install one (Debian, Ubuntu: apt install python3-venv), or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "== setting up $(VENV) with $(PYTHON) (downloads on the first run)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(PIP) || $(BIN)/python -m ensurepip  # a .venv that uv made has no pip
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 

@@ -9,7 +9,6 @@ update are therefore timed on their own, and the step is `accumulation x micro-b
 """
 
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ from flowt2i.model import FlowTransformer, count_parameters, swiglu_hidden
 from flowt2i.pipeline import Pipeline, build_model
 from flowt2i.training import stream
 from flowt2i.training.compiling import compile_blocks, will_compile
-from flowt2i.training.distributed import accumulation, best_device
+from flowt2i.training.distributed import accumulation, best_device, peak_memory
 from flowt2i.training.ema import EMA
 from flowt2i.training.objective import Objective, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients
@@ -276,13 +275,6 @@ def fastest_of(work: Callable[[], Any], device: torch.device, least: int = 3, se
         work()
         times.append(clock(device) - a)
     return min(times)
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: the most that tensors took on a GPU, or that this process took in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def device_name(device: torch.device) -> str:

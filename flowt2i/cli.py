@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -126,6 +127,8 @@ def add_train(commands: Any) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (default: the only one under data/)")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default runs/PRESET-DATA)")
     parser.add_argument("--resume", metavar="latest|PATH", help="continue from the run's newest checkpoint, or from the one at PATH")
+    parser.add_argument("--codec", help="folder of the VAE, where it moved since the data was prepared")
+    parser.add_argument("--text", help="folder of the text encoder, where it moved since the data was prepared")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and start nothing")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object on the last line")
     parser.set_defaults(run=run_train, overrides=True)
@@ -137,14 +140,14 @@ def run_train(args: argparse.Namespace) -> int:
     else:
         config = resolve(args.config, args.rest)
     if args.print_config:
-        print(config.model_dump_json(indent=2))
+        print(json.dumps(resolved_config(config, args.data), indent=2))
         return 0
     data = args.data or only_dataset()
     run = args.out or Path("runs") / f"{config.preset}-{data.resolve().name}"
     from flowt2i.training.loop import Stopped, train
 
     try:
-        summary = train(config, data, run, args.resume)
+        summary = train(config, data, run, args.resume, codec=args.codec, text=args.text)
     except Stopped as stopped:
         print(f"flowt2i train: {stopped}", file=sys.stderr)
         return INTERRUPTED
@@ -152,11 +155,26 @@ def run_train(args: argparse.Namespace) -> int:
         print(json.dumps(summary))
     else:
         print(
-            f"trained {summary['step']} steps ({summary['images_seen']:,} images) in {summary['seconds'] / 60:.1f} min: {run}",
+            f"trained {summary['step']} steps ({summary['images_seen']:,} images) in "
+            f"{summary['seconds'] / 60:.1f} min, at most {summary['peak_memory_gib']} GiB: {run}",
             file=sys.stderr,
         )
         print(f'next: flowt2i generate "…" --model {run} --out picture.png', file=sys.stderr)
     return 0
+
+
+def resolved_config(config: Config, data: Path | None) -> dict[str, Any]:
+    """The configuration, and, where the data is given, what follows from it."""
+    if data is None:
+        return config.model_dump()
+    from flowt2i.description import DatasetDescription
+    from flowt2i.training.distributed import accumulation
+
+    codec = DatasetDescription.load(data).codec
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    micro, accumulate = accumulation(config.data.batch_size, config.train.micro_batch, ranks)
+    facts = {"data": str(data), "micro_batch": micro, "accumulation": accumulate, "ranks": ranks}
+    return config.model_dump() | {"resolved": facts | {"model": config.model.resolve(codec.kind, codec.shape).model_dump()}}
 
 
 def only_dataset() -> Path:
@@ -175,11 +193,11 @@ def only_dataset() -> Path:
 # ---- generate ---------------------------------------------------------------------------------------------------------
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first picture; the next ones count on (default 0)") -> None:
     parser.add_argument("--steps", type=int, help="solver steps (default: the model's, usually 50)")
     parser.add_argument("--solver", help="euler or heun")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1: none")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count on (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help=seed)
     parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
     parser.add_argument("--codec", help="folder of the VAE, where it moved since the data was prepared")
     parser.add_argument("--text", help="folder of the text encoder, where it moved since the data was prepared")
@@ -234,6 +252,12 @@ def run_generate(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: pictures are written as PNG, so give a name that ends in .png")
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write --out {args.out}: {error.strerror}") from error
+    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):  # before the work, not after it
+        raise UserError(f"cannot write --out {args.out}: give another name or folder")
     from tqdm import tqdm
 
     from flowt2i.grid import grid
@@ -244,7 +268,6 @@ def run_generate(args: argparse.Namespace) -> int:
         samples = pipeline.sample(
             prompts, steps=args.steps, solver=args.solver, guidance=args.guidance, seed=args.seed, num=args.num, batch_size=args.batch_size, progress=bar.update
         )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     pictures = samples.pictures()
     files = [args.out] if len(pictures) == 1 else [args.out.with_name(f"{args.out.stem}-{i:03d}.png") for i in range(len(pictures))]
     for picture, file in zip(pictures, files):
@@ -276,10 +299,11 @@ def add_evaluate(commands: Any) -> None:
         **examples("flowt2i evaluate --model runs/quickstart --num 500", "flowt2i evaluate --model runs/quickstart --heldout-pairs --json"),
     )
     parser.add_argument("--model", type=Path, help="run folder, checkpoint or exported model (default: the newest run under runs/)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset to score on; scenes need none, their prompts are drawn anew")
     parser.add_argument("--metrics", default="scenes", help="which scores, with commas between: scenes")
     parser.add_argument("--num", type=int, default=500, help="prompts (default 500)")
     parser.add_argument("--heldout-pairs", action="store_true", help="ask for pairs of colour and shape that training never showed")
-    add_sampling(parser)
+    add_sampling(parser, seed="seed of the prompts; the noise of picture k is always that of seed 1000000 + k (default 0)")
     parser.set_defaults(run=run_evaluate)
 
 
@@ -289,8 +313,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
             raise UserError(f"no metric {name!r}{nearest(name, ['scenes'])}")
     if args.num < 1:
         raise UserError("--num must be at least 1")
+    from flowt2i.description import DatasetDescription
+
+    if args.data and not DatasetDescription.load(args.data).is_scenes:
+        raise UserError(f"the scenes score is for the built-in data, and {args.data} is not: leave out --data, or prepare `scenes`")
     pipeline = load_pipeline(args)
-    if not pipeline.description.source.startswith("scenes"):
+    if not pipeline.description.is_scenes:
         raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data")
     from flowt2i.evaluation.scenes import score_pipeline
 
@@ -298,14 +326,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
     scores = score_pipeline(pipeline, args.num, seed=args.seed, heldout=args.heldout_pairs, progress=True, **settings)
     used = pipeline.settings(args.steps, args.solver, args.guidance)
     kind = "heldout-pairs" if args.heldout_pairs else "prompts"
-    protocol = f"scenes-{kind}-{args.num}@{pipeline.description.codec.image_size}, {used['solver']} {used['steps']} steps, "
-    protocol += f"guidance {used['guidance']:g}, seed {args.seed}, {args.weights} weights"
+    title = f"scenes-{kind}-{args.num}@{pipeline.description.codec.image_size}"
+    protocol = f"{title}, {used['solver']} {used['steps']} steps, guidance {used['guidance']:g}, prompt seed {args.seed}, {pipeline.weights} weights"
     if args.json:
-        print(json.dumps({"protocol": protocol} | {f"scenes_{name}": value for name, value in scores.items()}))
+        values = {f"{title}/{part}": score["accuracy"] for part, score in scores.items()}
+        print(json.dumps(values | {"intervals": {f"{title}/{part}": score for part, score in scores.items()}, "protocol": protocol}))
     else:
         print(protocol)
-        for name, score in scores.items():
-            print(f"  {name:10s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}")
+        for part, score in scores.items():
+            print(f"  {part:10s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}")
     return 0
 
 
@@ -345,7 +374,7 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--text-tokens", type=int, default=16, help="tokens a caption (default 16)")
     parser.add_argument(
         "--latents",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="8x8x4 latents and 512-wide features of a frozen encoder, instead of pixels and the built-in encoder",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
@@ -358,7 +387,9 @@ def run_bench(args: argparse.Namespace) -> int:
     config: Config = resolve(args.config, args.rest)
     if args.text_tokens < 1:
         raise UserError("--text-tokens must be at least 1")
-    result = bench(config, text_tokens=args.text_tokens, latents=args.latents)
+    result = bench(
+        config, text_tokens=args.text_tokens, latents=PREPARATION.get(config.preset, {}).get("codec") != "pixels" if args.latents is None else args.latents
+    )
     print(json.dumps(result) if args.json else result["verdict"])
     return 0
 

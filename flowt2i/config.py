@@ -44,7 +44,9 @@ class ModelConfig(_Section):
     pooled_text: bool = Field(True, description="modern block: add the mean caption feature to the time embedding")
     patch: int = Field(0, ge=0, description="side of a patch; 0: 8 for pixels, 1 for latents, so that 64x64 images make 64 tokens")
     bottleneck: int = Field(128, ge=0, description="pixels: width of a linear bottleneck in the patch embedding; 0: none")
-    positions: Literal["sincos", "learned"] = Field("sincos", description="image positions: fixed 2D sin-cos, or learned from scratch")
+    positions: Literal["rope", "sincos", "learned"] = Field(
+        "rope", description="image positions: fixed 2D sin-cos, with rotary ones in the attention besides (rope), or learned from scratch"
+    )
     prediction: Literal["auto", "v", "x"] = Field("auto", description="what the network puts out: velocity or clean data; auto: v for latents, x for pixels")
 
     @property
@@ -61,8 +63,8 @@ class ModelConfig(_Section):
             raise UserError(f"model.patch {patch} does not divide the {shape[1]}x{shape[2]} latents: choose a divisor")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise UserError(f"model.heads {self.heads} must divide model.width {self.width} into heads of even width")
-        if self.width % 4:
-            raise UserError(f"model.width {self.width} must be a multiple of 4")
+        if self.width % 4 or (self.positions == "rope" and (self.width // self.heads) % 4):
+            raise UserError(f"model.width {self.width} and the width of its {self.heads} heads must be multiples of 4")
         if self.text_width % max(1, self.text_width // 64) or self.text_width % 2:
             raise UserError(f"model.text_width {self.text_width} must be a multiple of 64, or an even number under 128")
         prediction = self.prediction if self.prediction != "auto" else ("x" if pixels else "v")
@@ -97,8 +99,8 @@ class OptimConfig(_Section):
 
 class TrainConfig(_Section):
     steps: int = Field(30_000, ge=0, description="optimizer steps; 0: until stopped")
-    minutes: float = Field(0.0, ge=0, description="with a value: train this long instead; the first steps are timed and `steps` is set once from them")
-    micro_batch: int = Field(96, ge=0, description="images a forward pass and rank; 0: as many as the effective batch allows. Accumulation follows from it")
+    minutes: float = Field(0.0, ge=0, description="with a value: train this long; `steps` follows from the speed. --train.steps switches it off")
+    micro_batch: int = Field(96, ge=0, description="most images a forward pass and rank (0: its whole share); accumulation follows from it")
     seed: int = Field(0, ge=0, description="of data order, noise, times, dropout and initial weights")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="compute under autocast; weights are always fp32")
     compile: Literal["auto", "on", "off"] = Field(
@@ -161,12 +163,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "debug": {"data": {"batch_size": 288}, "optim": {"schedule": "constant"}, "train": {"steps": 0, "log_every": 1}},
     "full_scale": {"train": {"steps": 300_000, "keep_every": 25_000}},
     "quickstart": {
-        "data": {"batch_size": 64},
-        "model": {"width": 256, "depth": 6, "heads": 4, "time_width": 256, "text_width": 256, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64},
+        "data": {"batch_size": 32},
+        "model": {"width": 192, "depth": 6, "heads": 3, "time_width": 192, "text_width": 192, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64},
         "flow": {"logit_mean": -0.8, "floor": 0.2},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
-        "train": {"minutes": 9.5, "micro_batch": 0, "ema": 0.998, "eval_every": 0, "checkpoint_every": 500},
-        "sample": {"guidance": 2.0},
+        "train": {"minutes": 11.0, "micro_batch": 0, "ema": 0.998, "eval_every": 0, "checkpoint_every": 500},
+        "sample": {"guidance": 3.0},
     },
     "seed": SEED_RECIPE,
 }  # fmt: skip
@@ -183,8 +185,12 @@ def resolve(preset: str | None, overrides: Sequence[str] = (), base: Config | No
         config = Config.model_validate({"preset": name, **PRESETS[name]})
     else:
         config = base.model_copy(deep=True)
-    for key, value in parse_overrides(overrides):
+    pairs = parse_overrides(overrides)
+    for key, value in pairs:
         set_field(config, key, value)
+    asked = {key for key, _ in pairs}
+    if "train.steps" in asked and "train.minutes" not in asked:
+        config.train.minutes = 0.0  # a number of steps was asked for, so the preset's time no longer decides
     return config
 
 

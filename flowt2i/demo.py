@@ -152,7 +152,7 @@ def summary(samples: Samples) -> str:
 
 def example_prompts(pipeline: Pipeline) -> list[str]:
     """Prompts that fit what the model was trained on."""
-    if pipeline.description.source.startswith("scenes"):
+    if pipeline.description.is_scenes:
         from flowt2i.data.scenes import curated_prompts
 
         return curated_prompts()

@@ -58,6 +58,11 @@ class DatasetDescription(_Spec):
     prompts: tuple[str, ...] = ()  # a few held-out captions that previews may use
     fingerprint: str = ""  # sha256 of sorted (key, content hash): two folders with one fingerprint hold the same data
 
+    @property
+    def is_scenes(self) -> bool:
+        """Whether this is the built-in data, whose captions the exact checker understands."""
+        return self.source == "scenes"
+
     @classmethod
     def load(cls, folder: Path) -> "DatasetDescription":
         """Read `folder/dataset.json`; UserError where it is missing or not one of ours."""

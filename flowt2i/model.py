@@ -7,7 +7,7 @@ Two blocks, chosen by `ModelConfig.block`:
   2212.09748), learned positions.
 - `modern`: RMSNorm, one attention in which image queries see image and caption keys, QK-norm (2302.05442), SwiGLU (2002.05202),
   one AdaLN shared by all blocks plus a table a block (PixArt-alpha, 2310.00426, sec. 2.3), fixed 2D sin-cos positions at
-  unit scale. The caption is read, never updated: at 64 image tokens a second stream costs more than it gives.
+  unit scale and rotary ones in the attention. The caption is read, never updated: at 64 image tokens a second stream costs more than it gives.
 
 Shapes: B images, N = (H/p)(W/p) image tokens, T caption tokens, d width, D width of the caption features.
 """
@@ -22,10 +22,10 @@ from flowt2i.config import ModelConfig
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
-    """Softmax attention. q [B, h, N, e], k and v [B, h, M, e], key_bias [B, 1, 1, M] (0 or -inf) or None -> [B, h, N, e].
+    """Softmax attention. q [B, h, N, e], k and v [B, h, M, e], key_bias [B, 1, 1, M] (0, or very negative where masked) or None -> [B, h, N, e].
 
     On a CPU the products are written out: at under a few hundred tokens the fused kernel's backward is the slower one there
-    (`benchmarks/attention.py` shows by how much), and `torch.compile` fuses what lies between the products.
+    (`python benchmarks/attention.py` shows by how much), and `torch.compile` fuses what lies between the products.
     """
     if q.device.type != "cpu" or k.shape[2] > 512:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_bias is None else key_bias.to(q.dtype))
@@ -51,6 +51,27 @@ def sincos_2d(rows: int, columns: int, width: int) -> Tensor:
     """[rows * columns, width]: half of the width speaks of the row, half of the column."""
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.cat([sincos_1d(y.flatten(), width // 2), sincos_1d(x.flatten(), width // 2)], 1)
+
+
+def rotation_2d(rows: int, columns: int, head: int) -> Tensor:
+    """Cosines and sines [2, rows * columns, head / 2] that turn queries and keys by their place on the grid.
+
+    Axial rotary positions (Su et al. 2104.09864, applied to each axis by half of the head): frequencies fall geometrically from a
+    quarter turn a patch to a 64th of a turn.
+    """
+    frequencies = math.pi / 2 * 16 ** (-torch.arange(head // 4, dtype=torch.float64) / (head // 4))
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = torch.cat([y.flatten()[:, None] * frequencies, x.flatten()[:, None] * frequencies], 1)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x: Tensor, rotation: Tensor | None) -> Tensor:
+    """Turn each pair (i, i + head / 2) of x [B, h, N, head] by its angle in rotation [2, N, head / 2]; None turns nothing."""
+    if rotation is None:
+        return x
+    cosine, sine = rotation.to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
 
 
 def time_features(t: Tensor, width: int = 256) -> Tensor:
@@ -110,11 +131,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head) if qk_norm else nn.Identity()
         self.text_k_norm = RMSNorm(head) if qk_norm and text else nn.Identity()
 
-    def forward(self, x: Tensor, text: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x [B, N, d], text [B, T, d], bias [B, 1, 1, keys] -> [B, N, d]; keys are the caption's, then the image's."""
+    def forward(self, x: Tensor, text: Tensor | None = None, bias: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
+        """x [B, N, d], text [B, T, d], bias [B, 1, 1, keys], rotation as in `rotate` -> [B, N, d]; keys are the caption's, then the image's."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if self.text_kv is not None and text is not None:
             text_k, text_v = self.text_kv(text).view(batch, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
             k, v = torch.cat([self.text_k_norm(text_k), k], 2), torch.cat([text_v, v], 2)
@@ -146,10 +167,10 @@ class ModernBlock(nn.Module):
         self.mlp = SwiGLU(d, swiglu_hidden(d, config.mlp_ratio))
         self.table = nn.Parameter(torch.zeros(6, d))  # this block's own offset to the shared modulation
 
-    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, N, d], text [B, T, d], text_bias [B, 1, 1, T + N], time [B, 6, d]: the shared modulation."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.table).to(x.dtype).unsqueeze(2).unbind(1)
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), text, text_bias)
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), text, text_bias, rotation)
         x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x, text
 
@@ -166,10 +187,10 @@ class SeedBlock(nn.Module):
         self.text_mlp = None if last else nn.Sequential(nn.LayerNorm(text_width), gelu_mlp(text_width, config.mlp_ratio))
         self.adaln = nn.Linear(config.time_width, 6 * d)
 
-    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, N, d], text [B, T, D], text_bias [B, 1, 1, T], time [B, time_width]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(time)).unsqueeze(1).chunk(6, -1)
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), rotation=rotation)
         x = x + self.cross(self.norm2(x), text, text_bias)
         x = x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
         return x, text if self.text_mlp is None else text + self.text_mlp(text)
@@ -234,6 +255,8 @@ class FlowTransformer(nn.Module):
             self.positions = nn.Parameter(torch.randn(self.rows * self.columns, d) * 0.02)
         else:
             self.register_buffer("positions", sincos_2d(self.rows, self.columns, d), persistent=False)
+        rotation = rotation_2d(self.rows, self.columns, d // config.heads) if config.positions == "rope" else None
+        self.register_buffer("rotation", rotation, persistent=False)
         self.seed = config.block == "seed"
         self.time = nn.Sequential(nn.Linear(256, config.time_width), nn.SiLU(), nn.Linear(config.time_width, config.time_width))
         if self.seed:
@@ -241,7 +264,7 @@ class FlowTransformer(nn.Module):
             self.blocks = nn.ModuleList(SeedBlock(config, text_dim, last=i == config.depth - 1) for i in range(config.depth))
             self.final_norm: nn.Module = nn.LayerNorm(d, elementwise_affine=False)
         else:
-            self.text_embed = nn.Sequential(nn.RMSNorm(text_dim), nn.Linear(text_dim, d))
+            self.text_embed = nn.Sequential(RMSNorm(text_dim), nn.Linear(text_dim, d))
             self.pooled = nn.Linear(text_dim, config.time_width) if config.pooled_text else None
             self.shared_adaln = nn.Linear(config.time_width, 6 * d)
             self.blocks = nn.ModuleList(ModernBlock(config) for _ in range(config.depth))
@@ -296,7 +319,7 @@ class FlowTransformer(nn.Module):
             bias = F.pad(bias, (0, x.shape[1]))  # image keys are never masked
         text = self.text_embed(text)
         for block in self.blocks:
-            x, text = block(x, text, bias, modulation)
+            x, text = block(x, text, bias, modulation, self.rotation)
         shift, scale = self.final_adaln(F.silu(time)).unsqueeze(1).chunk(2, -1)
         return self.unpatchify(self.unembed(modulate(self.final_norm(x), shift, scale)))
 

@@ -63,10 +63,10 @@ class Pipeline:
 
     def __init__(
         self, model: FlowTransformer, config: Config, description: DatasetDescription, tokenizer: CaptionTokenizer,
-        encoder: FrozenEncoder | None = None, codec: Any = None, name: str = "",
+        encoder: FrozenEncoder | None = None, codec: Any = None, name: str = "", weights: str = "",
     ):  # fmt: skip
         self.model, self.config, self.description, self.tokenizer, self.encoder = model, config, description, tokenizer, encoder
-        self._codec, self.name = codec, name
+        self._codec, self.name, self.weights = codec, name, weights
         self.device = next(model.parameters()).device
         self.mean = torch.tensor(description.latent_mean, device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor(description.latent_std, device=self.device).view(1, -1, 1, 1)
@@ -96,11 +96,14 @@ class Pipeline:
             raise UserError(f"{folder} has no {weights} weights: choose {'raw' if stem == 'ema' else 'ema'}")
         model = build_model(config, description)
         checkpoint.load_into(model, folder / f"{stem}.safetensors")
-        target = torch.device(device) if device else best_device()
-        model = model.to(target).eval().requires_grad_(False)
+        try:
+            target = torch.device(device) if device else best_device()
+            model = model.to(target).eval().requires_grad_(False)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}): leave it out, or choose cpu") from error
         tokenizer = load_tokenizer(description.text, folder)
         encoder = load_encoder(description.text, compute_dtype(config), text).to(target) if description.text.kind == "hf" else None
-        return cls(model, config, description, tokenizer, encoder, codec, str(path))
+        return cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if stem == "ema" else "raw")
 
     @property
     def codec(self) -> Any:

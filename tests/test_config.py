@@ -84,3 +84,26 @@ def test_every_field_says_what_it_is_for():
     for name in (n for n in Config.model_fields if n != "preset"):
         for field, info in type(getattr(Config(), name)).model_fields.items():
             assert info.description, f"{name}.{field}"
+
+
+def test_a_number_of_steps_switches_the_presets_time_off():
+    assert resolve("quickstart").train.minutes > 0
+    assert (resolve("quickstart", ["--train.steps", "60"]).train.minutes, resolve("quickstart", ["--train.steps", "60"]).train.steps) == (0, 60)
+    assert resolve("quickstart", ["--train.steps", "60", "--train.minutes", "2"]).train.minutes == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_spreads_over_ranks(preset, world):
+    from flowt2i.training.distributed import accumulation
+
+    config = resolve(preset)
+    micro, steps = accumulation(config.data.batch_size, config.train.micro_batch, world)
+    assert micro * steps * world == config.data.batch_size and micro <= (config.train.micro_batch or config.data.batch_size)
+
+
+def test_a_batch_that_cannot_be_spread_is_refused():
+    from flowt2i.training.distributed import accumulation
+
+    with pytest.raises(UserError, match="multiple of 5"):
+        accumulation(288, 96, 5)

@@ -5,7 +5,7 @@ import torch
 
 from flowt2i.config import ModelConfig, resolve
 from flowt2i.errors import UserError
-from flowt2i.model import FlowTransformer, attend, count_parameters, mask_bias, sincos_2d
+from flowt2i.model import FlowTransformer, attend, count_parameters, mask_bias, rotate, rotation_2d, sincos_2d
 
 TINY = {"width": 64, "depth": 2, "heads": 2, "time_width": 32, "text_width": 32, "text_depth": 1, "bottleneck": 16}
 
@@ -100,6 +100,17 @@ def test_written_out_attention_equals_torchs():
     mask = torch.rand(2, 9, generator=g) < 0.7
     ours = attend(q, k, v, mask_bias(mask))
     assert torch.allclose(ours, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :]), atol=1e-5)
+
+
+def test_rotation_makes_attention_see_distances_only():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 32, generator=g), torch.randn(1, 1, 1, 32, generator=g)
+    turn = rotation_2d(4, 4, 32)
+    at = lambda row, column: turn[:, row * 4 + column].unsqueeze(1)
+    score = lambda a, b: (rotate(q, at(*a)) * rotate(k, at(*b))).sum()
+    assert torch.isclose(score((0, 1), (1, 3)), score((2, 0), (3, 2)), atol=1e-5)
+    assert not torch.isclose(score((0, 1), (1, 3)), score((0, 1), (1, 2)), atol=1e-2)
+    assert torch.equal(rotate(q, None), q)
 
 
 def test_positions_tell_all_places_apart():

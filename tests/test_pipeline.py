@@ -154,6 +154,12 @@ class TestGenerate:
             (["generate", "x", "--model", "/nowhere"], "no model at /nowhere"),
             (["generate", "x", "--out", "a.jpg"], ".png"),
             (["generate", "x", "--stepz", "3"], "--stepz"),
+            (["generate", "x", "--device", "nonsense"], "nonsense"),
+            (["train", "--config", "quickstrt"], "'quickstart'"),
+            (["train", "--train.stepz", "3"], "train.steps"),
+            (["train", "--data", "/nowhere"], "no dataset at /nowhere"),
+            (["prepare", "/nowhere", "--out", "/tmp/x"], "/nowhere"),
+            (["inspect", "/nowhere"], "no dataset at /nowhere"),
             (["generat", "x"], "'generate'"),
         ],
     )
@@ -182,8 +188,10 @@ class TestGenerate:
 def test_evaluate_scores_the_scenes(run, capsys):
     assert main(["evaluate", "--model", str(run), "--num", "12", "--steps", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["scenes_all"]["n"] == 12 and 0 <= result["scenes_all"]["low"] <= result["scenes_all"]["accuracy"] <= result["scenes_all"]["high"] <= 1
-    assert "euler 2 steps" in result["protocol"]
+    name = "scenes-prompts-12@64/all"
+    interval = result["intervals"][name]
+    assert interval["n"] == 12 and 0 <= interval["low"] <= result[name] <= interval["high"] <= 1
+    assert "euler 2 steps" in result["protocol"] and "EMA weights" in result["protocol"]
     assert main(["evaluate", "--model", str(run), "--metrics", "fidd"]) == 2
 
 

@@ -243,6 +243,20 @@ class TestRefused:
         with pytest.raises(UserError, match="image_size"):
             fit("quickstart", tmp_path / "other", tmp_path / "run", *tiny, "--train.steps", "2", resume="latest")
 
+    def test_other_data_of_the_same_kind(self, scenes_data, tiny, tmp_path):
+        from flowt2i.data.options import PrepareOptions
+        from flowt2i.data.prepare import prepare
+
+        fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.steps", "1")
+        prepare(PrepareOptions(sources=["scenes"], out=tmp_path / "other", count=96, heldout=0.2, seed=1, workers=1), progress=False)
+        with pytest.raises(UserError, match="differ"):
+            fit("quickstart", tmp_path / "other", tmp_path / "run", *tiny, "--train.steps", "2", resume="latest")
+
+    def test_a_folder_that_cannot_be_written(self, scenes_data, tiny, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="cannot write"):
+            fit("quickstart", scenes_data, tmp_path / "file", *tiny)
+
     def test_missing_or_foreign_data(self, tiny, tmp_path):
         with pytest.raises(UserError, match="no dataset"):
             fit("quickstart", tmp_path / "nowhere", tmp_path / "run", *tiny)
@@ -250,7 +264,7 @@ class TestRefused:
         with pytest.raises(UserError, match=r"dataset\.json"):
             fit("quickstart", tmp_path / "empty", tmp_path / "run", *tiny)
 
-    @pytest.mark.parametrize("words", [["--train.micro_batch", "3"], ["--model.heads", "3"], ["--model.patch", "7"]])
+    @pytest.mark.parametrize("words", [["--model.heads", "3"], ["--model.patch", "7"]])
     def test_indivisible_sizes(self, words, scenes_data, tiny, tmp_path):
         with pytest.raises(UserError):
             fit("quickstart", scenes_data, tmp_path / "run", *tiny, *words)
@@ -261,6 +275,35 @@ class TestRefused:
             Trainer(resolve("quickstart", tiny), scenes_data, tmp_path / "run", progress=False)
         first.close()
         Trainer(resolve("quickstart", tiny), scenes_data, tmp_path / "run", progress=False).close()
+
+
+def test_a_failed_evaluation_costs_no_training(scenes_data, tiny, tmp_path):
+    with pytest.warns(UserWarning, match="evaluation at step 3 failed: an empty prompt"):
+        fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.steps", "3", "--sample.prompts", '[" "]')
+    assert checkpoint.list_steps(tmp_path / "run") == [3]
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(scenes_data, tiny, tmp_path):
+    run, words = tmp_path / "run", [*tiny, "--train.checkpoint_every", "2", "--train.eval_every", "0", "--optim.schedule", "constant"]
+    fit("quickstart", scenes_data, run, *words, "--train.steps", "6")
+    fit("quickstart", scenes_data, run, *words, "--train.steps", "5", resume=str(checkpoint.folder(run, 2)))
+    assert checkpoint.list_steps(run) == [2, 4, 5] and list(log(run)) == [1, 2, 3, 4, 5]
+    assert (run / "checkpoints" / "superseded_00000006").exists()
+
+
+def test_a_damaged_checkpoint_is_written_again(scenes_data, tiny, tmp_path):
+    run, words = tmp_path / "run", [*tiny, "--train.checkpoint_every", "2", "--train.eval_every", "0", "--train.steps", "4"]
+    fit("quickstart", scenes_data, run, *words)
+    (checkpoint.folder(run, 4) / "model.safetensors").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="damaged"):
+        fit("quickstart", scenes_data, run, *words, resume="latest")
+    assert checkpoint.damage(checkpoint.folder(run, 4)) is None
+
+
+def test_a_finished_run_says_so(scenes_data, tiny, tmp_path, capsys):
+    for resume in (None, "latest"):
+        fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.steps", "2", resume=resume)
+    assert "is complete at step 2" in capsys.readouterr().err
 
 
 def test_stopped_is_raised_after_saving(scenes_data, tiny, tmp_path):

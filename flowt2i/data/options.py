@@ -62,4 +62,4 @@ class PrepareOptions(BaseModel):
 
     def lasting(self) -> dict[str, object]:
         """The fields that decide what is written: a rerun must have the same."""
-        return self.model_dump(mode="json", exclude={"out", "workers", "device"})
+        return self.model_dump(mode="json", exclude={"out", "workers", "device", "batch_size"})

@@ -47,8 +47,6 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
     UserError where the disk has no room, saying how much is needed; the earlier checkpoints stay as they are.
     """
     target = folder(run, step)
-    if (target / MANIFEST).exists():
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values()) + (16 << 20)
     free = shutil.disk_usage(target.parent).free
@@ -73,8 +71,10 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
         raise UserError(
             f"could not write the checkpoint {target}: {error.strerror or error} ({needed >> 20} MiB needed); earlier ones are untouched"
         ) from error
-    shutil.rmtree(target, ignore_errors=True)  # the remains of one without a manifest
+    if target.exists():  # a damaged or superseded one of the same step: out of the way first, gone when the new one stands
+        os.replace(target, target.with_name(target.name + ".old"))
     os.replace(aside, target)
+    shutil.rmtree(target.with_name(target.name + ".old"), ignore_errors=True)
     _sync_folder(target.parent)
     return target
 
@@ -124,6 +124,17 @@ def newest_good(run: Path) -> Path | None:
     if steps:
         raise UserError(f"all {len(steps)} checkpoints in {run / 'checkpoints'} are damaged: remove them to start again, or choose another --out")
     return None
+
+
+def set_aside(run: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of a run after `step` to `superseded_…`: training goes on from there on another branch. Returns the new names."""
+    moved = []
+    for later in (s for s in list_steps(run) if s > step):
+        name = folder(run, later).with_name(f"superseded_{later:08d}")
+        shutil.rmtree(name, ignore_errors=True)
+        os.replace(folder(run, later), name)
+        moved.append(name)
+    return moved
 
 
 def find(path: Path) -> Path:

@@ -1,6 +1,9 @@
 """Whether `torch.compile` pays for a run, and what of a model it compiles."""
 
+import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -8,14 +11,18 @@ from flowt2i.config import TrainConfig
 from flowt2i.model import FlowTransformer
 
 
+def has_compiler() -> bool:
+    """Whether what torch.compile generates can be built here: a C++ compiler, and Python's own headers."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+
+
 def will_compile(config: TrainConfig, device: torch.device) -> bool:
     """`train.compile`, with "auto" decided: a compiler is there, and the run is long enough to win back the compilation."""
-    long_enough = config.minutes >= 2 if config.minutes else config.steps == 0 or config.steps >= 500
-    compiler = device.type == "cuda" or (device.type == "cpu" and shutil.which("g++") is not None)
-    return config.compile == "on" or (config.compile == "auto" and compiler and long_enough)
+    long_enough = config.minutes >= 1 if config.minutes else config.steps == 0 or config.steps >= 500
+    return config.compile == "on" or (config.compile == "auto" and device.type in ("cpu", "cuda") and has_compiler() and long_enough)
 
 
 def compile_blocks(model: FlowTransformer) -> None:
-    """Compile each repeated block in place: one compilation serves all, and the plain modules stay for saving and sampling."""
+    """Compile each repeated block in place: one compilation serves all. The parameters keep their names; EMA weights stay uncompiled."""
     for block in [*model.blocks, *(model.caption_encoder.blocks if model.caption_encoder is not None else [])]:
         block.compile()

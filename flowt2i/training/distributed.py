@@ -1,6 +1,8 @@
 """The ranks of a run: PyTorch's own engine under `torchrun`, or one process."""
 
 import os
+import resource
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,22 @@ class World:
             values /= self.size
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: the same answer on all."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def from_main(self, value: int) -> int:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.broadcast(shared, 0)
+        return int(shared.item())
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -38,6 +56,13 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most that tensors took on a GPU, or that this process took in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def start() -> World:
@@ -59,12 +84,12 @@ def stop() -> None:
 def accumulation(batch: int, micro: int, world: int) -> tuple[int, int]:
     """(micro-batch, accumulation steps) that make the effective batch on this many ranks.
 
-    `micro` 0 takes a rank's whole share. UserError where the numbers do not divide.
+    The micro-batch is the largest divisor of a rank's share that is at most `micro` (0: the whole share). UserError where the
+    batch cannot be spread evenly over the ranks.
     """
     if batch % world:
         raise UserError(f"data.batch_size {batch} cannot be spread over {world} ranks: choose a multiple of {world}")
     share = batch // world
-    micro = min(micro or share, share)
-    if share % micro:
-        raise UserError(f"train.micro_batch {micro} does not divide the {share} images a rank: choose a divisor of {share}")
+    most = min(micro or share, share)
+    micro = next(size for size in range(most, 0, -1) if share % size == 0)
     return micro, share // micro

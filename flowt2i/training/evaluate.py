@@ -1,12 +1,14 @@
 """What a training shows of itself every `eval_every` steps: validation loss, a preview grid, on scenes data a score."""
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowt2i.errors import UserError
 from flowt2i.evaluation.validation import validation_loss
 from flowt2i.grid import grid
 from flowt2i.model import FlowTransformer
@@ -21,9 +23,18 @@ if TYPE_CHECKING:
 
 def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
     """Validation loss of raw and EMA weights by time bin, a preview grid, and on scenes data the prompt-following score."""
-    if not trainer.world.main:
-        trainer.world.barrier()
-        return {}
+    values: dict[str, Any] = {}
+    if trainer.world.main:
+        try:
+            values = _evaluate(trainer, tracker, last)
+        except UserError as error:  # the training itself is sound and saved
+            warnings.warn(f"evaluation at step {trainer.step} failed: {error}", stacklevel=2)
+        trainer.model.train()
+    trainer.world.barrier()
+    return values
+
+
+def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
     values: dict[str, Any] = {"validation": loss_on_heldout(trainer, trainer.model)}
     if trainer.ema:
         values["validation_ema"] = loss_on_heldout(trainer, trainer.ema.model)
@@ -32,19 +43,17 @@ def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[st
     prompts = preview_prompts(trainer)
     samples = pipeline.sample(prompts, seed=1_000)
     picture = grid(samples.images, samples.prompts, columns=min(8, math.ceil(math.sqrt(len(prompts)))))
-    if trainer.description.source.startswith("scenes") and trainer.config.train.score_prompts:
+    if trainer.description.is_scenes and trainer.config.train.score_prompts:
         from flowt2i.evaluation.scenes import score_pipeline
 
         values["score"] = score_pipeline(
             pipeline, trainer.config.train.score_prompts, seed=trainer.config.train.seed, steps=min(20, trainer.config.sample.steps)
         )["all"]["accuracy"]
     if tracker:
-        tracker.scalars(trainer.step, {"images_seen": trainer.step * trainer.config.data.batch_size, **values})
+        tracker.evaluation(trainer.step, {"images_seen": trainer.step * trainer.config.data.batch_size, **values})
         tracker.image(trainer.step, "samples", picture)
         if trainer.config.data.subset and last:
             tracker.image(trainer.step, "memorised", side_by_side(trainer, pipeline))
-    trainer.model.train()
-    trainer.world.barrier()
     return values
 
 
@@ -72,7 +81,7 @@ def preview_prompts(trainer: "Trainer") -> list[str]:
         return trainer.config.sample.prompts[:wanted]
     if trainer.config.data.subset:
         return [trainer.dataset.caption(i) for i in range(min(wanted, trainer.count))]
-    if trainer.description.source.startswith("scenes"):
+    if trainer.description.is_scenes:
         from flowt2i.data.scenes import curated_prompts
 
         return curated_prompts()[:wanted]

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flowt2i import flow
-from flowt2i.codec import stored_to_latents
+from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.config import Config, load_config
 from flowt2i.data.dataset import Batch, ImageTextDataset
 from flowt2i.description import DatasetDescription, require_same
@@ -51,7 +51,9 @@ class Stopped(Exception):
 class Trainer:
     """Owns model, optimizer, EMA, data and counters of a run."""
 
-    def __init__(self, config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True):
+    def __init__(
+        self, config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True, codec: str | None = None, text: str | None = None
+    ):  # fmt: skip
         self.started = time.perf_counter()
         self.world = distributed.start()
         self.config, self.data, self.run_folder, self.progress = config, data, run, progress and self.world.main
@@ -76,10 +78,14 @@ class Trainer:
         self.step, self.steps = 0, 0 if config.train.minutes else config.train.steps
         if source:
             self._load(source)
+        self.resumed_from = source
         self.first, self.resumed, self.warm = self.step, bool(self.step and self.steps), 0.0
         self.mean = torch.tensor(self.description.latent_mean, device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(self.description.latent_std, device=device).view(1, -1, 1, 1)
-        self.encoder = load_encoder(self.description.text, compute_dtype(config)).to(device) if self.description.text.kind == "hf" else None
+        self.encoder = load_encoder(self.description.text, compute_dtype(config), text).to(device) if self.description.text.kind == "hf" else None
+        self.codec = (
+            codec_from_spec(self.description.codec, codec).to(device) if self.world.main else None
+        )  # needed for previews: missing now is better than later
         self.null, self.text_of, self.heldout_text_of = self._prepare_text()
         self.objective = Objective(self.model, config.flow, config.train.precision)
         if self.compiled:
@@ -117,8 +123,11 @@ class Trainer:
     def _lock(self) -> None:
         if not self.world.main:
             return
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        self._lock_file = (self.run_folder / ".lock").open("w")
+        try:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            self._lock_file = (self.run_folder / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot write into --out {self.run_folder}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -137,23 +146,30 @@ class Trainer:
         return 32 if self.compiled else 8
 
     def _load(self, source: Path) -> None:
-        require_same(DatasetDescription.load(source).codec, self.description.codec, "codec of the checkpoint and of the data")
-        require_same(DatasetDescription.load(source).text, self.description.text, "text encoder of the checkpoint and of the data")
+        theirs_data = DatasetDescription.load(source)
+        require_same(theirs_data.codec, self.description.codec, "codec of the checkpoint and of the data")
+        require_same(theirs_data.text, self.description.text, "text encoder of the checkpoint and of the data")
+        for name in ("latent_mean", "latent_std", "fingerprint"):
+            if getattr(theirs_data, name) != getattr(self.description, name):
+                raise UserError(f"the checkpoint {source} was trained on other data ({name} differs): resume with that data, or start a new run")
         theirs = load_config(source / "config.json")
-        for name in ("data.batch_size", "train.seed", "model", "optim.name"):
+        for name in ("data.batch_size", "data.subset", "data.flip", "train.seed", "model", "flow", "optim.name"):
             section, _, field = name.partition(".")
             a, b = (getattr(c, section) if not field else getattr(getattr(c, section), field) for c in (theirs, self.config))
             if a != b:
-                what = name if field else f"model.{next(f for f in type(a).model_fields if getattr(a, f) != getattr(b, f))}"
+                what = name if field else f"{section}.{next(f for f in type(a).model_fields if getattr(a, f) != getattr(b, f))}"
                 raise UserError(f"the checkpoint {source} was made with another {what}: resume with the same settings, or start a new run with another --out")
         checkpoint.load_into(self.model, source / "model.safetensors")
         state = checkpoint.read_state(source)
+        if bool(self.ema) != (source / "ema.safetensors").exists():
+            raise UserError(f"{source} has {'no' if self.ema else ''} EMA weights: resume with the --train.ema that it was made with")
         if self.ema:
-            if not (source / "ema.safetensors").exists():
-                raise UserError(f"{source} has no EMA weights: resume with --train.ema 0, as it was made")
             checkpoint.load_into(self.ema.model, source / "ema.safetensors")
             self.ema.updates = state["ema_updates"]
-        self.optimizer.load_state(checkpoint.load_tensors(source / "optimizer.safetensors"))
+        try:
+            self.optimizer.load_state(checkpoint.load_tensors(source / "optimizer.safetensors"))
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{source}/optimizer.safetensors belongs to another optimizer or model: {error}") from error
         self.step = state["step"]
         if self.config.train.minutes:
             self.steps = state["steps"]
@@ -167,12 +183,18 @@ class Trainer:
 
         null = encoder(ids[None], torch.ones_like(ids[None], dtype=torch.bool))[0]
         make = lambda dataset: CaptionFeatures(encoder, dataset, self.description.text.dim, self.world.device, self.progress)
-        return null, make(self.dataset), make(self.heldout)
+        training = make(self.dataset)
+        return null, training, training if self.heldout is self.dataset else make(self.heldout)
 
     # ---- the run ------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
         """Train to the end. Returns a summary; raises Stopped after saving when a signal came."""
+        if self.steps and self.step >= self.steps and self.world.main:
+            print(f"{self.run_folder} is complete at step {self.step}: raise --train.steps to go on, or choose another --out", file=sys.stderr)
+        if self.resumed_from and self.world.main:
+            for moved in checkpoint.set_aside(self.run_folder, self.step):
+                print(f"a later checkpoint of the branch that is left now lies in {moved}", file=sys.stderr)
         self._write_config()
         tracker = Tracker(self.run_folder, self.config, self.step) if self.world.main else None
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -206,12 +228,13 @@ class Trainer:
                     tracker.scalars(self.step, line | {"images_per_s": rate, "statistics": statistics})
                     bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:.0f} images/s")
                 last = self.steps and self.step >= self.steps
-                if last or (every.eval_every and self.step % every.eval_every == 0):
+                stop = self.world.any(self.stop_signal is not None)
+                if last or stop or self.step % every.checkpoint_every == 0:
+                    self.save()
+                if last or (every.eval_every and self.step % every.eval_every == 0 and not stop):
                     evaluation = evaluate(self, tracker, last=bool(last))
                     since, since_step = time.perf_counter(), self.step
-                if last or self.stop_signal or self.step % every.checkpoint_every == 0:
-                    self.save()
-                if self.stop_signal and not last:
+                if stop and not last:
                     raise Stopped(f"stopped by signal {self.stop_signal} at step {self.step}; continue with --resume latest")
         finally:
             bar.close()
@@ -219,14 +242,9 @@ class Trainer:
                 tracker.close()
             for which, handler in handlers.items():
                 signal.signal(which, handler)
-        seconds = time.perf_counter() - self.started
-        return {
-            "run": str(self.run_folder),
-            "step": self.step,
-            "images_seen": self.step * batch_size,
-            "seconds": round(seconds, 1),
-            **evaluation,
-        }
+        summary = {"run": str(self.run_folder), "step": self.step, "images_seen": self.step * batch_size}
+        summary |= {"seconds": round(time.perf_counter() - self.started, 1), "peak_memory_gib": round(distributed.peak_memory(self.world.device), 2)}
+        return summary | evaluation
 
     def _step(self, batches: Any, factor: float, logging: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
         """One optimizer step over the global batch. Returns its loss and gradient norm (scalar tensors) and, when logging, statistics."""
@@ -271,7 +289,7 @@ class Trainer:
     @torch.no_grad()
     def _statistics(self, data: Tensor, noise: Tensor, t: Tensor, output: Tensor) -> dict[str, float]:
         z = flow.interpolate(data, noise, t)
-        velocity = flow.to_velocity(output.float(), z, t, self.model_config.target)
+        velocity = flow.to_velocity(output.float(), z, t.clamp_max(1 - self.config.flow.floor), self.model_config.target)
         target = flow.velocity_target(data, noise)
         return {
             "latent_mean": data.mean().item(), "latent_std": data.std().item(),
@@ -299,9 +317,9 @@ class Trainer:
             self.warm = time.perf_counter()
         elif done == TIMED or (done > TIMED and done % 100 == 0 and self.step < self.steps / 2):
             now = time.perf_counter()
-            per_step = self.world.mean(torch.tensor((now - self.warm) / (done - WARM))).item()
+            per_step = (now - self.warm) / (done - WARM)
             left = minutes * 60 - (now - self.started)
-            self.steps = self.step + max(10, int(left / per_step))
+            self.steps = self.world.from_main(self.step + max(10, int(left / per_step)))
             bar.total = self.steps
             bar.refresh()
             self._write_config()
@@ -314,7 +332,7 @@ class Trainer:
     def pipeline(self) -> Pipeline:
         """The model as it would be loaded from a checkpoint now: the EMA where there is one."""
         model = self.ema.model if self.ema else self.model
-        return Pipeline(model, self.config, self.description, self.tokenizer, self.encoder)
+        return Pipeline(model, self.config, self.description, self.tokenizer, self.encoder, self.codec)
 
     def save(self) -> None:
         """Write a checkpoint and drop superseded ones (rank 0; the others wait)."""
@@ -350,11 +368,14 @@ class Trainer:
         return "\n".join(lines)
 
 
-def train(config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True) -> dict[str, Any]:
-    """Train a run; see `Trainer`. UserError for what the user can mend, Stopped after a signal (all saved)."""
+def train(config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True, **where: str | None) -> dict[str, Any]:
+    """Train a run; see `Trainer` (`where`: codec, text: folders where these moved to).
+
+    UserError for what the user can mend, Stopped after a signal (all saved).
+    """
     trainer = None
     try:
-        trainer = Trainer(config, data, run, resume, progress)
+        trainer = Trainer(config, data, run, resume, progress, **where)
         return trainer.train()
     finally:
         if trainer:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 
-@lru_cache(maxsize=2)  # a global batch straddles at most two epochs
+@lru_cache(maxsize=2)  # a global batch straddles two epochs, or many tiny ones
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of an epoch: [count] int64, drawn from (seed, epoch) alone."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1, epoch]))).permutation(count)
@@ -71,6 +71,6 @@ def draw(seed: int, step: int, batch: int, shape: tuple[int, ...], dropout: floa
     few = torch.Generator().manual_seed(int(state[1]) << 32 | int(state[0]))  # on the CPU: the same times on every kind of device
     noise = torch.randn(batch, *shape, generator=generator, device=device)
     latent_noise = torch.randn(batch, *shape, generator=generator, device=device) if moments else None
-    strata = (torch.randperm(batch, generator=few) + torch.rand(batch, generator=few)) / batch
+    strata = ((torch.randperm(batch, generator=few) + torch.rand(batch, generator=few)) / batch).clamp_max(1 - 2**-24)
     choice, drop, flip = torch.rand(3, batch, generator=few)
     return Draw(noise, latent_noise, strata.to(device), choice.to(device), (drop < dropout).to(device), (flip < 0.5).to(device))

@@ -1,6 +1,7 @@
 """Where a run's numbers and pictures go: `RUN/log.jsonl` always, TensorBoard and Weights & Biases where asked for."""
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ class Tracker:
 
     def __init__(self, run: Path, config: Config, step: int):
         self.run = run
-        self._cut_log(step)
+        for name in ("log.jsonl", "eval.jsonl"):
+            _cut(run / name, step)
         self._file = (run / "log.jsonl").open("a", buffering=1)
+        self._evaluations = (run / "eval.jsonl").open("a", buffering=1)
         self._board: Any = None
         self._wandb: Any = None
         if config.track.tensorboard:
@@ -31,34 +34,28 @@ class Tracker:
                 import wandb
             except ImportError as error:
                 raise UserError("track.use_wandb needs `pip install wandb`") from error
-            self._wandb = wandb.init(
-                project=config.track.wandb_project,
-                dir=str(run),
-                mode=config.track.wandb_mode,
-                config=config.model_dump(),
-                name=run.name,
-                resume="allow",
-            )
-
-    def _cut_log(self, step: int) -> None:
-        """Drop lines past the step that a resume continues from, so that each step stands in the log once."""
-        path = self.run / "log.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
+            identity = run / "wandb.id"  # a resume goes on in the same W&B run
+            if not identity.exists():
+                identity.write_text(uuid.uuid4().hex[:8])
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue  # a line that a kill cut short
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.replace(path)
+                self._wandb = wandb.init(
+                    project=config.track.wandb_project, dir=str(run), mode=config.track.wandb_mode, config=config.model_dump(), name=run.name,
+                    id=identity.read_text(), resume="allow",
+                )  # fmt: skip
+            except wandb.errors.Error as error:
+                raise UserError(f"Weights & Biases cannot start ({str(error).splitlines()[0]}): log in, or use --track.wandb_mode offline") from error
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """One line of the log; nested dicts become `a/b` elsewhere."""
+        """One line of log.jsonl; nested dicts become `a/b` elsewhere."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._send(step, values)
+
+    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """One line of eval.jsonl."""
+        self._evaluations.write(json.dumps({"step": step, **values}) + "\n")
+        self._send(step, values)
+
+    def _send(self, step: int, values: dict[str, Any]) -> None:
         flat: dict[str, Any] = {}
         for key, value in values.items():
             if isinstance(value, dict):
@@ -87,7 +84,24 @@ class Tracker:
 
     def close(self) -> None:
         self._file.close()
+        self._evaluations.close()
         if self._board:
             self._board.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop lines past the step that a resume continues from, so that no step stands in a log twice."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a kill cut short
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(line + "\n" for line in kept))
+    aside.replace(path)
