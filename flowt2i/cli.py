@@ -280,7 +280,9 @@ def run_generate(args: argparse.Namespace) -> int:
     }
     if len(pictures) > 1:
         columns = args.num if args.num > 1 else min(8, round(len(pictures) ** 0.5 + 0.49))
-        grid(samples.images, samples.prompts, columns=columns).save(args.out)
+        sheet = grid(samples.images, samples.prompts, columns=columns)
+        sheet.info["flowt2i"] = json.dumps({"prompts": samples.prompts, "seeds": samples.seeds, **samples.settings, "version": __version__})
+        save_png(sheet, args.out)
         result["grid"] = str(args.out)
     print(
         json.dumps(result) if args.json else f"wrote {args.out} ({len(pictures)} picture(s), {samples.evaluations} evaluations each, {samples.seconds:.1f} s)"

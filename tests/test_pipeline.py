@@ -140,6 +140,7 @@ class TestGenerate:
         assert main(words) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert len(result["files"]) == 4 and Image.open(result["grid"]).width > 128
+        assert json.loads(Image.open(result["grid"]).text["flowt2i"])["seeds"] == [0, 1, 2, 3]
         seeds = [json.loads(Image.open(f).text["flowt2i"])["seed"] for f in result["files"]]
         assert seeds == [0, 1, 2, 3]
 
