@@ -154,7 +154,9 @@ def _load_vae(folder: Path, id: str, dtype: torch.dtype) -> Any:
         from diffusers import AutoencoderKL
 
         try:
-            net, info = AutoencoderKL.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, torch_dtype=dtype, output_loading_info=True)
+            net, info = AutoencoderKL.from_pretrained(
+                str(folder), use_safetensors=True, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+            )
         except LOAD_ERRORS as error:
             raise UserError(f"VAE {id!r} cannot be loaded ({first_line(error)}): fetch or save it again") from error
     if missing := sorted(info["missing_keys"]):

@@ -56,6 +56,6 @@ def test_count_of_operations() -> None:
 
 
 def test_bad_settings_are_one_line() -> None:
-    for words in (["--text-tokens", "0"], ["--config", "quikstart"], ["--train.micro_batch", "7"]):
+    for words in (["--text-tokens", "0"], ["--config", "quikstart"], ["--model.heads", "7"]):
         done = subprocess.run([sys.executable, "-m", "flowt2i.cli", "bench", *words], capture_output=True, text=True)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr

@@ -159,7 +159,7 @@ class TestGenerate:
             (["train", "--config", "quickstrt"], "'quickstart'"),
             (["train", "--train.stepz", "3"], "train.steps"),
             (["train", "--data", "/nowhere"], "no dataset at /nowhere"),
-            (["prepare", "/nowhere", "--out", "/tmp/x"], "/nowhere"),
+            (["prepare", "/nowhere", "--out", "/nowhere/data"], "/nowhere"),
             (["inspect", "/nowhere"], "no dataset at /nowhere"),
             (["generat", "x"], "'generate'"),
         ],
