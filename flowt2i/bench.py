@@ -49,6 +49,7 @@ def bench(config: Config, text_tokens: int = 16, latents: bool = False, seconds:
     description = describe(text_tokens, latents)
     batch = config.data.batch_size
     micro, _ = accumulation(batch, config.train.micro_batch, 1)
+    config.model.resolve(description.codec.kind, description.codec.shape)  # sizes that do not divide are refused before anything is measured
     with tqdm(total=5, desc="matrix products", unit="part", file=sys.stderr, leave=False) as bar:
         ceilings = matrix_ceilings(config, description, micro, device)
         advance(bar, "counting operations")
