@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from flowt2i.data.captions import clean
 from flowt2i.description import TextSpec, fingerprint_files
 from flowt2i.errors import UserError
 from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, full_id, quiet, read_config, weight_files
@@ -35,13 +36,11 @@ TEXT_CLASSES = {
     "siglip": "SiglipTextModel",
     "siglip2": "Siglip2TextModel",
 }
-_CONTROL = {code: " " for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)} | {0xFEFF: None}
 
 
 def clean_caption(text: str) -> str:
-    """The caption without what tokenizers stumble on: lone surrogates, control characters, runs of white space, endless text."""
-    text = text[:CHARS_AT_MOST].encode("utf-8", "ignore").decode("utf-8")
-    return " ".join(text.translate(_CONTROL).split())
+    """The caption as `prepare` cleans it (`data.captions.clean`), and never endless: the same for training and for prompts."""
+    return clean(text[:CHARS_AT_MOST])
 
 
 def learn_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> Any:
