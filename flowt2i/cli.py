@@ -336,7 +336,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     else:
         print(protocol)
         for part, score in scores.items():
-            print(f"  {part:10s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}")
+            print(f"  {part:14s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}")
     return 0
 
 

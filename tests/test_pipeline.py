@@ -192,6 +192,9 @@ def test_evaluate_scores_the_scenes(run, capsys):
     name = "scenes-prompts-12@64/all"
     interval = result["intervals"][name]
     assert interval["n"] == 12 and 0 <= interval["low"] <= result[name] <= interval["high"] <= 1
+    counts = {key.rpartition("/")[2]: value["n"] for key, value in result["intervals"].items()}
+    assert counts["one_object"] + counts.get("several_alike", 0) + counts.get("two_objects", 0) == 12
+    assert counts.get("relation", 0) == counts.get("two_objects", 0) and counts["colour"] == 12
     assert "euler 2 steps" in result["protocol"] and "EMA weights" in result["protocol"]
     assert main(["evaluate", "--model", str(run), "--metrics", "fidd"]) == 2
 

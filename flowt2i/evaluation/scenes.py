@@ -8,7 +8,7 @@ from tqdm import tqdm
 from flowt2i.data import scenes, scenes_check
 from flowt2i.pipeline import Pipeline
 
-ATOMS = ("shape", "colour", "size", "count", "relation")
+ATOMS = ("shape", "colour", "size", "count", "relation", "background")
 
 
 def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -46,8 +46,8 @@ def score_pipeline(pipeline: Pipeline, count: int, *, seed: int = 0, heldout: bo
 
 
 def kind(prompt: str) -> str:
-    """ "one object", "several alike" or "two objects with a relation"."""
+    """`one_object`, `several_alike`, or `two_objects` (with a relation)."""
     scene = scenes.parse(prompt)
     if len(scene.things) > 1:
-        return "relation"
-    return "single" if scene.things[0].count == 1 else "counted"
+        return "two_objects"
+    return "one_object" if scene.things[0].count == 1 else "several_alike"
