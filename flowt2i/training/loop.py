@@ -83,9 +83,8 @@ class Trainer:
         self.mean = torch.tensor(self.description.latent_mean, device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(self.description.latent_std, device=device).view(1, -1, 1, 1)
         self.encoder = load_encoder(self.description.text, compute_dtype(config), text).to(device) if self.description.text.kind == "hf" else None
-        self.codec = (
-            codec_from_spec(self.description.codec, codec).to(device) if self.world.main else None
-        )  # needed for previews: missing now is better than later
+        # Only previews decode, but a VAE that is missing had better be missed now than after a thousand steps.
+        self.codec = codec_from_spec(self.description.codec, codec).to(device) if self.world.main else None
         self.null, self.text_of, self.heldout_text_of = self._prepare_text()
         self.objective = Objective(self.model, config.flow, config.train.precision)
         if self.compiled:
@@ -162,7 +161,7 @@ class Trainer:
         checkpoint.load_into(self.model, source / "model.safetensors")
         state = checkpoint.read_state(source)
         if bool(self.ema) != (source / "ema.safetensors").exists():
-            raise UserError(f"{source} has {'no' if self.ema else ''} EMA weights: resume with the --train.ema that it was made with")
+            raise UserError(f"{source} {'lacks' if self.ema else 'has'} EMA weights: resume with the --train.ema that it was made with")
         if self.ema:
             checkpoint.load_into(self.ema.model, source / "ema.safetensors")
             self.ema.updates = state["ema_updates"]
