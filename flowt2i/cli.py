@@ -197,6 +197,7 @@ def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first
     parser.add_argument("--steps", type=int, help="solver steps (default: the model's, usually 50)")
     parser.add_argument("--solver", help="euler or heun")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1: none")
+    parser.add_argument("--shift", type=float, help="above 1: shorter steps next to the noise, where layout is decided; 1: even steps (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help=seed)
     parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
     parser.add_argument("--codec", help="folder of the VAE, where it moved since the data was prepared")
@@ -266,8 +267,9 @@ def run_generate(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(args)
     with tqdm(total=len(prompts) * max(1, args.num), desc="drawing", unit="image", leave=False, disable=None) as bar:
         samples = pipeline.sample(
-            prompts, steps=args.steps, solver=args.solver, guidance=args.guidance, seed=args.seed, num=args.num, batch_size=args.batch_size, progress=bar.update
-        )
+            prompts, steps=args.steps, solver=args.solver, guidance=args.guidance, shift=args.shift, seed=args.seed, num=args.num,
+            batch_size=args.batch_size, progress=bar.update,
+        )  # fmt: skip
     pictures = samples.pictures()
     files = [args.out] if len(pictures) == 1 else [args.out.with_name(f"{args.out.stem}-{i:03d}.png") for i in range(len(pictures))]
     for picture, file in zip(pictures, files):
@@ -324,12 +326,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data")
     from flowt2i.evaluation.scenes import score_pipeline
 
-    settings = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance}
+    settings = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "shift": args.shift}
     scores = score_pipeline(pipeline, args.num, seed=args.seed, heldout=args.heldout_pairs, progress=True, **settings)
-    used = pipeline.settings(args.steps, args.solver, args.guidance)
+    used = pipeline.settings(**settings)
     kind = "heldout-pairs" if args.heldout_pairs else "prompts"
     title = f"scenes-{kind}-{args.num}@{pipeline.description.codec.image_size}"
-    protocol = f"{title}, {used['solver']} {used['steps']} steps, guidance {used['guidance']:g}, prompt seed {args.seed}, {pipeline.weights} weights"
+    protocol = f"{title}, {used['solver']} {used['steps']} steps, guidance {used['guidance']:g}, shift {used['shift']:g}, "
+    protocol += f"prompt seed {args.seed}, {pipeline.weights} weights"
     if args.json:
         values = {f"{title}/{part}": score["accuracy"] for part, score in scores.items()}
         print(json.dumps(values | {"intervals": {f"{title}/{part}": score for part, score in scores.items()}, "protocol": protocol}))

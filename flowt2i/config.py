@@ -120,6 +120,7 @@ class SampleConfig(_Section):
     steps: int = Field(50, ge=1, le=1000, description="solver steps")
     solver: Literal["euler", "heun"] = Field("euler", description="ODE solver")
     guidance: float = Field(3.0, ge=0, le=100, description="classifier-free guidance scale; 1: none")
+    shift: float = Field(1.0, gt=0, le=100, description="solver times: above 1 steps are shorter next to the noise, where layout is decided; 1: even steps")
     images: int = Field(16, ge=1, description="images in a preview grid")
     prompts: list[str] = Field([], description="prompts of the preview grid, as JSON; empty: captions from the held-out split")
 

@@ -161,7 +161,7 @@ def example_prompts(pipeline: Pipeline) -> list[str]:
 
 def page(pipeline: Pipeline) -> gr.Blocks:
     """The page, its queue set up, not yet served."""
-    own = pipeline.settings(None, None, None)
+    own = pipeline.settings()
     prompts = example_prompts(pipeline)
     size = pipeline.description.codec.image_size
     parameters = sum(p.numel() for p in pipeline.model.parameters()) / 1e6

@@ -37,7 +37,7 @@ class Samples:
     images: np.ndarray  # uint8 [N, H, W, 3]
     prompts: list[str]  # [N]
     seeds: list[int]  # [N]
-    settings: dict[str, Any]  # steps, solver, guidance
+    settings: dict[str, Any]  # steps, solver, guidance, shift
     evaluations: int  # network evaluations a picture took, guidance's counted
     seconds: float
 
@@ -121,16 +121,16 @@ class Pipeline:
     @torch.inference_mode()
     def sample(
         self, prompts: str | Sequence[str], *, steps: int | None = None, solver: str | None = None, guidance: float | None = None,
-        seed: int = 0, num: int = 1, batch_size: int = 64, preview: Preview | None = None, preview_every: int = 1,
+        shift: float | None = None, seed: int = 0, num: int = 1, batch_size: int = 64, preview: Preview | None = None, preview_every: int = 1,
         progress: Callable[[int], Any] | None = None,
     ) -> Samples:  # fmt: skip
         """Draw `num` pictures of each prompt. Picture k of the call has the seed `seed + k`, whatever batch it falls into.
 
-        steps, solver, guidance: None takes the model's own. preview(step, steps, images) is called every `preview_every` steps with
+        steps, solver, guidance, shift: None takes the model's own. preview(step, steps, images) is called every `preview_every` steps with
         the predicted clean pictures of the batch at work; progress(n) after each batch of n. UserError on settings out of range.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings = self.settings(steps, solver, guidance)
+        settings = self.settings(steps, solver, guidance, shift)
         if not prompts:
             raise UserError("no prompt: give at least one")
         if any(not p.strip() for p in prompts):
@@ -149,13 +149,14 @@ class Pipeline:
         evaluations = solvers.EVALUATIONS[settings["solver"]](settings["steps"]) * (1 if settings["guidance"] == 1 else 2)
         return Samples(np.concatenate(images), every, seeds, settings, evaluations, time.perf_counter() - started)
 
-    def settings(self, steps: int | None, solver: str | None, guidance: float | None) -> dict[str, Any]:
+    def settings(self, steps: int | None = None, solver: str | None = None, guidance: float | None = None, shift: float | None = None) -> dict[str, Any]:
         """The settings that will be used, checked; UserError says which is out of range."""
         own = self.config.sample
         chosen: dict[str, Any] = {
             "steps": own.steps if steps is None else steps,
             "solver": solver or own.solver,
             "guidance": own.guidance if guidance is None else guidance,
+            "shift": own.shift if shift is None else shift,
         }
         if not isinstance(chosen["steps"], int) or not 1 <= chosen["steps"] <= 1000:
             raise UserError(f"steps {chosen['steps']} is out of range: choose 1 to 1000")
@@ -163,6 +164,8 @@ class Pipeline:
             raise UserError(f"no solver {chosen['solver']!r}{nearest(str(chosen['solver']), solvers.SOLVERS)}")
         if not math.isfinite(chosen["guidance"]) or not 0 <= chosen["guidance"] <= 100:
             raise UserError(f"guidance {chosen['guidance']} is out of range: choose 0 to 100 (1: none)")
+        if not math.isfinite(chosen["shift"]) or not 0 < chosen["shift"] <= 100:
+            raise UserError(f"shift {chosen['shift']} is out of range: choose above 0 to 100 (1: even steps)")
         return chosen
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -207,7 +210,7 @@ class Pipeline:
                 if preview and (step % preview_every == 0 or step == steps - 1):
                     preview(step + 1, steps, self.to_images(flow.to_data(v, z, t.expand(z.shape[0]))))
 
-            times = solvers.uniform_times(steps, self.device)
+            times = solvers.shift_times(solvers.uniform_times(steps, self.device), settings["shift"])
             z = solvers.SOLVERS[settings["solver"]](velocity, self.initial_noise(seeds), times, show)
         if not torch.isfinite(z).all():
             raise UserError("the model put out numbers that are not finite: its training diverged, or guidance is too high for it")

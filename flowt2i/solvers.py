@@ -26,6 +26,15 @@ def uniform_times(steps: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.linspace(0, 1, steps + 1, device=device)
 
 
+def shift_times(times: Tensor, shift: float) -> Tensor:
+    """Move times in [0, 1] towards the noise: `t / (t + shift (1 - t))` (Esser et al. 2403.03206, eq. 23, written for our direction of t).
+
+    The larger the picture for what it says, the more of it is decided next to the noise: a flat background shows through all but the
+    strongest noise. shift 1 changes nothing.
+    """
+    return times / (times + shift * (1 - times))
+
+
 def euler(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor:
     """Euler's method: order 1, one evaluation a step."""
     for step in range(len(times) - 1):

@@ -93,6 +93,8 @@ def test_loads_from_checkpoint_and_run_alike(run, pipeline):
         {"steps": 10**9},
         {"guidance": float("nan")},
         {"guidance": float("inf")},
+        {"shift": 0.0},
+        {"shift": float("nan")},
         {"solver": "eulr"},
         {"num": 0},
         {"seed": -1},

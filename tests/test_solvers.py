@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowt2i.guidance import classifier_free, conditional
-from flowt2i.solvers import EVALUATIONS, SOLVERS, uniform_times
+from flowt2i.solvers import EVALUATIONS, SOLVERS, shift_times, uniform_times
 
 ORDER = {"euler": 1, "heun": 2}
 
@@ -58,3 +58,12 @@ def test_guidance_scales_the_difference_in_one_batch():
     assert torch.all(classifier_free(field, text, mask, null, mask, 2.0)(z, t) == 1 + 2 * (3 - 1))
     assert torch.all(classifier_free(field, text, mask, null, mask, 1.0)(z, t) == conditional(field, text, mask)(z, t))
     assert sizes == [4, 4, 2]
+
+
+def test_shifted_times_keep_their_ends_and_lie_nearer_the_noise():
+    even = uniform_times(10).double()
+    assert torch.equal(shift_times(even, 1.0), even)
+    shifted = shift_times(even, 3.0)
+    assert shifted[0] == 0 and shifted[-1] == 1 and (shifted[1:-1] < even[1:-1]).all()
+    sigma = 1 - even  # the published form, in noise fractions
+    assert torch.allclose(1 - shifted, 3 * sigma / (1 + 2 * sigma))
