@@ -2,23 +2,27 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks.py JOBS.json OUT
 
-JOBS.json: a list of {"train": words of `flowt2i train`, and what is to go wrong: see `fault`} or {"evaluate": [checkpoint, words]}.
-OUT/RANK.json: for each job its exit status (or the evaluation) and what the rank was given: step, first row, sample numbers, noise.
+JOBS.json: a list of {"train": words of `flowt2i train`, and what is to go wrong: see `fault`}, {"evaluate": [checkpoint, data, words]} or
+{"collectives": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the rank was given (step, first row, sample
+numbers, noise), or the evaluation, or how many gradient reductions the second step took.
 """
 
 import errno
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowt2i import cli
 from flowt2i.config import resolve
+from flowt2i.evaluation.validation import validation_loss
 from flowt2i.training import checkpoint, distributed
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.loop import Trainer
@@ -73,6 +77,37 @@ def fault(kind: str, rank: int, step: int) -> Any:
     return mock.patch.object(Trainer, "latents", spoilt)
 
 
+class Collectives(TorchDispatchMode):
+    """Counts what is sent between the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.counts[function.__name__.removesuffix(".default")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def collectives(run: str, data: str, words: list[str]) -> dict[str, Any]:
+    """What the third step of a training sends (DDP lays its buckets anew in the second)."""
+    trainer = Trainer(resolve("quickstart", words), Path(data), Path(run), None, progress=False)
+    batches = iter(trainer._loader())
+    for trainer.step in range(2):
+        trainer._step(batches, 1.0, False)
+    trainer.step = 2
+    with Collectives() as sent:
+        trainer._step(batches, 1.0, False)
+    trainer.close()
+    return {"accumulation": trainer.accumulate, "kind": type(next(trainer.model.parameters())).__name__, **sent.counts}
+
+
+def uneven_validation(world: distributed.World) -> dict[str, float]:
+    """Thirteen made-up losses in batches of three."""
+    return validation_loss(lambda rows, t, draw: t * (1 + draw.noise[: len(rows)].mean((1, 2, 3)).abs()), 13, 3, (3, 4, 4), False, world)
+
+
 def main() -> None:
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     world = distributed.start()
@@ -83,8 +118,11 @@ def main() -> None:
             if "evaluate" in job:
                 source, data, words = job["evaluate"]
                 trainer = Trainer(resolve("quickstart", words), Path(data), out / f"evaluated-{world.size}", source, progress=False)
-                results.append({"values": evaluate(trainer, None, last=True)})
+                results.append({"values": evaluate(trainer, None, last=True), "uneven": uneven_validation(world)})
                 trainer.close()
+                continue
+            if "collectives" in job:
+                results.append(collectives(*job["collectives"]))
                 continue
             with ExitStack() as stack:
                 stack.enter_context(record(seen))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import uneven_validation
 from safetensors.torch import load_file
 
 from flowt2i.config import resolve
@@ -83,6 +84,18 @@ def test_fsdp_alone_continues_exactly(scenes_data, tiny, tmp_path):
     assert same_weights(checkpoint.folder(tmp_path / "whole", 6), checkpoint.folder(tmp_path / "part", 6), 0.0)
 
 
+def test_accumulation_reduces_gradients_once_a_step(scenes_data, tiny, tmp_path):
+    """Four micro-batches send no more gradients than one; under FSDP2 each unit with tensors (2 blocks, caption block and encoder, model) once."""
+    cases = [(how, micro) for how in ("ddp", "fsdp") for micro in ("4", "1")]
+    words = lambda how, micro: [*tiny, "--optim.name", "adamw", "--train.parallel", how, "--train.micro_batch", micro]
+    jobs = [{"collectives": [str(tmp_path / f"{how}-{micro}"), str(scenes_data), words(how, micro)]} for how, micro in cases]
+    results, _ = ranks(2, jobs, tmp_path / "out")
+    for (how, micro), sent in zip(cases, results[0]):
+        assert sent["accumulation"] == 4 // int(micro) and sent["kind"] == ("DTensor" if how == "fsdp" else "Parameter")
+        gradients = sent.get("_reduce_scatter_base_", 0) if how == "fsdp" else sent["allreduce_"] - 1  # the one more is what the ranks agree on
+        assert gradients == (5 if how == "fsdp" else 1), sent
+
+
 @pytest.mark.slow
 def test_one_two_four_two_ranks_make_one_run(scenes_data, tiny, tmp_path):
     """The number of ranks changes with every resume: the same samples and noise a step, the same losses to 1e-5."""
@@ -125,4 +138,5 @@ def test_evaluation_over_ranks_gives_what_one_rank_gives(scenes_data, tiny, tmp_
     one = evaluate(trainer, None, last=True)
     trainer.close()
     assert results[0][0]["values"] == results[1][0]["values"] == json.loads(json.dumps(one))
+    assert results[0][0]["uneven"] == results[1][0]["uneven"] == uneven_validation(trainer.world)
     assert set(one) == {"validation", "validation_ema", "score"}

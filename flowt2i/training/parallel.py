@@ -3,6 +3,7 @@
 Weights, EMA and optimizer state are whole tensors in a checkpoint whichever way they are held: `whole` gathers, `share_like` takes a rank's share.
 """
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def shard(objective: "Objective", device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     captions = objective.model.caption_encoder
     units: list[nn.Module] = [*objective.model.blocks, *([*captions.blocks, captions] if captions is not None else []), objective.model, objective]
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing works in place on what a block gives
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
@@ -36,7 +38,9 @@ def is_sharded(module: nn.Module) -> bool:
 
 def replicate(objective: "Objective") -> DistributedDataParallel:
     """A whole copy on each rank; gradients lie in the buffers in which they are summed, and constant buffers are not sent round."""
-    return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers to what earlier versions do not know
+        return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def gradient_sync(module: nn.Module, on: bool) -> AbstractContextManager[Any]:
