@@ -41,7 +41,11 @@ def record(seen: list[Any]) -> Any:
 
 
 def fault(kind: str, rank: int, step: int) -> Any:
-    """A patch that makes one rank fail at one step: "loss", "gradient", "late", "signal"; or "disk": nothing can be written any more."""
+    """A patch that makes one rank fail at one step: "loss", "gradient", "late", "signal"; or "disk": nothing can be written any more; or
+    "memory": more than `step` images at a time do not fit on one rank (all: -1).
+    """
+    if kind == "memory":
+        return short_of_memory(rank, most=step)
     if kind == "disk":
         return mock.patch.object(checkpoint, "save_file", side_effect=OSError(errno.ENOSPC, "No space left on device"))
     here = lambda trainer: trainer.world.rank == rank and trainer.step == step
@@ -75,6 +79,25 @@ def fault(kind: str, rank: int, step: int) -> Any:
         return latents(self, *args) * (float("nan") if here(self) else 1.0)
 
     return mock.patch.object(Trainer, "latents", spoilt)
+
+
+def short_of_memory(short: int, most: int) -> Any:
+    """Look for the micro-batch that fits, as on a GPU, with a rank (all: -1) that holds `most` images."""
+    train = Trainer.train
+
+    def training(self: Trainer) -> dict[str, Any]:
+        forward = self.objective.forward
+
+        def limited(images: torch.Tensor, *rest: Any) -> Any:
+            if short in (-1, self.world.rank) and len(images) > most and torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(images, *rest)
+
+        self.objective.forward = limited  # type: ignore[method-assign]
+        self.fit_memory()
+        return train(self)
+
+    return mock.patch.object(Trainer, "train", training)
 
 
 class Collectives(TorchDispatchMode):

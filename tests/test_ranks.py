@@ -128,6 +128,19 @@ def test_a_fault_on_one_rank_stops_all(scenes_data, tiny, tmp_path):
     assert "at step 4" in told[4] and checkpoint.list_steps(tmp_path / "late") == [2, 4]
 
 
+def test_memory_short_on_one_rank_shrinks_all(scenes_data, tiny, tmp_path):
+    """Rank 1 holds one image at a time: both ranks go on with micro-batches of one, and the losses stay."""
+    words = ["--config", "quickstart", "--data", str(scenes_data), *tiny, *STEADY, "--train.steps", "3"]
+    jobs = [{"train": [*words, "--out", str(tmp_path / "short")], "fault": ["memory", 1, 1]}, {"train": [*words, "--out", str(tmp_path / "ample")]}]
+    jobs.append({"train": [*words, "--out", str(tmp_path / "fsdp"), "--train.parallel", "fsdp"], "fault": ["memory", -1, 1]})
+    results, errors = ranks(2, jobs, tmp_path / "out")
+    assert [[job["status"] for job in rank] for rank in results] == [[0, 0, 2]] * 2, errors
+    assert errors.count("out of memory with a micro-batch of 4: going on with 1 x 4 accumulation") == 1
+    assert "out of memory with a micro-batch of 4: choose a smaller --train.micro_batch" in errors
+    assert json.loads((tmp_path / "short" / "config.json").read_text())["resolved"]["micro_batch"] == 1
+    assert np.allclose(list(losses(tmp_path / "short").values()), list(losses(tmp_path / "ample").values()), rtol=1e-5, atol=0)
+
+
 def test_evaluation_over_ranks_gives_what_one_rank_gives(scenes_data, tiny, tmp_path):
     """The loss to the last bit, with a number of batches that two ranks cannot share evenly; the score of the same pictures."""
     words = [*tiny, "--train.steps", "3", "--train.eval_images", "5", "--train.eval_every", "0", "--sample.images", "3", "--train.score_prompts", "5"]

@@ -1,6 +1,6 @@
 """What a training shows of itself every `eval_every` steps: validation loss, a preview grid, on scenes data a score.
 
-All ranks compute: images and prompts are divided over them. Rank 0 writes.
+All ranks compute: images and prompts are divided over them. Rank 0 writes. A signal breaks off between the parts, and nothing is shown.
 """
 
 import math
@@ -41,10 +41,14 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
     values: dict[str, Any] = {"validation": loss_on_heldout(trainer, trainer.objective)}
     if trainer.ema_objective:
         values["validation_ema"] = loss_on_heldout(trainer, trainer.ema_objective)
+    if trainer.stopping():
+        return {}
     pipeline = trainer.pipeline()
     pipeline.model.eval()
     prompts = preview_prompts(trainer)
     samples = sample_over_ranks(trainer.world, pipeline, prompts, seed=1_000)
+    if trainer.stopping():
+        return {}
     picture = grid(samples.images, samples.prompts, columns=min(8, math.ceil(math.sqrt(len(prompts)))))
     if trainer.description.is_scenes and trainer.config.train.score_prompts:
         from flowt2i.data import scenes

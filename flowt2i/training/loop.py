@@ -384,6 +384,10 @@ class Trainer:
         self.optimizer.zero_grad()
         return finite
 
+    def stopping(self) -> bool:
+        """Whether a signal reached any rank: asked between the parts of what takes long (by all ranks)."""
+        return self.world.any(self.stop_signal is not None)
+
     def _why(self) -> str:
         """Why the run stops before its end."""
         return f"by signal {self.stop_signal}" if self.stop_signal is not None else self.stop_reason
@@ -394,12 +398,10 @@ class Trainer:
         Nothing of the training changes but the micro-batch: what a step draws is a function of its number.
         """
         asked, share = self.micro, self.config.data.batch_size // self.world.size
-        fitting = fitting_micro_batch(asked, share, self._fits)
-        if fitting == asked:
+        self.micro = fitting_micro_batch(asked, share, self._fits)
+        if self.micro == asked:
             return
-        if self.sharded:  # a sharded pass that broke off has left the ranks at different places
-            raise UserError(f"out of memory with a micro-batch of {asked}: choose --train.micro_batch {fitting}")
-        self.micro, self.accumulate = distributed.accumulation(self.config.data.batch_size, fitting, self.world.size)
+        self.accumulate = share // self.micro
         if self.compiled:
             torch.compiler.reset()
         if self.world.main:
@@ -409,23 +411,32 @@ class Trainer:
             )
 
     def _fits(self, micro: int) -> bool:
-        """Whether a pass over the `micro` samples with the longest captions fits on every rank, beside an optimizer state."""
-        longest = np.argsort(self.dataset.token_lengths()[: self.count], kind="stable")[-micro:]
-        indices = np.resize(longest, micro)
-        draw, t = self._draw(0)
+        """Whether a forward and backward pass of this many images fits on every rank.
+
+        A sharded pass that broke off leaves the other ranks waiting for this one: then the user must choose.
+        """
         fits = True
         try:
-            state = [torch.empty_like(p) for p in self.model.parameters() for _ in range(2)] if not self.optimizer.state() else []
-            self._forward(self.objective, self.dataset.fetch(indices), draw, t, slice(0, micro))[1].losses.mean().backward()
-            del state
+            self._probe(micro)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if self.sharded:
+                raise UserError(f"out of memory with a micro-batch of {micro}: choose a smaller --train.micro_batch") from None
             fits = False
         self.optimizer.zero_grad()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
         return not self.world.any(not fits)
+
+    def _probe(self, micro: int) -> None:
+        """The pass that takes most: over the samples with the longest captions, beside an optimizer's state."""
+        longest = np.argsort(self.dataset.token_lengths()[: self.count], kind="stable")[-micro:]
+        batch = self.dataset.fetch(np.resize(longest, micro))
+        draw, t = self._draw(0)
+        state = [torch.empty_like(p) for p in self.model.parameters() for _ in range(2)] if not self.optimizer.state() else []
+        self._forward(self.objective, batch, draw, t, slice(0, micro))[1].losses.mean().backward()
+        del state
 
     def latents(self, batch: Batch, noise: Tensor | None) -> Tensor:
         """Stored pixels or moments -> normalised latents [b, C, H, W]."""

@@ -31,6 +31,10 @@ class Saver:
     def failed(self) -> bool:
         return self.error is not None
 
+    @property
+    def writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> None:
         """Copy the tensors and return; `checkpoint.save` and `prune` go on behind. After a failure nothing more is written."""
         started = time.perf_counter()
