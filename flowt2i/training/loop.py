@@ -257,6 +257,8 @@ class Trainer:
                 factor = learning_rate(self.config.optim, self.step, self._schedule_steps())
                 outcome = self._step(batches, factor, logging)
                 self.step += 1
+                if self.step == self.first + 1:  # the optimizer has its state now
+                    self.saver.reserve(self._tensors())
                 self._set_budget(bar)
                 bar.update()
                 if logging and tracker:
@@ -492,14 +494,16 @@ class Trainer:
 
     def save(self) -> None:
         """Have a checkpoint written (by rank 0, beside the training) and superseded ones dropped; `saver.wait` says when it stands."""
-        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
-        if self.ema:
-            tensors["ema"] = self.ema.model.state_dict()
         state = {"step": self.step, "images_seen": self.step * self.config.data.batch_size, "steps": self.steps}
         state["ema_updates"] = self.ema.updates if self.ema else 0
         texts = {"state.json": json.dumps(state), "config.json": self.config.model_dump_json(indent=2)}
         texts["dataset.json"] = self.description.model_dump_json(indent=2)
-        self.saver.save(self.step, tensors, texts, {"tokenizer": self.data / "tokenizer"})
+        self.saver.save(self.step, self._tensors(), texts, {"tokenizer": self.data / "tokenizer"})
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file and name."""
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
+        return tensors | ({"ema": self.ema.model.state_dict()} if self.ema else {})
 
     def _last_save(self) -> dict[str, Any]:
         """What the newest finished write took, once, for the log."""

@@ -35,6 +35,13 @@ class Saver:
     def writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    def reserve(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Get the memory for the copies ready, beside the training: to be given fresh memory takes longer than to copy into it."""
+        if self.world.main:
+            kinds = {(stem, name): (t.shape, t.dtype, t.device.type == "cuda") for stem, named in tensors.items() for name, t in named.items()}
+            self._thread = threading.Thread(target=self._allocate, args=(kinds,), name="reserve")
+            self._thread.start()
+
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> None:
         """Copy the tensors and return; `checkpoint.save` and `prune` go on behind. After a failure nothing more is written."""
         started = time.perf_counter()
@@ -68,13 +75,17 @@ class Saver:
             for name, tensor in named.items():
                 full = whole(tensor.detach())  # every rank takes part in gathering a sharded tensor
                 if self.world.main:
-                    buffer = self._buffers.get((stem, name))
-                    if buffer is None:
-                        buffer = self._buffers[stem, name] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.device.type == "cuda")
-                    copies[stem][name] = buffer.copy_(full, non_blocking=True)
+                    if (stem, name) not in self._buffers:
+                        self._allocate({(stem, name): (full.shape, full.dtype, full.device.type == "cuda")})
+                    copies[stem][name] = self._buffers[stem, name].copy_(full, non_blocking=True)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         return copies
+
+    def _allocate(self, kinds: dict[tuple[str, str], tuple[torch.Size, torch.dtype, bool]]) -> None:
+        """Buffers of these shapes, pinned where they receive from a GPU, and touched: memory is only given when it is written to."""
+        for key, (shape, dtype, pinned) in kinds.items():
+            self._buffers[key] = torch.empty(shape, dtype=dtype, pin_memory=pinned).zero_()
 
     def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path], stall: float) -> None:
         started = time.perf_counter()
