@@ -70,7 +70,7 @@ def sample_over_ranks(world: World, pipeline: Pipeline, prompts: list[str], seed
     """`pipeline.sample` with the prompts divided over the ranks, as many for each: all pictures, on every rank. UserError on all where one fails."""
     share = world.share(len(prompts))
     try:
-        mine = pipeline.sample([prompts[k] for k in share], seed=seed + int(share[0]), **settings)
+        mine = pipeline.sample([prompts[k] for k in share], seed=seed + int(share.min(initial=len(prompts))), **settings)
         failure = None
     except UserError as error:
         mine, failure = None, error

@@ -287,6 +287,8 @@ class Trainer:
                     raise Stopped(f"stopped {self._why()} at step {self.step}; continue with --resume latest")
         finally:
             self.saver.settle()  # whatever ended the run, a checkpoint that was begun is finished
+            if self.saver.failed and sys.exc_info()[1] is not self.saver.error and self.world.main:
+                warnings.warn(str(self.saver.error), stacklevel=2)
             bar.close()
             if tracker:
                 tracker.close()
