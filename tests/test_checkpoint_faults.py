@@ -204,3 +204,12 @@ class TestSaver:
         assert cli.main(["train", "--config", "quickstart", *words]) == 2
         errors = capsys.readouterr().err
         assert "Input/output error" in errors and str(checkpoint.folder(tmp_path, 1)) in errors and checkpoint.list_steps(tmp_path) == []
+
+    def test_no_memory_for_the_copy(self, tmp_path, monkeypatch):
+        saver = Saver(ONE, tmp_path, keep_recent=1, keep_every=0)
+        monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+        saver.reserve(tensors(1.0))
+        saver.settle()
+        saver.save(1, tensors(1.0), TEXTS, {})
+        with pytest.raises(UserError, match="no main memory for a copy"):
+            saver.wait()

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowt2i.errors import UserError
 from flowt2i.training import checkpoint
 from flowt2i.training.distributed import World
 from flowt2i.training.parallel import whole
+
+Kinds = dict[tuple[str, str], tuple[torch.Size, torch.dtype, bool]]  # (file, name) -> shape, type, whether it comes from a GPU
 
 
 class Saver:
@@ -39,7 +42,7 @@ class Saver:
         """Get the memory for the copies ready, beside the training: to be given fresh memory takes longer than to copy into it."""
         if self.world.main:
             kinds = {(stem, name): (t.shape, t.dtype, t.device.type == "cuda") for stem, named in tensors.items() for name, t in named.items()}
-            self._thread = threading.Thread(target=self._allocate, args=(kinds,), name="reserve")
+            self._thread = threading.Thread(target=self._reserve, args=(kinds,), name="reserve")
             self._thread.start()
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> None:
@@ -74,7 +77,7 @@ class Saver:
         for stem, named in tensors.items():
             for name, tensor in named.items():
                 full = whole(tensor.detach())  # every rank takes part in gathering a sharded tensor
-                if self.world.main:
+                if self.world.main and not self.failed:
                     if (stem, name) not in self._buffers:
                         self._allocate({(stem, name): (full.shape, full.dtype, full.device.type == "cuda")})
                     copies[stem][name] = self._buffers[stem, name].copy_(full, non_blocking=True)
@@ -82,7 +85,13 @@ class Saver:
             torch.cuda.synchronize(self.world.device)
         return copies
 
-    def _allocate(self, kinds: dict[tuple[str, str], tuple[torch.Size, torch.dtype, bool]]) -> None:
+    def _reserve(self, kinds: Kinds) -> None:
+        try:
+            self._allocate(kinds)
+        except (RuntimeError, MemoryError) as error:
+            self.error = UserError(f"no main memory for a copy of what a checkpoint holds ({str(error).splitlines()[0]}): free some")
+
+    def _allocate(self, kinds: Kinds) -> None:
         """Buffers of these shapes, pinned where they receive from a GPU, and touched: memory is only given when it is written to."""
         for key, (shape, dtype, pinned) in kinds.items():
             self._buffers[key] = torch.empty(shape, dtype=dtype, pin_memory=pinned).zero_()
