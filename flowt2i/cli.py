@@ -144,13 +144,20 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     data = args.data or only_dataset()
     run = args.out or Path("runs") / f"{config.preset}-{data.resolve().name}"
+    from flowt2i.training.distributed import ToldElsewhere
     from flowt2i.training.loop import Stopped, train
 
+    main_rank = os.environ.get("RANK", "0") == "0"
     try:
         summary = train(config, data, run, args.resume, codec=args.codec, text=args.text)
     except Stopped as stopped:
-        print(f"flowt2i train: {stopped}", file=sys.stderr)
+        if main_rank:
+            print(f"flowt2i train: {stopped}", file=sys.stderr)
         return INTERRUPTED
+    except ToldElsewhere:
+        return 2
+    if not main_rank:
+        return 0
     if args.json:
         print(json.dumps(summary))
     else:

@@ -6,11 +6,13 @@ not exist or has the wrong type. What is fixed by the data (codec, text encoder,
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from flowt2i.errors import UserError, nearest
 
@@ -95,12 +97,30 @@ class OptimConfig(_Section):
     warmup_from: float = Field(0.1, ge=0, le=1, description="learning rate at step 0, as a share of the maximum")
     final: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the maximum")
     decay: float = Field(0.4, gt=0, le=1, description="schedule linear: the last share of steps over which it falls")
+    schedule_steps: int = Field(
+        0, ge=0, description="steps that warm-up and decay are laid out for; 0: train.steps. Given from the start, it makes a later extension exact"
+    )
+
+
+def seconds(duration: str) -> float:
+    """Seconds of a duration such as 3h, 90m, 45s or 1h30m; infinite where it is empty."""
+    if not duration:
+        return float("inf")
+    units = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", duration)
+    total = sum(float(number or 0) * unit for number, unit in zip(units.groups(), (3600, 60, 1))) if units else 0.0
+    if not total:
+        raise PydanticCustomError("duration", "give a time such as 3h, 90m, 45s or 1h30m")
+    return total
 
 
 class TrainConfig(_Section):
     steps: int = Field(30_000, ge=0, description="optimizer steps; 0: until stopped")
     minutes: float = Field(0.0, ge=0, description="with a value: train this long; `steps` follows from the speed. --train.steps switches it off")
     micro_batch: int = Field(96, ge=0, description="most images a forward pass and rank (0: its whole share); accumulation follows from it")
+    stop_after: str = Field("", description="wall-clock budget of this process, such as 3h, 90m or 45s: then save and stop with status 3; empty: none")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several ranks: each holds the whole model (ddp), or a share of every tensor, for models past one card's memory (fsdp)"
+    )
     seed: int = Field(0, ge=0, description="of data order, noise, times, dropout and initial weights")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="compute under autocast; weights are always fp32")
     compile: Literal["auto", "on", "off"] = Field(
@@ -114,6 +134,12 @@ class TrainConfig(_Section):
     checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
     keep_recent: int = Field(3, ge=1, description="newest checkpoints kept")
     keep_every: int = Field(10_000, ge=0, description="checkpoints at multiples of this are kept for good; 0: none")
+
+    @field_validator("stop_after")
+    @classmethod
+    def _is_duration(cls, text: str) -> str:
+        seconds(text)
+        return text
 
 
 class SampleConfig(_Section):

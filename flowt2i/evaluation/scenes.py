@@ -1,13 +1,16 @@
 """Prompt-following on the built-in scenes: what share of pictures shows what the prompt says, by an exact checker."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from flowt2i.data import scenes, scenes_check
 from flowt2i.pipeline import Pipeline
 
+FIRST_SEED = 1_000_000  # of the noise: picture k has seed FIRST_SEED + k
 ATOMS = ("shape", "colour", "size", "count", "relation", "background")
 
 
@@ -28,13 +31,18 @@ def tally(hits: int, total: int) -> dict[str, Any]:
 def score_pipeline(pipeline: Pipeline, count: int, *, seed: int = 0, heldout: bool = False, progress: bool = False, **settings: Any) -> dict[str, Any]:
     """Accuracy with Wilson's interval over `count` prompts: "all" (every atom right), each atom, and by kind of prompt.
 
-    Prompts are drawn from `scenes.prompts(seed, count, heldout)`; image k has seed `1_000_000 + k`. Settings as in `Pipeline.sample`.
+    Prompts are drawn from `scenes.prompts(seed, count, heldout)`; image k has seed `FIRST_SEED + k`. Settings as in `Pipeline.sample`.
     """
     prompts = scenes.prompts(seed, count, heldout=heldout)
     with tqdm(total=count, desc="drawing", unit="image", disable=not progress, leave=False) as bar:
-        samples = pipeline.sample(prompts, seed=1_000_000, progress=bar.update, **settings)
+        samples = pipeline.sample(prompts, seed=FIRST_SEED, progress=bar.update, **settings)
+    return score_images(samples.images, prompts)
+
+
+def score_images(images: Iterable[np.ndarray], prompts: Sequence[str]) -> dict[str, Any]:
+    """The same of pictures that are drawn: images uint8 [H, W, 3], one a prompt."""
     hits: dict[str, list[bool]] = {}
-    for image, prompt in zip(samples.images, prompts):
+    for image, prompt in zip(images, prompts):
         result = scenes_check.check(image, prompt)
         hits.setdefault("all", []).append(bool(result.all))
         hits.setdefault(kind(prompt), []).append(bool(result.all))

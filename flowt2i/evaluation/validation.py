@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowt2i.training import stream
+from flowt2i.training.distributed import World
 
 BINS = 5
 SEED = 20_777  # not a run's seed: every run meets the same noise
@@ -23,18 +24,23 @@ def validation_loss(
     batch: int,
     shape: tuple[int, ...],
     moments: bool,
-    device: torch.device,
+    world: World,
 ) -> dict[str, float]:
-    """Mean loss, and mean loss of each fifth of the times (`t0.0-0.2` … `t0.8-1.0`).
+    """Mean loss, and mean loss of each fifth of the times (`t0.0-0.2` … `t0.8-1.0`): the same on every rank, and for any number of ranks.
+
+    Whole batches are divided over the ranks, as many for each (a sharded model needs every rank at every pass).
 
     loss(rows, t, draw) gives the loss per image of held-out images `rows` [b] at times `t` [b] with the noise of the first rows of `draw`.
     """
-    values = []
-    for number, start in enumerate(range(0, count, batch)):
-        rows = np.arange(start, min(start + batch, count))
-        draw = stream.draw(SEED, number, batch, shape, 0.0, moments, device)
-        values.append(loss(rows, fixed_times(count)[start : start + len(rows)].to(device), draw).float().cpu())
-    losses, bins = torch.cat(values).double(), (fixed_times(count) * BINS).long().clamp(0, BINS - 1)
+    batches = -(-count // batch)
+    share = world.share(batches)
+    mine = np.zeros((len(share), batch))
+    for place, number in enumerate(share.tolist()):
+        rows = np.arange(number * batch, min((number + 1) * batch, count))
+        draw = stream.draw(SEED, number, batch, shape, 0.0, moments, world.device)
+        mine[place, : len(rows)] = loss(rows, fixed_times(count)[rows].to(world.device), draw).float().cpu()
+    losses = torch.from_numpy(world.collect(mine, batches).reshape(-1)[:count])
+    bins = (fixed_times(count) * BINS).long().clamp(0, BINS - 1)
     out = {"loss": losses.mean().item()}
     for number in range(BINS):
         inside = losses[bins == number]

@@ -6,7 +6,9 @@
         config.json  dataset.json  tokenizer/      all that sampling needs beside the weights
         manifest.json      size and sha256 of every file above: written last
 
-A save writes into `step_….tmp`, syncs, and renames; old ones go only after the new one stands.
+A save writes into `step_….tmp`, syncs, and renames; old ones go only after the new one is proved. One of the same step (damaged,
+or it would not be written again) is first renamed to `step_….old`; whatever moment a kill chose, `recover` and `newest_good` find it.
+Tensors are whole, however training held them (see `parallel`): any number of ranks, DDP or FSDP2, loads what any other wrote.
 """
 
 import hashlib
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flowt2i.errors import UserError
+from flowt2i.training.parallel import share_like
 
 MANIFEST = "manifest.json"
 
@@ -44,20 +47,21 @@ def list_steps(run: Path) -> list[int]:
 def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> Path:
     """Write a checkpoint. tensors: file stem -> named tensors; texts: file name -> content; copies: name -> folder to copy in.
 
-    UserError where the disk has no room, saying how much is needed; the earlier checkpoints stay as they are.
+    UserError where the disk has no room or fails, saying how much is needed; the earlier checkpoints stay as they are.
     """
     target = folder(run, step)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values()) + (16 << 20)
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise UserError(
-            f"no room for a checkpoint in {target.parent}: {needed >> 20} MiB needed, {free >> 20} MiB free; free some and run again with --resume latest"
-        )
-    aside = target.with_name(target.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+    needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values()) + (1 << 20)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed:
+            raise UserError(
+                f"no room for a checkpoint in {target.parent}: {_mib(needed)} needed, {_mib(free)} free; earlier ones are untouched: "
+                "free some and run again with --resume latest"
+            )
+        aside.mkdir()
         for stem, named in tensors.items():
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
         for name, text in texts.items():
@@ -66,17 +70,37 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
             if source.exists():
                 shutil.copytree(source, aside / name)
         write_manifest(aside)
-    except OSError as error:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        os.replace(aside, target)
+        _sync_folder(target.parent)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a disk that is full
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"could not write the checkpoint {target}: {error.strerror or error} ({needed >> 20} MiB needed); earlier ones are untouched"
+            f"could not write the checkpoint {target}: {getattr(error, 'strerror', None) or error} ({_mib(needed)} needed); "
+            "earlier ones are untouched: mend it and run again with --resume latest"
         ) from error
-    if target.exists():  # a damaged or superseded one of the same step: out of the way first, gone when the new one stands
-        os.replace(target, target.with_name(target.name + ".old"))
-    os.replace(aside, target)
-    shutil.rmtree(target.with_name(target.name + ".old"), ignore_errors=True)
-    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def prove(path: Path) -> None:
+    """UserError where a checkpoint just written does not read back as it was written."""
+    problem = damage(path)
+    if problem:
+        raise UserError(f"the checkpoint {path} does not read back ({problem}): look after this disk; earlier ones are untouched")
+
+
+def recover(run: Path) -> None:
+    """Clear up what a killed save left. Only for the one that holds the run's lock."""
+    for old in (run / "checkpoints").glob("step_*.old"):
+        if old.with_suffix("").exists():  # its replacement stands
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, old.with_suffix(""))
+    for aside in (run / "checkpoints").glob("step_*.tmp"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_manifest(path: Path) -> None:
@@ -115,14 +139,15 @@ def newest_good(run: Path) -> Path | None:
 
     UserError where there are some and none is good: starting again from step 0 must be the user's own decision.
     """
-    steps = list_steps(run)
-    for step in reversed(steps):
-        problem = damage(folder(run, step))
+    paths = [folder(run, step) for step in reversed(list_steps(run))]
+    paths += sorted((run / "checkpoints").glob("step_*.old"), reverse=True)  # a save was killed while it replaced this one
+    for path in paths:
+        problem = damage(path)
         if problem is None:
-            return folder(run, step)
-        warnings.warn(f"checkpoint {folder(run, step)} is damaged ({problem}): passing over it", stacklevel=2)
-    if steps:
-        raise UserError(f"all {len(steps)} checkpoints in {run / 'checkpoints'} are damaged: remove them to start again, or choose another --out")
+            return path
+        warnings.warn(f"checkpoint {path} is damaged ({problem}): passing over it", stacklevel=2)
+    if paths:
+        raise UserError(f"all {len(paths)} checkpoints in {run / 'checkpoints'} are damaged: remove them to start again, or choose another --out")
     return None
 
 
@@ -186,12 +211,16 @@ def load_into(model: nn.Module, path: Path) -> None:
     surplus = sorted(set(tensors) - set(own))
     if surplus:
         raise UserError(f"{path} holds {surplus[0]!r}, which this model does not have: it belongs to a model of another configuration")
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: share_like(tensor, own[name]) for name, tensor in tensors.items()})
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
 
 
 def _sync_folder(path: Path) -> None:

@@ -3,12 +3,21 @@
 import os
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from flowt2i.errors import UserError
+
+T = TypeVar("T")
+
+
+class ToldElsewhere(UserError):
+    """What all ranks stop for, and rank 0 says."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +32,10 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks of a tensor (in place)."""
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor (in place)."""
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.SUM)
-            values /= self.size
         return values
 
     def any(self, flag: bool) -> bool:
@@ -46,9 +54,37 @@ class World:
         dist.broadcast(shared, 0)
         return int(shared.item())
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on every rank. Where it fails there all ranks stop, and rank 0 says why."""
+        if self.size == 1:
+            return work()
+        result: list[Any] = [False, None]
+        try:
+            if self.main:
+                result = [True, work()]
+        finally:  # the others must not wait for a rank that gave up
+            dist.broadcast_object_list(result, 0)
+        if not result[0]:
+            raise ToldElsewhere("rank 0 stopped")
+        return result[1]
+
+    def fail(self, message: str) -> UserError:
+        """The error to raise on every rank, for rank 0 to say."""
+        return UserError(message) if self.main else ToldElsewhere(message)
+
+    def share(self, count: int) -> np.ndarray:
+        """Which of `count` pieces of work this rank does: as many on every rank, the last piece repeated where they do not come out even."""
+        each = -(-count // self.size)
+        return np.minimum(np.arange(self.rank * each, (self.rank + 1) * each), count - 1)
+
+    def collect(self, mine: np.ndarray, count: int) -> np.ndarray:
+        """All `count` results in order, on every rank, from what each made of its `share`."""
+        if self.size == 1:
+            return mine
+        own = torch.from_numpy(np.ascontiguousarray(mine)).to(self.device)
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(every, own)
+        return torch.cat(every)[:count].cpu().numpy()
 
 
 def best_device() -> torch.device:

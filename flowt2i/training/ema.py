@@ -18,11 +18,11 @@ class EMA(Generic[M]):
     def __init__(self, model: M, decay: float):
         self.decay, self.updates = decay, 0
         self.model: M = copy.deepcopy(model).eval().requires_grad_(False)
-        self._ours: list[torch.Tensor] = list(self.model.parameters())
-        self._theirs: list[torch.Tensor] = list(model.parameters())
+        self._source = model
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._ours, self._theirs, 1 - decay)
+        ours: list[torch.Tensor] = list(self.model.parameters())  # asked for anew: sharding a model replaces its parameters
+        torch._foreach_lerp_(ours, list(self._source.parameters()), 1 - decay)
         self.updates += 1

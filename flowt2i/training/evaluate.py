@@ -1,7 +1,11 @@
-"""What a training shows of itself every `eval_every` steps: validation loss, a preview grid, on scenes data a score."""
+"""What a training shows of itself every `eval_every` steps: validation loss, a preview grid, on scenes data a score.
+
+All ranks compute: images and prompts are divided over them. Rank 0 writes. A signal breaks off between the parts, and nothing is shown.
+"""
 
 import math
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +15,9 @@ from torch import Tensor
 from flowt2i.errors import UserError
 from flowt2i.evaluation.validation import validation_loss
 from flowt2i.grid import grid
-from flowt2i.model import FlowTransformer
-from flowt2i.pipeline import Pipeline
+from flowt2i.pipeline import Pipeline, Samples
 from flowt2i.training import stream
+from flowt2i.training.distributed import World
 from flowt2i.training.objective import Objective
 from flowt2i.training.tracking import Tracker
 
@@ -24,45 +28,63 @@ if TYPE_CHECKING:
 def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
     """Validation loss of raw and EMA weights by time bin, a preview grid, and on scenes data the prompt-following score."""
     values: dict[str, Any] = {}
-    if trainer.world.main:
-        try:
-            values = _evaluate(trainer, tracker, last)
-        except UserError as error:  # the training itself is sound and saved
+    try:
+        values = _evaluate(trainer, tracker, last)
+    except UserError as error:  # the training itself is sound and saved
+        if trainer.world.main:
             warnings.warn(f"evaluation at step {trainer.step} failed: {error}", stacklevel=2)
-        trainer.model.train()
-    trainer.world.barrier()
+    trainer.model.train()
     return values
 
 
 def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
-    values: dict[str, Any] = {"validation": loss_on_heldout(trainer, trainer.model)}
-    if trainer.ema:
-        values["validation_ema"] = loss_on_heldout(trainer, trainer.ema.model)
+    values: dict[str, Any] = {"validation": loss_on_heldout(trainer, trainer.objective)}
+    if trainer.ema_objective:
+        values["validation_ema"] = loss_on_heldout(trainer, trainer.ema_objective)
+    if trainer.stopping():
+        return {}
     pipeline = trainer.pipeline()
     pipeline.model.eval()
     prompts = preview_prompts(trainer)
-    samples = pipeline.sample(prompts, seed=1_000)
+    samples = sample_over_ranks(trainer.world, pipeline, prompts, seed=1_000)
+    if trainer.stopping():
+        return {}
     picture = grid(samples.images, samples.prompts, columns=min(8, math.ceil(math.sqrt(len(prompts)))))
     if trainer.description.is_scenes and trainer.config.train.score_prompts:
-        from flowt2i.evaluation.scenes import score_pipeline
+        from flowt2i.data import scenes
+        from flowt2i.evaluation.scenes import FIRST_SEED, score_images
 
-        values["score"] = score_pipeline(
-            pipeline, trainer.config.train.score_prompts, seed=trainer.config.train.seed, steps=min(20, trainer.config.sample.steps)
-        )["all"]["accuracy"]
+        asked = scenes.prompts(trainer.config.train.seed, trainer.config.train.score_prompts, heldout=False)
+        drawn = sample_over_ranks(trainer.world, pipeline, asked, seed=FIRST_SEED, steps=min(20, trainer.config.sample.steps))
+        values["score"] = score_images(drawn.images, asked)["all"]["accuracy"]
+    memorised = side_by_side(trainer, pipeline) if trainer.config.data.subset and last else None
     if tracker:
         tracker.evaluation(trainer.step, {"images_seen": trainer.step * trainer.config.data.batch_size, **values})
         tracker.image(trainer.step, "samples", picture)
-        if trainer.config.data.subset and last:
-            tracker.image(trainer.step, "memorised", side_by_side(trainer, pipeline))
+        if memorised:
+            tracker.image(trainer.step, "memorised", memorised)
     return values
 
 
+def sample_over_ranks(world: World, pipeline: Pipeline, prompts: list[str], seed: int, **settings: Any) -> Samples:
+    """`pipeline.sample` with the prompts divided over the ranks, as many for each: all pictures, on every rank. UserError on all where one fails."""
+    share = world.share(len(prompts))
+    try:
+        mine = pipeline.sample([prompts[k] for k in share], seed=seed + int(share.min(initial=len(prompts))), **settings)
+        failure = None
+    except UserError as error:
+        mine, failure = None, error
+    if world.any(failure is not None) or mine is None:
+        raise failure or UserError("another rank could not draw its pictures")
+    images = world.collect(mine.images, len(prompts))
+    return replace(mine, images=images, prompts=list(prompts), seeds=[seed + k for k in range(len(prompts))])
+
+
 @torch.no_grad()
-def loss_on_heldout(trainer: "Trainer", model: FlowTransformer) -> dict[str, float]:
+def loss_on_heldout(trainer: "Trainer", objective: Objective) -> dict[str, float]:
     """On held-out images (or on the training subset, where memorising is the aim), see `evaluation.validation`."""
     dataset, text_of = (trainer.dataset, trainer.text_of) if trainer.config.data.subset else (trainer.heldout, trainer.heldout_text_of)
     count = min(trainer.config.train.eval_images, trainer.count if trainer.config.data.subset else len(dataset))
-    objective = Objective(model, trainer.config.flow, trainer.config.train.precision)  # type: ignore[arg-type]
 
     def loss(rows: np.ndarray, t: Tensor, draw: stream.Draw) -> Tensor:
         batch = dataset.fetch(rows)
@@ -72,7 +94,7 @@ def loss_on_heldout(trainer: "Trainer", model: FlowTransformer) -> dict[str, flo
         return objective(latents, draw.noise[:n], t, text, batch.mask.to(trainer.world.device)).losses
 
     codec = trainer.description.codec
-    return validation_loss(loss, count, min(64, trainer.config.train.eval_images), codec.shape, codec.kind == "vae", trainer.world.device)
+    return validation_loss(loss, count, min(64, trainer.config.train.eval_images), codec.shape, codec.kind == "vae", trainer.world)
 
 
 def preview_prompts(trainer: "Trainer") -> list[str]:
@@ -94,7 +116,7 @@ def side_by_side(trainer: "Trainer", pipeline: Pipeline) -> Any:
     captions = [trainer.dataset.caption(i) for i in range(shown)]
     batch = trainer.dataset.fetch(np.arange(shown))
     originals = pipeline.to_images(trainer.latents(batch, None))
-    samples = pipeline.sample(captions, seed=1_000).images
+    samples = sample_over_ranks(trainer.world, pipeline, captions, seed=1_000).images
     columns, images, labels = 8, [], []
     for start in range(0, shown, columns):
         row = slice(start, min(start + columns, shown))

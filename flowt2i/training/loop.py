@@ -3,8 +3,8 @@
     flowt2i train --config quickstart --data data/scenes --out runs/quickstart
     flowt2i train --config quickstart --data data/scenes --out runs/quickstart --resume latest
 
-A step: fetch, draw noise and times, forward and backward (gradients are summed over ranks at the last micro-batch only), clip,
-check that all is finite, optimizer, EMA, counters; then log, evaluate, save. State is counted in optimizer steps.
+A step: fetch, draw noise and times, forward and backward (gradients are summed over ranks at the last micro-batch only), clip, agree with
+the other ranks that all is finite and whether to stop, optimizer, EMA, counters; then log, evaluate, save. State is counted in optimizer steps.
 """
 
 import fcntl
@@ -13,39 +13,50 @@ import math
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flowt2i import flow
 from flowt2i.codec import codec_from_spec, stored_to_latents
-from flowt2i.config import Config, load_config
+from flowt2i.config import Config, load_config, seconds
 from flowt2i.data.dataset import Batch, ImageTextDataset
 from flowt2i.description import DatasetDescription, require_same
 from flowt2i.errors import UserError
 from flowt2i.model import count_parameters
 from flowt2i.pipeline import Pipeline, build_model, compute_dtype
 from flowt2i.text import load_encoder, load_tokenizer
-from flowt2i.training import checkpoint, distributed, stream
+from flowt2i.training import checkpoint, distributed, parallel, stream
 from flowt2i.training.compiling import compile_blocks, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
-from flowt2i.training.objective import Objective, drop_captions
+from flowt2i.training.fit_memory import fitting_micro_batch, is_out_of_memory
+from flowt2i.training.objective import Objective, Terms, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
+from flowt2i.training.saver import Saver
 from flowt2i.training.tracking import Tracker
 
 WARM, TIMED = 5, 20  # `train.minutes`: the first steps (compilation) do not count; the speed is first known after so many
 
 
 class Stopped(Exception):
-    """A signal asked for the end; everything is saved."""
+    """A signal or the wall-clock budget asked for the end; everything is saved."""
+
+
+class Outcome(NamedTuple):
+    """What the ranks agreed on in a step, before the optimizer."""
+
+    loss: float  # of the global batch
+    norm: float  # of its gradient, before clipping
+    stop: bool
+    statistics: dict[str, float]
 
 
 class Trainer:
@@ -61,19 +72,35 @@ class Trainer:
         self.description = DatasetDescription.load(data)
         self._check_data()
         self.model_config = config.model.resolve(self.description.codec.kind, self.description.codec.shape)
-        self.compiled = will_compile(config.train, self.world.device)
-        source = self._find_resume(resume)
-        self._lock()
+        self.sharded = config.train.parallel == "fsdp" and self.world.size > 1
+        if self.sharded and config.optim.name == "muon":
+            raise UserError("optim.name muon needs whole matrices, and --train.parallel fsdp splits them: choose --optim.name adamw, or --train.parallel ddp")
+        self.world.on_main(self._lock)
+        try:
+            self._build(resume, codec, text)
+        except BaseException:
+            self.close()
+            raise
 
+    def _build(self, resume: str | None, codec: str | None, text: str | None) -> None:
+        config, world, device = self.config, self.world, self.world.device
+        source = world.on_main(lambda: self._find_resume(resume))
+        self.compiled = will_compile(config.train, device)
         pad = self._text_padding()
-        self.dataset = ImageTextDataset(data, "train", pad_to=pad)
-        self.heldout = ImageTextDataset(data, "heldout", pad_to=pad) if self.description.heldout_count else self.dataset
+        self.dataset = ImageTextDataset(self.data, "train", pad_to=pad)
+        self.heldout = ImageTextDataset(self.data, "heldout", pad_to=pad) if self.description.heldout_count else self.dataset
         self.count = min(config.data.subset or len(self.dataset), len(self.dataset))
-        self.tokenizer = load_tokenizer(self.description.text, data)
-        device = self.world.device
+        self.tokenizer = load_tokenizer(self.description.text, self.data)
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config, self.description).to(device)
+        self.model = build_model(config, self.description)
         self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
+        self.objective = Objective(self.model, config.flow, config.train.precision)
+        self.ema_objective = Objective(self.ema.model, config.flow, config.train.precision) if self.ema else None
+        for objective in (self.objective, self.ema_objective):
+            if objective and self.sharded:
+                parallel.shard(objective, device)
+            elif objective:
+                objective.to(device)
         self.optimizer = Optimizer(config.optim, self.model)
         self.step, self.steps = 0, 0 if config.train.minutes else config.train.steps
         if source:
@@ -84,12 +111,14 @@ class Trainer:
         self.std = torch.tensor(self.description.latent_std, device=device).view(1, -1, 1, 1)
         self.encoder = load_encoder(self.description.text, compute_dtype(config), text).to(device) if self.description.text.kind == "hf" else None
         # Only previews decode, but a VAE that is missing had better be missed now than after a thousand steps.
-        self.codec = codec_from_spec(self.description.codec, codec).to(device) if self.world.main else None
+        self.codec = codec_from_spec(self.description.codec, codec).to(device)
         self.null, self.text_of, self.heldout_text_of = self._prepare_text()
-        self.objective = Objective(self.model, config.flow, config.train.precision)
         if self.compiled:
             compile_blocks(self.model)
-        self.distributed = DistributedDataParallel(self.objective) if self.world.size > 1 else None
+        self.wrapped: nn.Module = parallel.replicate(self.objective) if world.size > 1 and not self.sharded else self.objective
+        self.saver = Saver(world, self.run_folder, config.train.keep_recent, config.train.keep_every)
+        self.logged_saves = 0
+        self.budget = seconds(config.train.stop_after)
         self.stop_signal: int | None = None
 
     # ---- set-up -------------------------------------------------------------------------------------------------------
@@ -106,7 +135,8 @@ class Trainer:
             raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
 
     def _find_resume(self, resume: str | None) -> Path | None:
-        """Where to continue from, or None for a new run. Never silently starts over."""
+        """Where to continue from, or None for a new run. Never silently starts over. Rank 0 looks, for all."""
+        checkpoint.recover(self.run_folder)
         steps = checkpoint.list_steps(self.run_folder)
         if resume is None:
             if steps:
@@ -114,14 +144,13 @@ class Trainer:
             return None
         if resume == "latest":
             source = checkpoint.newest_good(self.run_folder)
-            if source is None and self.world.main:
+            if source is None:
                 print(f"no checkpoint in {self.run_folder} yet: starting at step 0", file=sys.stderr)
             return source
         return checkpoint.find(Path(resume))
 
     def _lock(self) -> None:
-        if not self.world.main:
-            return
+        """Keep other trainings out of the run folder, for as long as rank 0 lives."""
         try:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             self._lock_file = (self.run_folder / ".lock").open("w")
@@ -172,6 +201,22 @@ class Trainer:
         self.step = state["step"]
         if self.config.train.minutes:
             self.steps = state["steps"]
+        self._warn_of_another_schedule(theirs, state["steps"])
+
+    def _warn_of_another_schedule(self, theirs: Config, their_steps: int) -> None:
+        """A run that is extended keeps its learning rates only where the schedule's length was fixed; else say that it bends."""
+        before, now = theirs.optim.schedule_steps or their_steps, self._schedule_steps()
+        if self.world.main and before != now and self.config.optim.schedule != "constant":
+            rates = [learning_rate(*laid_out) for laid_out in ((theirs.optim, self.step, before), (self.config.optim, self.step, now))]
+            warnings.warn(
+                f"the {self.config.optim.schedule} schedule was laid out for {before or 'endless'} steps and is now for {now or 'endless'}: at step "
+                f"{self.step} the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g} of its maximum (--optim.schedule_steps {before} keeps it)",
+                stacklevel=2,
+            )
+
+    def _schedule_steps(self) -> int:
+        """Steps that the learning rate is laid out for; 0: endless."""
+        return self.config.optim.schedule_steps or self.steps or (2_000 if self.config.train.minutes else 0)
 
     def _prepare_text(self) -> tuple[Tensor, Any, Any]:
         ids = torch.tensor(self.description.text.null_tokens, device=self.world.device)
@@ -188,12 +233,14 @@ class Trainer:
     # ---- the run ------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Train to the end. Returns a summary; raises Stopped after saving when a signal came."""
+        """Train to the end. Returns a summary; raises Stopped after saving when a signal came or the time was up."""
         if self.steps and self.step >= self.steps and self.world.main:
             print(f"{self.run_folder} is complete at step {self.step}: raise --train.steps to go on, or choose another --out", file=sys.stderr)
         if self.resumed_from and self.world.main:
             for moved in checkpoint.set_aside(self.run_folder, self.step):
                 print(f"a later checkpoint of the branch that is left now lies in {moved}", file=sys.stderr)
+        if self.world.device.type == "cuda":  # a CPU's memory is virtual: it does not say when it is full
+            self.fit_memory()
         self._write_config()
         tracker = Tracker(self.run_folder, self.config, self.step) if self.world.main else None
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -207,35 +254,41 @@ class Trainer:
         try:
             while not self.steps or self.step < self.steps:
                 logging = (self.step + 1) % every.log_every == 0
-                factor = learning_rate(self.config.optim, self.step, self.steps or (2_000 if every.minutes else 0))
-                loss, norm, statistics = self._step(batches, factor, logging)
+                factor = learning_rate(self.config.optim, self.step, self._schedule_steps())
+                outcome = self._step(batches, factor, logging)
                 self.step += 1
+                if self.step == self.first + 1:  # the optimizer has its state now
+                    self.saver.reserve(self._tensors())
                 self._set_budget(bar)
                 bar.update()
                 if logging and tracker:
                     now = time.perf_counter()
                     rate = (self.step - since_step) * batch_size / max(1e-9, now - since)
                     since, since_step = now, self.step
-                    line = {
+                    line: dict[str, Any] = {
                         "images_seen": self.step * batch_size,
-                        "loss": loss.item(),
+                        "loss": outcome.loss,
                         "lr": self.config.optim.lr * factor,
-                        "grad_norm": norm.item(),
+                        "grad_norm": outcome.norm,
                     }
                     if self.config.optim.name == "muon":
                         line["muon_lr"] = self.config.optim.muon_lr * factor
-                    tracker.scalars(self.step, line | {"images_per_s": rate, "statistics": statistics})
-                    bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:.0f} images/s")
+                    tracker.scalars(self.step, line | {"images_per_s": rate, "statistics": outcome.statistics} | self._last_save())
+                    bar.set_postfix_str(f"loss {outcome.loss:.3f}, {rate:.0f} images/s")
                 last = self.steps and self.step >= self.steps
-                stop = self.world.any(self.stop_signal is not None)
-                if last or stop or self.step % every.checkpoint_every == 0:
+                if last or outcome.stop or self.step % every.checkpoint_every == 0:
                     self.save()
-                if last or (every.eval_every and self.step % every.eval_every == 0 and not stop):
+                if last or (every.eval_every and self.step % every.eval_every == 0 and not outcome.stop):
                     evaluation = evaluate(self, tracker, last=bool(last))
                     since, since_step = time.perf_counter(), self.step
-                if stop and not last:
-                    raise Stopped(f"stopped by signal {self.stop_signal} at step {self.step}; continue with --resume latest")
+                if last or outcome.stop:
+                    self.saver.wait()
+                if outcome.stop and not last:
+                    raise Stopped(f"stopped {self._why()} at step {self.step}; continue with --resume latest")
         finally:
+            self.saver.settle()  # whatever ended the run, a checkpoint that was begun is finished
+            if self.saver.failed and sys.exc_info()[1] is not self.saver.error and self.world.main:
+                warnings.warn(str(self.saver.error), stacklevel=2)
             bar.close()
             if tracker:
                 tracker.close()
@@ -243,43 +296,151 @@ class Trainer:
                 signal.signal(which, handler)
         summary = {"run": str(self.run_folder), "step": self.step, "images_seen": self.step * batch_size}
         summary |= {"seconds": round(time.perf_counter() - self.started, 1), "peak_memory_gib": round(distributed.peak_memory(self.world.device), 2)}
-        return summary | evaluation
+        return summary | self.saver.summary() | evaluation
 
-    def _step(self, batches: Any, factor: float, logging: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """One optimizer step over the global batch. Returns its loss and gradient norm (scalar tensors) and, when logging, statistics."""
-        config, device = self.config, self.world.device
-        codec = self.description.codec
-        draw = stream.draw(config.train.seed, self.step, config.data.batch_size, codec.shape, config.flow.caption_dropout, codec.kind == "vae", device)
-        t = flow.times(draw.uniform, draw.choice, config.flow.times, config.flow.logit_mean, config.flow.logit_std, config.flow.uniform_share)
-        total = torch.zeros((), device=device)
+    def _step(self, batches: Any, factor: float, logging: bool) -> Outcome:
+        """One optimizer step over the global batch. UserError, before anything is updated, where a loss or the gradient is not finite."""
+        draw, t = self._draw(self.step)
+        total = torch.zeros((), device=self.world.device)
         statistics: dict[str, float] = {}
-        rows = stream.micro_rows(config.data.batch_size, self.micro, self.world.rank, self.world.size)
+        rows = self._rows()
         for number, part in enumerate(rows):
             batch = next(batches)
-            data = self.latents(batch, draw.latent_noise[part] if draw.latent_noise is not None else None)
-            if config.data.flip:
-                data = torch.where(draw.flipped[part].view(-1, 1, 1, 1), data.flip(-1), data)
-            text, mask = drop_captions(self.text_of(batch), batch.mask.to(device, non_blocking=True), draw.dropped[part], self.null)
             last = number == len(rows) - 1
-            module = self.distributed or self.objective
-            with nullcontext() if last or not self.distributed else self.distributed.no_sync():
-                terms = module(data, draw.noise[part], t[part], text, mask)
+            with parallel.gradient_sync(self.wrapped, on=last):
+                data, terms = self._forward(self.wrapped, batch, draw, t, part)
                 loss = terms.losses.mean() / len(rows)
                 loss.backward()
             total += loss.detach()
             if logging and last:
                 statistics = self._statistics(data, draw.noise[part], t[part], terms.output.detach())
-        self.world.mean(total)
-        norm = clip_gradients(self.model, config.optim.clip)
-        if not (math.isfinite(total.item()) and math.isfinite(norm.item())):  # before the optimizer: nothing is spoiled
-            ids = stream.sample_indices(config.train.seed, self.step, config.data.batch_size, self.count)[:8].tolist()
-            raise UserError(f"loss {total.item()} or gradient norm {norm.item()} is not finite at step {self.step} (samples {ids}…): nothing was updated; "
-                            "resume with a lower --optim.lr, or look at these samples")  # fmt: skip
+        norm = clip_gradients(self.model, self.config.optim.clip)
+        loss_value, norm_value, stop = self._agree(total, norm)
         self.optimizer.step(factor)
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update()
-        return total, norm, statistics
+        return Outcome(loss_value, norm_value, stop, statistics)
+
+    def _rows(self) -> list[slice]:
+        """Rows of the global batch that this rank works through, one slice a micro-batch."""
+        return stream.micro_rows(self.config.data.batch_size, self.micro, self.world.rank, self.world.size)
+
+    def _draw(self, step: int) -> tuple[stream.Draw, Tensor]:
+        """The randomness of a step's global batch, and its times."""
+        config, codec = self.config, self.description.codec
+        dropout, moments = config.flow.caption_dropout, codec.kind == "vae"
+        draw = stream.draw(config.train.seed, step, config.data.batch_size, codec.shape, dropout, moments, self.world.device)
+        return draw, flow.times(draw.uniform, draw.choice, config.flow.times, config.flow.logit_mean, config.flow.logit_std, config.flow.uniform_share)
+
+    def _forward(self, module: nn.Module, batch: Batch, draw: stream.Draw, t: Tensor, part: slice) -> tuple[Tensor, Terms]:
+        """Latents and loss terms of a micro-batch: rows `part` of the global batch."""
+        data = self.latents(batch, draw.latent_noise[part] if draw.latent_noise is not None else None)
+        if self.config.data.flip:
+            data = torch.where(draw.flipped[part].view(-1, 1, 1, 1), data.flip(-1), data)
+        mask = batch.mask.to(self.world.device, non_blocking=True)
+        text, mask = drop_captions(self.text_of(batch), mask, draw.dropped[part], self.null)
+        return data, module(data, draw.noise[part], t[part], text, mask)
+
+    # ---- what the ranks agree on --------------------------------------------------------------------------------------
+
+    def _agree(self, total: Tensor, norm: Tensor) -> tuple[float, float, bool]:
+        """Loss of the global batch, gradient norm, and whether to stop, the same on all ranks: one small sum, one wait for the device.
+
+        Raises on all ranks alike where one of them has a loss that is not finite, or could not write a checkpoint.
+        """
+        out_of_time = time.perf_counter() - self.started > self.budget
+        flags = [self.stop_signal is not None, out_of_time, self.saver.failed, *(rank == self.world.rank for rank in range(self.world.size))]
+        shared = torch.cat([total[None], torch.tensor(flags, dtype=total.dtype).to(total.device, non_blocking=True)])
+        shared[4:] *= ~torch.isfinite(total)  # each rank marks its own place
+        loss, signalled, late, failed, *bad, norm_value = torch.cat([self.world.sum(shared), norm.detach()[None]]).tolist()
+        loss /= self.world.size
+        if failed:
+            self.saver.raise_error()
+        if any(bad) or not math.isfinite(norm_value):
+            raise self._not_finite(loss, norm_value, [rank for rank, flag in enumerate(bad) if flag])
+        self.stop_reason = "by a signal" if signalled else f"after {self.config.train.stop_after}"
+        return loss, norm_value, bool(signalled or late)
+
+    def _not_finite(self, loss: float, norm: float, ranks: list[int]) -> UserError:
+        """Name the ranks whose loss (or, where all losses are finite, whose own gradient) is not finite, and the samples they saw."""
+        batch, size = self.config.data.batch_size, self.world.size
+        if not ranks and not self.sharded:  # the sum of gradients tells no rank apart: each looks at its own again
+            marks = torch.zeros(size)
+            marks[self.world.rank] = not self._own_gradient_is_finite()
+            ranks = self.world.sum(marks.to(self.world.device)).nonzero().flatten().tolist()
+        indices = stream.sample_indices(self.config.train.seed, self.step, batch, self.count)
+        ranks = ranks or list(range(size))
+        samples = "; ".join(f"rank {rank}: {indices[rank * batch // size : (rank + 1) * batch // size].tolist()}" for rank in ranks)
+        return self.world.fail(
+            f"loss {loss} or gradient norm {norm} is not finite at step {self.step} (samples of {samples}): nothing was updated; "
+            "resume with a lower --optim.lr, or look at these samples"
+        )
+
+    def _own_gradient_is_finite(self) -> bool:
+        """Whether this rank's rows of the step at hand, by themselves, have a finite gradient."""
+        self.optimizer.zero_grad()
+        draw, t = self._draw(self.step)
+        indices = stream.sample_indices(self.config.train.seed, self.step, self.config.data.batch_size, self.count)
+        for part in self._rows():
+            self._forward(self.objective, self.dataset.fetch(indices[part]), draw, t, part)[1].losses.mean().backward()
+        finite = all(bool(torch.isfinite(p.grad).all()) for p in self.model.parameters() if p.grad is not None)
+        self.optimizer.zero_grad()
+        return finite
+
+    def stopping(self) -> bool:
+        """Whether a signal reached any rank: asked between the parts of what takes long (by all ranks)."""
+        return self.world.any(self.stop_signal is not None)
+
+    def _why(self) -> str:
+        """Why the run stops before its end."""
+        return f"by signal {self.stop_signal}" if self.stop_signal is not None else self.stop_reason
+
+    def fit_memory(self) -> None:
+        """Halve the micro-batch, on all ranks alike, until a forward and backward pass at it fits; said in one line.
+
+        Nothing of the training changes but the micro-batch: what a step draws is a function of its number.
+        """
+        asked, share = self.micro, self.config.data.batch_size // self.world.size
+        self.micro = fitting_micro_batch(asked, share, self._fits)
+        if self.micro == asked:
+            return
+        self.accumulate = share // self.micro
+        if self.compiled:
+            torch.compiler.reset()
+        if self.world.main:
+            warnings.warn(
+                f"out of memory with a micro-batch of {asked}: going on with {self.micro} x {self.accumulate} accumulation, the same effective batch",
+                stacklevel=2,
+            )
+
+    def _fits(self, micro: int) -> bool:
+        """Whether a forward and backward pass of this many images fits on every rank.
+
+        A sharded pass that broke off leaves the other ranks waiting for this one: then the user must choose.
+        """
+        fits = True
+        try:
+            self._probe(micro)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.sharded:
+                raise UserError(f"out of memory with a micro-batch of {micro}: choose a smaller --train.micro_batch") from None
+            fits = False
+        self.optimizer.zero_grad()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return not self.world.any(not fits)
+
+    def _probe(self, micro: int) -> None:
+        """The pass that takes most: over the samples with the longest captions, beside an optimizer's state."""
+        longest = np.argsort(self.dataset.token_lengths()[: self.count], kind="stable")[-micro:]
+        batch = self.dataset.fetch(np.resize(longest, micro))
+        draw, t = self._draw(0)
+        state = [torch.empty_like(p) for p in self.model.parameters() for _ in range(2)] if not self.optimizer.state() else []
+        self._forward(self.objective, batch, draw, t, slice(0, micro))[1].losses.mean().backward()
+        del state
 
     def latents(self, batch: Batch, noise: Tensor | None) -> Tensor:
         """Stored pixels or moments -> normalised latents [b, C, H, W]."""
@@ -334,25 +495,32 @@ class Trainer:
         return Pipeline(model, self.config, self.description, self.tokenizer, self.encoder, self.codec)
 
     def save(self) -> None:
-        """Write a checkpoint and drop superseded ones (rank 0; the others wait)."""
-        if self.world.main:
-            tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
-            if self.ema:
-                tensors["ema"] = self.ema.model.state_dict()
-            state = {"step": self.step, "images_seen": self.step * self.config.data.batch_size, "steps": self.steps}
-            state["ema_updates"] = self.ema.updates if self.ema else 0
-            texts = {"state.json": json.dumps(state), "config.json": self.config.model_dump_json(indent=2)}
-            texts["dataset.json"] = self.description.model_dump_json(indent=2)
-            checkpoint.save(self.run_folder, self.step, tensors, texts, {"tokenizer": self.data / "tokenizer"})
-            checkpoint.prune(self.run_folder, self.config.train.keep_recent, self.config.train.keep_every)
-        self.world.barrier()
+        """Have a checkpoint written (by rank 0, beside the training) and superseded ones dropped; `saver.wait` says when it stands."""
+        state = {"step": self.step, "images_seen": self.step * self.config.data.batch_size, "steps": self.steps}
+        state["ema_updates"] = self.ema.updates if self.ema else 0
+        texts = {"state.json": json.dumps(state), "config.json": self.config.model_dump_json(indent=2)}
+        texts["dataset.json"] = self.description.model_dump_json(indent=2)
+        self.saver.save(self.step, self._tensors(), texts, {"tokenizer": self.data / "tokenizer"})
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file and name."""
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
+        return tensors | ({"ema": self.ema.model.state_dict()} if self.ema else {})
+
+    def _last_save(self) -> dict[str, Any]:
+        """What the newest finished write took, once, for the log."""
+        new = self.saver.reports[self.logged_saves :]
+        self.logged_saves += len(new)
+        return {"checkpoint": new[-1]} if new else {}
 
     def _write_config(self) -> None:
         if self.world.main:
             facts = {"data": str(self.data), "micro_batch": self.micro, "accumulation": self.accumulate, "ranks": self.world.size, "steps": self.steps}
             facts |= {"device": str(self.world.device), "compiled": self.compiled, "model": self.model_config.model_dump()}
             resolved = self.config.model_dump() | {"resolved": facts | {"parameters": count_parameters(self.model)}}
-            (self.run_folder / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+            aside = self.run_folder / "config.json.tmp"
+            aside.write_text(json.dumps(resolved, indent=2) + "\n")
+            aside.replace(self.run_folder / "config.json")
 
     def headline(self) -> str:
         """What is about to happen, for people."""
@@ -363,6 +531,7 @@ class Trainer:
         lines.append(
             f"batch: {self.config.data.batch_size} images a step = {self.micro} x {self.accumulate} accumulation x {self.world.size} rank(s); "
             f"{self.count:,} training images; {self.world.device.type}, {self.config.train.precision}{', compiled' if self.compiled else ''}"
+            f"{', ' + ('fsdp' if self.sharded else 'ddp') if self.world.size > 1 else ''}"
         )
         return "\n".join(lines)
 

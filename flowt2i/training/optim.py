@@ -1,12 +1,12 @@
 """Optimizers and the learning-rate schedule."""
 
 import math
-import warnings
 
 import torch
 from torch import nn
 
 from flowt2i.config import OptimConfig
+from flowt2i.training.parallel import share_like, whole
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -87,11 +87,16 @@ class Optimizer:
             if tensor.shape not in (parameter.shape, torch.Size([])):
                 raise ValueError(f"optimizer state {full} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}")
             on = tensor.device if key == "step" and parameter.device.type == "cpu" else parameter.device
-            owner[parameter].state[parameter][key] = tensor.clone().to(on)
+            owner[parameter].state[parameter][key] = tensor.clone().to(on) if tensor.ndim == 0 else share_like(tensor.clone().to(on), parameter)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
-    """Clip the global gradient norm to `limit` (0: not at all); returns the norm before clipping, a scalar tensor (no host sync)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
+    """Clip the global gradient norm to `limit` (0: not at all); returns the norm before clipping, a scalar tensor (no host sync).
+
+    Of sharded gradients it is the norm of the whole, the same on every rank.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

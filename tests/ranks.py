@@ -1,0 +1,161 @@
+"""What every rank of a test under torchrun does: several commands one after the other in one process group, with faults put into them.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks.py JOBS.json OUT
+
+JOBS.json: a list of {"train": words of `flowt2i train`, and what is to go wrong: see `fault`}, {"evaluate": [checkpoint, data, words]} or
+{"collectives": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the rank was given (step, first row, sample
+numbers, noise), or the evaluation, or how many gradient reductions the second step took.
+"""
+
+import errno
+import json
+import os
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowt2i import cli
+from flowt2i.config import resolve
+from flowt2i.evaluation.validation import validation_loss
+from flowt2i.training import checkpoint, distributed
+from flowt2i.training.evaluate import evaluate
+from flowt2i.training.loop import Trainer
+
+
+def record(seen: list[Any]) -> Any:
+    """Note what each micro-batch is made of."""
+    forward = Trainer._forward
+
+    def noting(self: Trainer, module: Any, batch: Any, draw: Any, t: Any, part: slice) -> Any:
+        noise = [round(float(x), 6) for x in draw.noise[part].flatten(1)[:, 0]]
+        seen.append({"step": self.step, "row": part.start, "samples": batch.index.tolist(), "noise": noise})
+        return forward(self, module, batch, draw, t, part)
+
+    return mock.patch.object(Trainer, "_forward", noting)
+
+
+def fault(kind: str, rank: int, step: int) -> Any:
+    """A patch that makes one rank fail at one step: "loss", "gradient", "late", "signal"; or "disk": nothing can be written any more; or
+    "memory": more than `step` images at a time do not fit on one rank (all: -1).
+    """
+    if kind == "memory":
+        return short_of_memory(rank, most=step)
+    if kind == "disk":
+        return mock.patch.object(checkpoint, "save_file", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    here = lambda trainer: trainer.world.rank == rank and trainer.step == step
+    if kind in ("late", "signal"):
+        agree = Trainer._agree
+
+        def stopping(self: Trainer, *args: Any) -> Any:
+            if here(self):
+                self.budget, self.stop_signal = (0.0, None) if kind == "late" else (self.budget, 15)
+            return agree(self, *args)
+
+        return mock.patch.object(Trainer, "_agree", stopping)
+    latents = Trainer.latents
+
+    class Infinite(torch.autograd.Function):
+        """The loss stays finite, its gradient does not."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * float("inf")
+
+    def spoilt(self: Trainer, *args: Any) -> torch.Tensor:
+        if kind == "gradient":
+            if not hasattr(self, "hooked"):
+                self.hooked = self.model.unembed.register_forward_hook(lambda module, inputs, output: Infinite.apply(output) if here(self) else None)
+            return latents(self, *args)
+        return latents(self, *args) * (float("nan") if here(self) else 1.0)
+
+    return mock.patch.object(Trainer, "latents", spoilt)
+
+
+def short_of_memory(short: int, most: int) -> Any:
+    """Look for the micro-batch that fits, as on a GPU, with a rank (all: -1) that holds `most` images."""
+    train = Trainer.train
+
+    def training(self: Trainer) -> dict[str, Any]:
+        forward = self.objective.forward
+
+        def limited(images: torch.Tensor, *rest: Any) -> Any:
+            if short in (-1, self.world.rank) and len(images) > most and torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(images, *rest)
+
+        self.objective.forward = limited  # type: ignore[method-assign]
+        self.fit_memory()
+        return train(self)
+
+    return mock.patch.object(Trainer, "train", training)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is sent between the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.counts[function.__name__.removesuffix(".default")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def collectives(run: str, data: str, words: list[str]) -> dict[str, Any]:
+    """What the third step of a training sends (DDP lays its buckets anew in the second)."""
+    trainer = Trainer(resolve("quickstart", words), Path(data), Path(run), None, progress=False)
+    batches = iter(trainer._loader())
+    for trainer.step in range(2):
+        trainer._step(batches, 1.0, False)
+    trainer.step = 2
+    with Collectives() as sent:
+        trainer._step(batches, 1.0, False)
+    trainer.close()
+    return {"accumulation": trainer.accumulate, "kind": type(next(trainer.model.parameters())).__name__, **sent.counts}
+
+
+def uneven_validation(world: distributed.World) -> dict[str, float]:
+    """Thirteen made-up losses in batches of three."""
+    return validation_loss(lambda rows, t, draw: t * (1 + draw.noise[: len(rows)].mean((1, 2, 3)).abs()), 13, 3, (3, 4, 4), False, world)
+
+
+def main() -> None:
+    jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    world = distributed.start()
+    results = []
+    with mock.patch.object(distributed, "stop"):  # the process group serves all jobs
+        for job in jobs:
+            seen: list[Any] = []
+            if "evaluate" in job:
+                source, data, words = job["evaluate"]
+                trainer = Trainer(resolve("quickstart", words), Path(data), out / f"evaluated-{world.size}", source, progress=False)
+                results.append({"values": evaluate(trainer, None, last=True), "uneven": uneven_validation(world)})
+                trainer.close()
+                continue
+            if "collectives" in job:
+                results.append(collectives(*job["collectives"]))
+                continue
+            with ExitStack() as stack:
+                stack.enter_context(record(seen))
+                if "fault" in job:
+                    stack.enter_context(fault(*job["fault"]))
+                results.append({"status": cli.main(["train", *job["train"]]), "seen": seen})
+    (out / f"{world.rank}.json").write_text(json.dumps(results))
+    distributed.stop()
+    os._exit(0)  # nothing of a failed job may hold the process
+
+
+if __name__ == "__main__":
+    main()

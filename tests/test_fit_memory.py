@@ -1,0 +1,83 @@
+"""Out of memory before step 0: smaller micro-batches, the same training."""
+
+import json
+
+import pytest
+import torch
+
+from flowt2i.config import resolve
+from flowt2i.errors import UserError
+from flowt2i.training.fit_memory import fitting_micro_batch, is_out_of_memory
+from flowt2i.training.loop import Trainer
+
+
+def tried(micro: int, share: int, most: int) -> list[int]:
+    """The micro-batches that are tried where `most` images fit."""
+    seen: list[int] = []
+    assert fitting_micro_batch(micro, share, lambda n: seen.append(n) or n <= most) == seen[-1]
+    return seen
+
+
+def test_halved_until_it_fits_and_always_a_divisor():
+    assert tried(96, 288, 1000) == [96]
+    assert tried(96, 288, 30) == [96, 48, 24]
+    assert tried(9, 27, 2) == [9, 3, 1]
+    assert tried(7, 7, 3) == [7, 1]
+    with pytest.raises(UserError, match="one image"):
+        tried(8, 8, 0)
+
+
+def test_every_allocators_words():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(ValueError("out of memory"))
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60)  # the real one, of the CPU
+    assert is_out_of_memory(error.value)
+
+
+def fit(run, data, words, most):
+    """Train where no more than `most` images fit at a time; the losses and what became of the micro-batch."""
+    trainer = Trainer(resolve("quickstart", words), data, run, progress=False)
+    forward, sizes = trainer.objective.forward, []
+
+    def limited(images, *rest):
+        sizes.append(len(images))
+        if len(images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(images, *rest)
+
+    trainer.objective.forward = limited  # type: ignore[method-assign]
+    trainer.fit_memory()
+    assert sizes == [8, 4, 2][: len(sizes)] and all(p.grad is None for p in trainer.model.parameters())
+    trainer.train()
+    trainer.close()
+    resolved = json.loads((run / "config.json").read_text())["resolved"]
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()], (resolved["micro_batch"], resolved["accumulation"])
+
+
+def test_the_training_is_the_same(scenes_data, tiny, tmp_path):
+    """A run that had to shrink equals, to the last bit, the one that asked for the small micro-batch at once; a probe that fits changes nothing."""
+    words = [*tiny, "--train.steps", "3", "--train.eval_every", "0", "--train.eval_images", "2", "--train.score_prompts", "0", "--sample.images", "2"]
+    with pytest.warns(UserWarning, match=r"micro-batch of 8: going on with 2 x 4 accumulation"):
+        shrunk, sizes = fit(tmp_path / "shrunk", scenes_data, words, 2)
+    trainer = Trainer(resolve("quickstart", [*words, "--train.micro_batch", "2"]), scenes_data, tmp_path / "small", progress=False)
+    trainer.train()
+    trainer.close()
+    small = [json.loads(line)["loss"] for line in (tmp_path / "small" / "log.jsonl").read_text().splitlines()]
+    assert sizes == (2, 4) and shrunk == small and len(small) == 3
+    whole, sizes = fit(tmp_path / "whole", scenes_data, words, 8)
+    trainer = Trainer(resolve("quickstart", words), scenes_data, tmp_path / "plain", progress=False)
+    trainer.train()
+    trainer.close()
+    assert sizes == (8, 1) and whole == [json.loads(line)["loss"] for line in (tmp_path / "plain" / "log.jsonl").read_text().splitlines()]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(scenes_data, tiny, tmp_path):
+    trainer = Trainer(resolve("quickstart", tiny), scenes_data, tmp_path / "run", progress=False)
+    trainer.objective.forward = lambda *args: (_ for _ in ()).throw(RuntimeError("a bug"))  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer.fit_memory()
+    trainer.close()
