@@ -436,9 +436,12 @@ def add_verify_resume(commands: Any) -> None:
     parser = commands.add_parser(
         "verify-resume",
         help="show that an interrupted training loses nothing",
-        description="Train a few steps with and without a stop in the middle, in temporary folders, and compare losses, weights, averages and optimizer bit by bit. "
-        "Exit status 0: equal, 1: not.",
-        **examples("flowt2i verify-resume --config quickstart --data data/scenes", "flowt2i verify-resume --config stability --data data/mine --ranks 2 --json"),
+        description="Train a few steps with and without a stop in the middle, in temporary folders, and compare losses, weights, averages and optimizer "
+        "bit by bit. Exit status 0: equal, 1: not.",
+        **examples(
+            "flowt2i verify-resume --config quickstart --data data/scenes",
+            "flowt2i verify-resume --config stability --data data/mine --ranks 2 --json",
+        ),
     )
     parser.add_argument("--config", metavar="PRESET", help="preset, or the config.json of a run; settings as --section.field value (default stability)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (default: the only one under data/)")

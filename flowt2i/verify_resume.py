@@ -101,11 +101,11 @@ def report(result: dict[str, Any]) -> str:
         lines.append("equal: an interrupted training loses nothing here, bit by bit")
     elif not result["repeatable"]:
         lines.append(
-            f"not equal, by at most {result['largest_difference']:.2g} relative; but two uninterrupted trainings differ too, by {result['difference_of_repeats']:.2g}: "
-            "kernels of this device do not repeat themselves, so bits cannot be compared here"
+            f"not equal (largest relative difference {result['largest_difference']:.2g}), but two uninterrupted trainings differ too "
+            f"({result['difference_of_repeats']:.2g}): kernels of this device do not repeat themselves, so bits cannot be compared here"
         )
     else:
-        lines.append(f"NOT equal, by at most {result['largest_difference']:.2g} relative, although uninterrupted trainings repeat exactly: please report this as a bug")
+        lines.append(f"NOT equal (largest relative difference {result['largest_difference']:.2g}), although uninterrupted trainings repeat exactly: a bug")
     return "\n".join(lines)
 
 

@@ -50,8 +50,7 @@ def require_space(trainer: "Trainer") -> None:
     """UserError where the newest checkpoints have no room; a warning where those that are kept for good will have none."""
     run, space = trainer.run_folder, checkpoint_space(trainer)
     there = len(checkpoint.list_steps(run))
-    needed = max(1, space.at_once - there) * space.each + SLACK
-    free = shutil.disk_usage(run).free
+    needed, free = space.now(there), shutil.disk_usage(run).free
     if free < needed:
         raise UserError(
             f"no room for checkpoints in {run}: {needed >> 20} MiB needed ({space.at_once} of {space.each >> 20} MiB at once, {there} already there), "
@@ -112,6 +111,10 @@ class Space(NamedTuple):
     @property
     def total(self) -> int:
         return self.each * (self.at_once + self.for_good)
+
+    def now(self, there: int) -> int:
+        """Bytes that must be free for the newest ones, where so many lie there already."""
+        return max(1, self.at_once - there) * self.each + SLACK
 
 
 def checkpoint_space(trainer: "Trainer") -> Space:
