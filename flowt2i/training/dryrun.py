@@ -19,7 +19,7 @@ from flowt2i.config import TrainConfig
 from flowt2i.errors import UserError
 from flowt2i.training import checkpoint
 from flowt2i.training.distributed import peak_memory
-from flowt2i.training.optim import Optimizer
+from flowt2i.training.optim import Optimizer, state_keys
 
 if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
@@ -80,7 +80,7 @@ def draw_one(trainer: "Trainer") -> None:
     """One picture in one solver step, decoded: text encoder, model, guidance and VAE work on this device."""
     try:
         if trainer.world.size > 1 and getattr(trainer.config.train, "parallel", "ddp") == "fsdp":
-            trainer.pipeline().codec.decode(trainer.mean * torch.ones(1, *trainer.description.codec.shape, device=trainer.world.device))
+            trainer.codec.decode(trainer.mean * torch.ones(1, *trainer.description.codec.shape, device=trainer.world.device))
             return  # rank 0 has only its share of the weights: the decoder alone
         pipeline = trainer.pipeline()
         training = pipeline.model.training
@@ -127,7 +127,7 @@ def checkpoint_bytes(model: torch.nn.Module, optimizer: Optimizer, ema: bool) ->
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     moments = 0
     for part in optimizer.parts:
-        number = 1 if isinstance(part, torch.optim.Muon) else 2  # Muon's momentum; AdamW's first and second moment
+        number = len([key for key in state_keys(part) if key != "step"])
         moments += sum(number * p.numel() * p.element_size() for group in part.param_groups for p in group["params"])
     return weights * (2 if ema else 1) + moments
 

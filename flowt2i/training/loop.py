@@ -55,7 +55,7 @@ class Trainer:
         self, config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True, codec: str | None = None, text: str | None = None
     ):  # fmt: skip
         self.started = time.perf_counter()
-        self.world = distributed.start()
+        self.world = distributed.start(config.train.timeout_s)
         self.config, self.data, self.run_folder, self.progress = config, data, run, progress and self.world.main
         self.micro, self.accumulate = distributed.accumulation(config.data.batch_size, config.train.micro_batch, self.world.size)
         self.description = DatasetDescription.load(data)
@@ -379,6 +379,10 @@ def train(config: Config, data: Path, run: Path, resume: str | None = None, prog
     try:
         trainer = Trainer(config, data, run, resume, progress, **where)
         return trainer.train()
+    except RuntimeError as error:
+        if distributed.lost_rank(error):
+            raise UserError("another rank was lost, so this one ends; the newest checkpoint stands: run the same command again with --resume latest") from error
+        raise
     finally:
         if trainer:
             trainer.close()
