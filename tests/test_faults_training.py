@@ -29,7 +29,7 @@ from flowt2i.verify_resume import compare, losses
 
 ROOT = Path(__file__).parents[1]
 QUIET = ["--train.eval_every", "0", "--train.eval_images", "8", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1"]
-LONG = 120  # seconds after which a wait has failed; nothing here is timed
+LONG = 300  # seconds after which a wait has failed; nothing here is timed
 
 
 # ---- starting and killing ---------------------------------------------------------------------------------------------
