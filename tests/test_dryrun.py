@@ -78,16 +78,16 @@ def test_nothing_of_a_compiled_run_changes(scenes_data, tiny, tmp_path):
 def test_a_full_disk_is_refused_before_training(scenes_data, tiny, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     words = ["train", "--config", "quickstart", "--data", str(scenes_data), "--out", str(run), *tiny, *QUIET]
-    words += ["--train.steps", "4", "--train.checkpoint_every", "1"]
-    with_free(monkeypatch, 20 << 20)
+    words += ["--train.steps", "22", "--train.checkpoint_every", "1", "--train.keep_recent", "20"]
+    with_free(monkeypatch, 40 << 20)
     assert main(words) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert len(errors) == 1 and f"no room for checkpoints in {run}" in errors[0] and "20 MiB free" in errors[0]
+    assert len(errors) == 1 and f"no room for checkpoints in {run}" in errors[0] and "40 MiB free" in errors[0]
     assert not (run / "log.jsonl").exists() and not (run / "checkpoints").exists()
-    with_free(monkeypatch, 40 << 20)
+    with_free(monkeypatch, 70 << 20)
     assert main(words) == 0
     with_free(monkeypatch, 20 << 20)  # what lies there already needs no room again
-    assert main([*words, "--resume", "latest", "--train.steps", "5", "--train.checkpoint_every", "5"]) == 0
+    assert main([*words, "--resume", "latest", "--train.steps", "23"]) == 0
 
 
 def test_a_disk_that_will_be_full_is_warned_of(scenes_data, tiny, tmp_path, monkeypatch, capsys):

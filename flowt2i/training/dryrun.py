@@ -24,7 +24,7 @@ from flowt2i.training.optim import Optimizer, state_keys
 if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
 
-SLACK = 16 << 20  # bytes beside the tensors: description, tokenizer, and what others write meanwhile
+SLACK = 1 << 20  # bytes beside the tensors: description, tokenizer, log
 
 
 # ---- before step 0 ----------------------------------------------------------------------------------------------------
