@@ -79,10 +79,10 @@ def write_one(trainer: "Trainer") -> None:
 def draw_one(trainer: "Trainer") -> None:
     """One picture in one solver step, decoded: text encoder, model, guidance and VAE work on this device."""
     try:
-        if trainer.world.size > 1 and getattr(trainer.config.train, "parallel", "ddp") == "fsdp":
-            trainer.codec.decode(trainer.mean * torch.ones(1, *trainer.description.codec.shape, device=trainer.world.device))
-            return  # rank 0 has only its share of the weights: the decoder alone
         pipeline = trainer.pipeline()
+        if trainer.world.size > 1 and getattr(trainer.config.train, "parallel", "ddp") == "fsdp":
+            pipeline.to_images(torch.zeros(1, *trainer.description.codec.shape, device=trainer.world.device))
+            return  # rank 0 has only its share of the weights: the decoder alone
         training = pipeline.model.training
         # Eager: a compiled block that first saw this batch size would be compiled for all sizes, and its losses would round otherwise.
         with torch.compiler.set_stance("force_eager"), torch.random.fork_rng():
