@@ -71,6 +71,8 @@ def examine(config: Config | None, data: Path | None, run: Path, codec: str | No
         if config and data and sound:
             tried, expected = trial(config, data, run, codec, text)
             findings += tried
+        elif not (config and data) and (config or data):
+            findings.append(Finding("training", "note", "not tried", "give --config and --data both: a real step, checkpoint and picture, and hours to expect"))
     result = {"ok": all(f.mark != "fault" for f in findings), "version": __version__, "findings": [asdict(f) for f in findings]}
     return result | ({"expected": expected} if expected else {})
 
