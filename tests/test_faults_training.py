@@ -97,9 +97,10 @@ def ranks_of(launcher: subprocess.Popen) -> dict[str, int]:
     """Process ids of a torchrun's ranks by rank."""
     found = {}
     for pid in children_of(launcher):
-        variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
-        if "RANK" in variables:
-            found[variables["RANK"]] = pid
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+            if "RANK" in variables:
+                found[variables["RANK"]] = pid
     return found
 
 
@@ -126,7 +127,7 @@ KILLS = 20
 @pytest.mark.slow
 def test_fault_1_killed_twenty_times(scenes_data, tiny, tmp_path, leftovers):
     """kill -9 of the process group at 20 random times, the same command again each time: every loss and every tensor as if nothing had been."""
-    settings = ["--train.steps", "240", "--train.checkpoint_every", "4", "--train.ema", "0.99"]
+    settings = ["--train.steps", "320", "--train.checkpoint_every", "4", "--train.ema", "0.99"]
     whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     assert launch(words(scenes_data, whole, tiny, *settings), log).wait(LONG) == 0
     dice, killed = random.Random(1), 0
@@ -141,7 +142,7 @@ def test_fault_1_killed_twenty_times(scenes_data, tiny, tmp_path, leftovers):
         kill_group(process)
         killed += 1
     assert launch(words(scenes_data, run, tiny, *settings), log).wait(LONG) == 0
-    assert list(losses(run)) == list(range(1, 241))
+    assert list(losses(run)) == list(range(1, 321))
     assert_same(whole, run)
 
 
@@ -251,8 +252,9 @@ def test_fault_15_torchrun_restarts(scenes_data, tiny, tmp_path, two_ranks, left
     leftovers.append(launcher)
     for rank, step in (("1", 23), ("0", 45)):
         wait_until(lambda: last_step(run) >= step, launcher)  # noqa: B023
-        os.kill(ranks_of(launcher)[rank], signal.SIGKILL)
-        wait_until(lambda: last_step(run) < step, launcher)  # noqa: B023  # the log is cut back to the checkpoint
+        victim = ranks_of(launcher)[rank]
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: ranks_of(launcher).get(rank, victim) != victim, launcher)  # noqa: B023
     assert launcher.wait(LONG) == 0, log.read_text()[-3000:]
     assert_same(two_ranks, run)
 
