@@ -134,11 +134,15 @@ def add_train(commands: Any) -> None:
     parser.set_defaults(run=run_train, overrides=True)
 
 
-def run_train(args: argparse.Namespace) -> int:
+def configuration(args: argparse.Namespace) -> Config:
+    """What `--config` and the settings after it say."""
     if args.config and args.config.endswith(".json"):
-        config = resolve(None, args.rest, base=load_config(Path(args.config)))
-    else:
-        config = resolve(args.config, args.rest)
+        return resolve(None, args.rest, base=load_config(Path(args.config)))
+    return resolve(args.config, args.rest)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    config = configuration(args)
     if args.print_config:
         print(json.dumps(resolved_config(config, args.data), indent=2))
         return 0
@@ -406,6 +410,71 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---- doctor, verify-resume --------------------------------------------------------------------------------------------
+
+
+def add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check the machine, and a run before it starts",
+        description="What this machine has and lacks. With --config and --data also a real step, a checkpoint and a picture, and what the run will take. "
+        "Exit status 2 where something would stop the run.",
+        **examples("flowt2i doctor", "flowt2i doctor --config stability --data data/mine --out runs/mine"),
+    )
+    parser.add_argument("--config", metavar="PRESET", help="preset, or the config.json of a run; settings as --section.field value")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="run folder: its disk is the one that is looked at (default runs/PRESET-DATA)")
+    parser.add_argument("--codec", help="folder of the VAE, where it moved since the data was prepared")
+    parser.add_argument("--text", help="folder of the text encoder, where it moved since the data was prepared")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    parser.set_defaults(run=run_doctor, overrides=True)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    if args.rest and not args.config:
+        raise UserError(f"{args.rest[0]}: settings belong to a --config")
+    config = configuration(args) if args.config else None
+    from flowt2i.doctor import examine, report
+
+    run = args.out or Path("runs") / (f"{config.preset}-{args.data.resolve().name}" if config and args.data else "")
+    result = examine(config, args.data, run, codec=args.codec, text=args.text)
+    print(json.dumps(result) if args.json else report(result))
+    return 0 if result["ok"] else 2
+
+
+def add_verify_resume(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify-resume",
+        help="show that an interrupted training loses nothing",
+        description="Train a few steps with and without a stop in the middle, in temporary folders, and compare losses, weights, averages and optimizer "
+        "bit by bit. Exit status 0: equal, 1: not.",
+        **examples(
+            "flowt2i verify-resume --config quickstart --data data/scenes",
+            "flowt2i verify-resume --config stability --data data/mine --ranks 2 --json",
+        ),
+    )
+    parser.add_argument("--config", metavar="PRESET", help="preset, or the config.json of a run; settings as --section.field value (default stability)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (default: the only one under data/)")
+    parser.add_argument("--steps", type=int, default=6, help="steps to train (default 6)")
+    parser.add_argument("--at", type=int, default=3, help="step during which the signal comes (default 3)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes, started by torchrun where more than one (default 1)")
+    parser.add_argument("--codec", help="folder of the VAE, where it moved since the data was prepared")
+    parser.add_argument("--text", help="folder of the text encoder, where it moved since the data was prepared")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    parser.set_defaults(run=run_verify_resume, overrides=True)
+
+
+def run_verify_resume(args: argparse.Namespace) -> int:
+    config = configuration(args)
+    from flowt2i.verify_resume import report, verify_resume
+
+    words = [word for flag in ("config", "codec", "text") if (value := getattr(args, flag)) for word in (f"--{flag}", value)]
+    say = lambda text: print(f"verify-resume: {text} …", file=sys.stderr)
+    result = verify_resume(config, [*words, *args.rest], args.data or only_dataset(), args.steps, args.at, args.ranks, say)
+    print(json.dumps(result) if args.json else report(result))
+    return 0 if result["equal"] else 1
+
+
 # ---- main -------------------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[Any], None]] = {
@@ -416,6 +485,8 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "evaluate": add_evaluate,
     "demo": add_demo,
     "bench": add_bench,
+    "doctor": add_doctor,
+    "verify-resume": add_verify_resume,
 }
 
 

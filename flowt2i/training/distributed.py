@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,15 +102,28 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
-def start() -> World:
-    """Join the ranks that `torchrun` started, or stand alone."""
+def start(timeout_s: float = 600) -> World:
+    """Join the ranks that `torchrun` started, or stand alone. A rank that hears nothing of the others for `timeout_s` seconds gives up."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = best_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        timeout = timedelta(seconds=timeout_s)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # several nodes do not count their restarts alike: docs/running.md says what to set there
+            # torchrun keeps one store over restarts: without a prefix ranks would find the addresses of those that were killed (pytorch issue 135712)
+            store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
     return World(int(os.environ.get("RANK", 0)), size, device)
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether this is what a rank meets when another was killed, or hangs."""
+    text = str(error)
+    closed = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Connection refused", "Socket Timeout")
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or any(words in text for words in closed))
 
 
 def stop() -> None:

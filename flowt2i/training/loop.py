@@ -32,7 +32,7 @@ from flowt2i.errors import UserError
 from flowt2i.model import count_parameters
 from flowt2i.pipeline import Pipeline, build_model, compute_dtype
 from flowt2i.text import load_encoder, load_tokenizer
-from flowt2i.training import checkpoint, distributed, parallel, stream
+from flowt2i.training import checkpoint, distributed, dryrun, parallel, stream
 from flowt2i.training.compiling import compile_blocks, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
@@ -66,7 +66,7 @@ class Trainer:
         self, config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True, codec: str | None = None, text: str | None = None
     ):  # fmt: skip
         self.started = time.perf_counter()
-        self.world = distributed.start()
+        self.world = distributed.start(config.train.timeout_s)
         self.config, self.data, self.run_folder, self.progress = config, data, run, progress and self.world.main
         self.micro, self.accumulate = distributed.accumulation(config.data.batch_size, config.train.micro_batch, self.world.size)
         self.description = DatasetDescription.load(data)
@@ -236,6 +236,7 @@ class Trainer:
         """Train to the end. Returns a summary; raises Stopped after saving when a signal came or the time was up."""
         if self.steps and self.step >= self.steps and self.world.main:
             print(f"{self.run_folder} is complete at step {self.step}: raise --train.steps to go on, or choose another --out", file=sys.stderr)
+        dryrun.check(self)
         if self.resumed_from and self.world.main:
             for moved in checkpoint.set_aside(self.run_folder, self.step):
                 print(f"a later checkpoint of the branch that is left now lies in {moved}", file=sys.stderr)
@@ -251,6 +252,7 @@ class Trainer:
         batch_size, every = self.config.data.batch_size, self.config.train
         since, since_step = time.perf_counter(), self.step
         evaluation: dict[str, Any] = {}
+        forecast = dryrun.Forecast(self)
         try:
             while not self.steps or self.step < self.steps:
                 logging = (self.step + 1) % every.log_every == 0
@@ -261,6 +263,7 @@ class Trainer:
                     self.saver.reserve(self._tensors())
                 self._set_budget(bar)
                 bar.update()
+                forecast.after_step()
                 if logging and tracker:
                     now = time.perf_counter()
                     rate = (self.step - since_step) * batch_size / max(1e-9, now - since)
@@ -545,6 +548,10 @@ def train(config: Config, data: Path, run: Path, resume: str | None = None, prog
     try:
         trainer = Trainer(config, data, run, resume, progress, **where)
         return trainer.train()
+    except RuntimeError as error:
+        if distributed.lost_rank(error):
+            raise UserError("another rank was lost, so this one ends; the newest checkpoint stands: run the same command again with --resume latest") from error
+        raise
     finally:
         if trainer:
             trainer.close()

@@ -84,10 +84,21 @@ class Optimizer:
         for full, tensor in tensors.items():
             name, _, key = full.rpartition("/")
             parameter = by_name[name]
-            if tensor.shape not in (parameter.shape, torch.Size([])):
+            if key not in state_keys(owner[parameter]):
+                raise KeyError(full)
+            if tensor.shape != (torch.Size([]) if key == "step" else parameter.shape):
                 raise ValueError(f"optimizer state {full} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}")
             on = tensor.device if key == "step" and parameter.device.type == "cpu" else parameter.device
             owner[parameter].state[parameter][key] = tensor.clone().to(on) if tensor.ndim == 0 else share_like(tensor.clone().to(on), parameter)
+        for name, parameter in by_name.items():  # what is missing would silently start from zero
+            for key in state_keys(owner[parameter]):
+                if key not in owner[parameter].state[parameter]:
+                    raise KeyError(f"{name}/{key} is missing")
+
+
+def state_keys(part: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What an optimizer remembers of each parameter."""
+    return ("momentum_buffer",) if isinstance(part, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:

@@ -1,0 +1,188 @@
+"""What would stop a run after hours is tried before step 0; what the run will take is said after its first steps.
+
+Late failures that are cheap to find early: no room for checkpoints, a folder in which files cannot be synced or renamed, a VAE that cannot
+decode. So a checkpoint of one number is written and read back, one picture is drawn in one solver step, and the free space is compared with
+what the run's checkpoints will take. The first step needs no rehearsal: it is the run's own first step. A whole checkpoint is not written
+here either: it would cost a big model seconds at every start. `flowt2i doctor` does both.
+"""
+
+import math
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from flowt2i.config import TrainConfig
+from flowt2i.errors import UserError
+from flowt2i.training import checkpoint
+from flowt2i.training.distributed import peak_memory
+from flowt2i.training.optim import Optimizer, state_keys
+
+if TYPE_CHECKING:
+    from flowt2i.training.loop import Trainer
+
+SLACK = 1 << 20  # bytes beside the tensors: description, tokenizer, log
+
+
+# ---- before step 0 ----------------------------------------------------------------------------------------------------
+
+
+def check(trainer: "Trainer") -> None:
+    """UserError, on all ranks alike, where the run would fail later. Costs a fraction of a second and leaves the run as it was."""
+    if not trainer.config.train.dry_run or (trainer.steps and trainer.step >= trainer.steps):
+        return
+    problem: UserError | None = None
+    if trainer.world.main:
+        try:
+            require_space(trainer)
+            write_one(trainer)
+            draw_one(trainer)
+        except UserError as error:
+            problem = error
+    if trainer.world.any(problem is not None):
+        raise problem or UserError("nothing was trained: rank 0 says why")
+
+
+def require_space(trainer: "Trainer") -> None:
+    """UserError where the newest checkpoints have no room; a warning where those that are kept for good will have none."""
+    run, space = trainer.run_folder, checkpoint_space(trainer)
+    there = len(checkpoint.list_steps(run))
+    needed, free = space.now(there), shutil.disk_usage(run).free
+    if free < needed:
+        raise UserError(
+            f"no room for checkpoints in {run}: {needed >> 20} MiB needed ({space.at_once} of {space.each >> 20} MiB at once, {there} already there), "
+            f"{free >> 20} MiB free; free some, lower --train.keep_recent, or choose another --out"
+        )
+    if free < space.total - there * space.each:
+        print(
+            f"warning: the disk of {run} will be full before the end: {size(space.total)} of checkpoints, {size(free)} free; "
+            "raise --train.keep_every, lower --train.keep_recent, or free some",
+            file=sys.stderr,
+        )
+
+
+def write_one(trainer: "Trainer") -> None:
+    """A checkpoint of one number: written, synced, renamed, read back as real ones are."""
+    folder = trainer.run_folder / ".dry-run"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed just here
+        written = checkpoint.save(folder, 0, {"model": {"number": torch.ones(1)}}, {"state.json": "{}"}, {"tokenizer": trainer.data / "tokenizer"})
+        if problem := checkpoint.damage(written):
+            raise UserError(f"a checkpoint written into {trainer.run_folder} does not read back ({problem}): choose another --out")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def draw_one(trainer: "Trainer") -> None:
+    """One picture in one solver step, decoded: text encoder, model, guidance and VAE work on this device."""
+    try:
+        pipeline = trainer.pipeline()
+        if trainer.world.size > 1 and getattr(trainer.config.train, "parallel", "ddp") == "fsdp":
+            pipeline.to_images(torch.zeros(1, *trainer.description.codec.shape, device=trainer.world.device))
+            return  # rank 0 has only its share of the weights: the decoder alone
+        training = pipeline.model.training
+        # Eager: a compiled block that first saw this batch size would be compiled for all sizes, and its losses would round otherwise.
+        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng():
+            pipeline.model.eval()
+            pipeline.sample(["a picture"], steps=1, solver="euler")
+            pipeline.model.train(training)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a foreign VAE or a device may raise: it would come at the first preview, and end the run there
+        line = (str(error).splitlines() or [""])[0][:160]
+        raise UserError(
+            f"no picture could be drawn before step 0 ({type(error).__name__}: {line}): previews would fail; mend the codec, or set --train.dry_run false"
+        ) from error
+
+
+# ---- what a run takes -------------------------------------------------------------------------------------------------
+
+
+class Space(NamedTuple):
+    """What a run's checkpoints take on disk."""
+
+    each: int  # bytes of one
+    at_once: int  # the newest ones, and the one being written before the oldest goes
+    for_good: int  # those at multiples of `keep_every` at the end of the run; 0 where the end is not known
+
+    @property
+    def total(self) -> int:
+        return self.each * (self.at_once + self.for_good)
+
+    def now(self, there: int) -> int:
+        """Bytes that must be free for the newest ones, where so many lie there already."""
+        return max(1, self.at_once - there) * self.each + SLACK
+
+
+def checkpoint_space(trainer: "Trainer") -> Space:
+    at_once, for_good = checkpoints_kept(trainer.config.train, trainer.steps)
+    return Space(checkpoint_bytes(trainer.model, trainer.optimizer, trainer.ema is not None), at_once, for_good)
+
+
+def checkpoint_bytes(model: torch.nn.Module, optimizer: Optimizer, ema: bool) -> int:
+    """Bytes of the tensors of a checkpoint: weights, their average, and the moments that the optimizer will have after its first step."""
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    moments = 0
+    for part in optimizer.parts:
+        number = len([key for key in state_keys(part) if key != "step"])
+        moments += sum(number * p.numel() * p.element_size() for group in part.param_groups for p in group["params"])
+    return weights * (2 if ema else 1) + moments
+
+
+def checkpoints_kept(config: TrainConfig, steps: int) -> tuple[int, int]:
+    """How many checkpoints lie side by side at most: (newest ones and the one being written, kept for good). steps 0: without end."""
+    saves = math.ceil(steps / config.checkpoint_every) if steps else config.keep_recent + 1
+    at_once = min(config.keep_recent + 1, saves)
+    for_good = steps // math.lcm(config.keep_every, config.checkpoint_every) if config.keep_every else 0
+    return at_once, min(for_good, saves - at_once)
+
+
+class Forecast:
+    """Says once, when the first steps have shown the speed, what the run will take in time, memory and disk."""
+
+    FROM, STEPS, SECONDS = 2, 20, 5.0  # the first two steps compile and warm up; then so many steps, or fewer where they are slow
+
+    def __init__(self, trainer: "Trainer"):
+        self.trainer, self.begun, self.told = trainer, 0.0, not trainer.progress
+
+    def after_step(self) -> None:
+        if self.told:
+            return
+        trainer = self.trainer
+        done, now = trainer.step - trainer.first, time.perf_counter()
+        if done == self.FROM:
+            self.begun = now
+        counted = done - self.FROM
+        known = trainer.steps or not trainer.config.train.minutes  # `train.minutes` becomes a number of steps after a while
+        if counted >= 2 and known and (counted >= self.STEPS or now - self.begun >= self.SECONDS):
+            self.told = True
+            tqdm.write(self.text((now - self.begun) / counted), file=sys.stderr)
+
+    def text(self, per_step: float) -> str:
+        trainer, space = self.trainer, checkpoint_space(self.trainer)
+        left = f"{duration((trainer.steps - trainer.step) * per_step)} to go" if trainer.steps else f"{duration(1000 * per_step)} for 1,000 steps, no end set"
+        kept = f"{space.at_once} at once" + (f", {space.for_good} for good" if space.for_good else "")
+        memory = "of the GPU" if trainer.world.device.type == "cuda" else "of main memory"
+        return (
+            f"expected: {left} at {per_step:.3g} s a step, without evaluations; {peak_memory(trainer.world.device):.1f} GiB {memory}; "
+            f"{size(space.total)} of checkpoints ({kept}), {size(shutil.disk_usage(trainer.run_folder).free)} free"
+        )
+
+
+def duration(seconds: float) -> str:
+    """For people: `40 s`, `12 min`, `3 h 05 min`, `2 days 4 h`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02d} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+
+
+def size(number: int) -> str:
+    """Bytes for people: `3 MiB`, `1.4 GiB`, `210 GiB`."""
+    return f"{max(1, round(number / (1 << 20)))} MiB" if number < 1 << 30 else f"{number / (1 << 30):.{1 if number < 100 << 30 else 0}f} GiB"

@@ -1,0 +1,101 @@
+"""`flowt2i verify-resume`: says equal where it is, and notices where it is not."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import save_file
+
+from flowt2i import verify_resume as module
+from flowt2i.cli import main
+from flowt2i.config import resolve
+from flowt2i.training import checkpoint
+from flowt2i.training.loop import train
+from flowt2i.verify_resume import compare, report
+
+QUIET = ["--train.eval_every", "0", "--train.eval_images", "8", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1"]
+
+
+def spoil(run, step, name):
+    """Change one number of a checkpoint, and vouch for it."""
+    folder = checkpoint.folder(run, step)
+    tensors = checkpoint.load_tensors(folder / f"{name}.safetensors")
+    first = next(k for k, t in sorted(tensors.items()) if t.ndim == 2)
+    tensors[first][0, 0] += 0.5
+    save_file(tensors, folder / f"{name}.safetensors")
+    checkpoint.write_manifest(folder)
+    return first
+
+
+@pytest.fixture(scope="module")
+def trained(scenes_data, tiny, tmp_path_factory):
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train(resolve("quickstart", [*tiny, *QUIET, "--train.steps", "2"]), scenes_data, run, progress=False)
+    return run
+
+
+def test_equal_runs_are_equal(trained):
+    result = compare(trained, trained)
+    assert result["equal"] and result["largest_difference"] == 0 and set(result["tensors"]) == {"model", "ema", "optimizer"}
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
+def test_one_number_is_noticed(name, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    first = spoil(tmp_path / "run", 2, name)
+    result = compare(trained, tmp_path / "run")
+    assert not result["equal"] and result["largest_difference"] > 0
+    part = result["tensors"][name]
+    assert part["first"] == first and part["equal"] == part["count"] - 1
+
+
+def test_a_loss_that_differs_or_lacks_is_noticed(trained, tmp_path):
+    for change in (lambda lines: lines[:1], lambda lines: [lines[0], lines[1].replace('"loss": ', '"loss": 1')]):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(trained, tmp_path / "run")
+        log = tmp_path / "run" / "log.jsonl"
+        log.write_text("\n".join(change(log.read_text().splitlines())) + "\n")
+        assert not compare(trained, tmp_path / "run")["equal"]
+
+
+def test_what_is_said_where_they_differ(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    spoil(tmp_path / "run", 2, "model")
+    result = {"steps": 2, "at": 1, "ranks": 1, "device": "cpu", "compiled": False, **compare(trained, tmp_path / "run")}
+    assert report(result | {"repeatable": True}).splitlines()[-1].startswith("NOT equal")
+    told = report(result | {"repeatable": False, "difference_of_repeats": 1e-6}).splitlines()[-1]
+    assert "do not repeat themselves" in told and "1e-06" in told
+
+
+def test_where_to_stop_must_lie_between(scenes_data, capsys):
+    assert main(["verify-resume", "--config", "quickstart", "--data", str(scenes_data), "--steps", "3", "--at", "3"]) == 2
+    assert "--at 3 must lie between" in capsys.readouterr().err
+
+
+def test_a_training_that_cannot_be(tmp_path, capsys):
+    assert main(["verify-resume", "--config", "quickstart", "--data", str(tmp_path / "nowhere")]) == 2
+    assert "no dataset" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_real_interruption_loses_nothing(ranks, scenes_data, tiny, capsys):
+    assert main(["verify-resume", "--config", "quickstart", "--data", str(scenes_data), "--steps", "5", "--at", "2", "--ranks", ranks, "--json", *tiny]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["equal"] and [line["step"] for line in result["losses"]] == [1, 2, 3, 4, 5] and result["ranks"] == int(ranks)
+
+
+@pytest.mark.slow
+def test_a_resume_that_loses_something_is_noticed(scenes_data, tiny, monkeypatch, capsys):
+    """One number of the optimizer changed between stop and resume: not equal, and not blamed on the device."""
+    real = module._train
+
+    def spoiling(command, run, ranks, stop_at=0):
+        real(command, run, ranks, stop_at)
+        if stop_at:
+            spoil(run, stop_at, "optimizer")
+
+    monkeypatch.setattr(module, "_train", spoiling)
+    assert main(["verify-resume", "--config", "quickstart", "--data", str(scenes_data), "--steps", "4", "--at", "2", *tiny]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("NOT equal") and "✗ model" in out
