@@ -1,4 +1,4 @@
-"""Encoding in batches that fit the memory: where one does not, it is halved, once for all, and that is said."""
+"""Encoding in batches that fit the memory (where one does not, it is halved, once for all, and that is said), and a look at what comes out."""
 
 import warnings
 from typing import Any
@@ -30,7 +30,10 @@ class Encoder:
                 self._shrink(error)
                 continue
             done += len(parts[-1])
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+        stored = np.concatenate(parts) if len(parts) != 1 else parts[0]
+        if len(stored) > 1 and (stored == stored[:1]).all() and not (pixels == pixels[:1]).all():
+            raise UserError(f"codec {self.codec.spec.id!r} gives the same latents for different images: its weights are broken; use another VAE or 'pixels'")
+        return stored
 
     def _shrink(self, error: BaseException) -> None:
         import torch

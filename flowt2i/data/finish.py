@@ -71,8 +71,14 @@ def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSp
         prompts=prompts,
         fingerprint=pairs,
     )
+    write_text(measured_path(folder), description.model_dump_json(indent=2) + "\n")
     write_text(folder / "dataset.json", description.model_dump_json(indent=2) + "\n")
     return report
+
+
+def measured_path(folder: Path) -> Path:
+    """A second copy of the description, with which training compares `dataset.json`: an edit by hand is noticed."""
+    return folder / "units" / "description.json"
 
 
 def clear(folder: Path) -> None:

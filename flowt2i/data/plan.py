@@ -116,12 +116,12 @@ def make_plan(folder: Path, options: PrepareOptions, shards: list[Shard], codec:
         kept = _kept(load_units(folder))
         if why and kept:
             raise UserError(f"{why}: restore it, or use another --out")
-        if not why and (kept or not options.share().alone):
+        others = others_at_work(folder, options.share())
+        if why and others:
+            raise UserError(f"other workers are at work in {folder}, and {why}: stop them, or name another --out")
+        if not why and (kept or others or not options.share().alone):
             return plan, load_tokenizer(plan.text, folder)
-    # Here no sample was kept yet, so nothing is lost by starting again, with other options or a mended source.
-    if others_at_work(folder, options.share()):
-        raise UserError(f"other workers prepare {folder} from another source or with other options: stop them, or name another --out")
-    clear(folder)
+    clear(folder)  # no sample was kept yet, so nothing is lost by starting again, with other options or a mended source
     tokenizer = make_tokenizer(
         options.text, captions=_prefix(options, shards), max_tokens=options.max_tokens, vocab_size=options.vocab_size
     )

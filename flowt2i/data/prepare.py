@@ -94,7 +94,7 @@ def _write_units(
 ) -> None:
     share = options.share()
     settling = Settling(options, len(groups))  # tells when the limit is reached
-    own = 0  # kept by this worker: all that is known of the limit where the others' units lie on another disk
+    own: set[str] = set()  # digests that this worker kept: all that is known of the limit where the others' units lie on another disk
     waiting: deque[Run] = deque()
 
     def find(group: int, piece: int) -> Unit | None:
@@ -106,7 +106,7 @@ def _write_units(
     def full() -> bool:
         if options.limit:
             settling.advance(find)
-        return settling.full or bool(options.limit and own >= options.limit)
+        return settling.full or bool(options.limit and len(own) >= options.limit)
 
     def feed() -> Iterator[list[RawSample]]:
         for run in walk(groups, plan.unit_rows, share, find):
@@ -131,7 +131,8 @@ def _write_units(
             writer.add(decoded)
             bar.update(len(run.samples))
             if run.closes:
-                own += len(writer.close(run.last).keys)
+                unit = writer.close(run.last)
+                own.update(unit.digests[i : i + 32] for i in range(0, len(unit.digests), 32))
                 writer = None
                 if full():
                     break
