@@ -358,11 +358,6 @@ def test_kill_9(tmp_path):
     _kill_for_real(tmp_path, kills=2, workers=1)
 
 
-@pytest.mark.slow
-def test_kill_9_twenty_times_with_workers(tmp_path):
-    _kill_for_real(tmp_path, kills=20, workers=2)
-
-
 def test_no_worker_outlives_a_killed_run(tmp_path):
     psutil = pytest.importorskip("psutil")
     make_tar(tmp_path / "a.tar", range(300))

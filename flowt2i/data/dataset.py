@@ -47,6 +47,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         if split not in SPLITS:
             raise UserError(f"no split {split!r}{nearest(split, SPLITS)}")
         self.description = DatasetDescription.load(self.folder)
+        _check_sane(self.folder, self.description)
         _check_unchanged(self.folder, self.description)
         self._length = self.description.train_count if split == "train" else self.description.heldout_count
         if not self._length:
@@ -147,6 +148,14 @@ class ImageTextDataset(torch.utils.data.Dataset):
             keys=batch.column("key"),
             captions=batch.column("caption"),
         )
+
+
+def _check_sane(folder: Path, description: DatasetDescription) -> None:
+    """UserError where `dataset.json` says what preparation never writes."""
+    channels = description.codec.shape[0]
+    mean, std = description.latent_mean, description.latent_std
+    if not (len(mean) == len(std) == channels and np.isfinite(mean).all() and np.isfinite(std).all() and min(std) > 0):
+        raise UserError(f"{folder / 'dataset.json'}: latent_mean and latent_std are not {channels} finite numbers (std above 0): prepare the data again")
 
 
 def _check_unchanged(folder: Path, description: DatasetDescription) -> None:

@@ -76,6 +76,18 @@ def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSp
     return report
 
 
+def load_report(folder: Path) -> dict[str, Any]:
+    """`report.json` of a complete dataset; UserError where it is missing or not one of ours."""
+    path = folder / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report, dict) or not isinstance(report.get("dropped"), dict):
+            raise ValueError("not a report")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is missing or broken: restore it, or prepare the data again") from error
+    return report
+
+
 def measured_path(folder: Path) -> Path:
     """A second copy of the description, with which training compares `dataset.json`: an edit by hand is noticed."""
     return folder / "units" / "description.json"

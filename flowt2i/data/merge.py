@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowt2i.data.finish import clear
+from flowt2i.data.finish import clear, load_report
 from flowt2i.data.locks import locked, turn
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.plan import Plan, finished
@@ -49,7 +49,7 @@ def merge(folders: list[Path], out: Path, progress: bool = True) -> dict[str, An
     if missing.next is not None:
         raise UserError(f"{_name(first.plan, missing.next)} is in none of the folders: run the worker that lacks it again, then merge")
     if finished(out, options):
-        return json.loads((out / "report.json").read_text())
+        return load_report(out)
     with locked(out, Share()):
         with turn(out):
             if not (out / "plan.json").exists():

@@ -6,7 +6,6 @@ workers may share the units, and the bytes are the same. When all are there, the
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections import deque
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from flowt2i.data.decode import decode_in_order
 from flowt2i.data.encode import Encoder
-from flowt2i.data.finish import finish
+from flowt2i.data.finish import finish, load_report
 from flowt2i.data.locks import locked, turn
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.plan import Plan, Say, finished, make_plan, open_codec, project, rules_of
@@ -41,7 +40,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> dict[str, Any]:
     say: Say = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda line: None)
     if finished(folder, options):
         say(f"{folder} is already prepared: nothing to do")
-        return json.loads((folder / "report.json").read_text())
+        return load_report(folder)
     started = time.perf_counter()
     shards = open_sources(
         options.sources,
@@ -74,7 +73,7 @@ def complete(folder: Path, options: PrepareOptions, plan: Plan) -> dict[str, Any
     """Complete the dataset where all its units are there, and return the report; None where some are missing."""
     with turn(folder):
         if (folder / "dataset.json").exists():  # another worker was faster
-            return json.loads((folder / "report.json").read_text())
+            return load_report(folder)
         settling = Settling(options, len(plan.groups))
         settling.advance(lambda group, piece: load_unit(folder, group, piece))
         if settling.next is not None:
