@@ -149,7 +149,7 @@ sys.exit(status)
         "truncated": "undecodable image",
         "zero-byte": "undecodable image",
         "html": "undecodable image",
-        "line": "aspect ratio",
+        "line": "too small",
     }
     report = json.loads((tmp_path / "d/report.json").read_text())
     assert report["dropped"] == Counter(dropped(tmp_path / "d").values()) and report["read"] == len(bad) + len(odd)
@@ -191,6 +191,9 @@ def test_fault_22_hostile_members(tmp_path):
         info = tarfile.TarInfo()
         info.type, info.linkname = kind, target
         return info
+
+    def pair(key: str, text: str = "") -> list:
+        return [(f"{key}.png", noise_png(len(key) + len(text))), (f"{key}.json", caption(text or f"caption of {key}"))]
 
     (tmp_path / "in").mkdir()
     (tmp_path / "secret.txt").write_text("a secret")
@@ -548,7 +551,7 @@ class Hungry:
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     MemoryError(),
 ]
 
@@ -654,6 +657,7 @@ def test_fault_14_data_worker(kind, scenes_data, tiny, tmp_path):
     words = [*tiny, "--train.steps", "1000000", "--train.eval_every", "0", "--data.workers", "2"]
     command = [sys.executable, "-m", "flowt2i", "train", "--config", "quickstart", "--data", str(scenes_data), "--out", str(tmp_path / "run"), *words]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    family: list = []
     try:
         log = tmp_path / "run/log.jsonl"
         deadline = time.monotonic() + 180
@@ -666,9 +670,10 @@ def test_fault_14_data_worker(kind, scenes_data, tiny, tmp_path):
         struck = time.monotonic()
         errors = child.communicate(timeout=150)[1]
         seconds = time.monotonic() - struck
+        assert not psutil.wait_procs(family, timeout=20)[1], "orphans"
     finally:
         child.kill()
+        for process in psutil.wait_procs(family, timeout=0)[1]:
+            process.send_signal(signal.SIGCONT)  # leave nothing behind where the test fails
     one_line(subprocess.CompletedProcess([], child.returncode, "", errors), "killed" if kind == "killed" else "no batch came", "--resume latest")
-    print(f"{kind}: ended after {seconds:.1f} s")
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert not alive
+    print(f"{kind}: ended after {seconds:.1f} s")  # 60 on a machine that is not busy with other things

@@ -54,5 +54,6 @@ def _out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error)  # the CPU's allocator and cuDNN's workspaces raise plain RuntimeErrors
-    return "not enough memory" in text or "out of memory" in text or "CUDNN_STATUS_ALLOC_FAILED" in text
+    # The CPU's allocator, oneDNN and cuDNN raise plain RuntimeErrors.
+    signs = ("not enough memory", "out of memory", "t allocate memory", "Cannot allocate", "bad_alloc", "ALLOC_FAILED")
+    return any(sign in str(error) for sign in signs)

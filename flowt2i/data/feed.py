@@ -1,6 +1,6 @@
 """Batches from loader processes, and one clear error within a minute where such a process was killed, was stopped or hangs."""
 
-import multiprocessing
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,22 +8,63 @@ from torch.utils.data import DataLoader
 
 from flowt2i.errors import UserError
 
-WAIT = 45  # seconds for a batch: a disk may be slow, but not so slow
+WAIT, FIRST_WAIT = 45, 300  # seconds for a batch; the first one takes starting the processes
 
 
 def batches(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches of a loader. UserError where its processes give no more; none of them is left when the iterator ends, however it ends."""
-    iterator = iter(loader)
+    if not loader.num_workers:
+        yield from loader
+        return
+    iterator: Any = iter(loader)
+    watchdog = _Watchdog(iterator._workers)
     try:
-        yield from iterator
-    except RuntimeError as error:
-        if loader.num_workers and "DataLoader" in str(error):  # torch has no error of its own for it
-            what = f"no batch came from the data workers for {WAIT} s (is one stopped?)" if "timed out" in str(error) else "a data worker was killed"
-            raise UserError(f"{what}: add --resume latest to continue from the newest checkpoint, and --data.workers 0 if memory is short") from error
-        raise
+        while True:
+            watchdog.left = FIRST_WAIT if watchdog.left is None else WAIT
+            batch = next(iterator, None)
+            watchdog.left = 0
+            if batch is None:
+                return
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        if watchdog.bit:
+            what = f"no batch came from the data workers for {WAIT} s (is one stopped, or its disk?)"
+        elif any(not worker.is_alive() for worker in iterator._workers):
+            what = "a data worker was killed (out of memory?)"
+        else:
+            raise
+        raise UserError(f"{what}: add --resume latest to go on from the newest checkpoint, and --data.workers 0 where it happens again") from error
     finally:
-        if loader.num_workers:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-            for child in multiprocessing.active_children():  # a stopped process does not hear the SIGTERM that it was sent
-                child.kill()
-                child.join(5)
+        watchdog.over.set()
+        iterator._shutdown_workers()
+        _kill(iterator._workers)
+
+
+class _Watchdog(threading.Thread):
+    """Kills the workers when one batch is waited for too long, so that the wait ends in an error.
+
+    The loader's own `timeout` is not enough: for a batch that lies ready it asks the worker for the memory, and a stopped one never
+    answers. Ticks are counted, not time, so that a pause of this very process does no harm.
+    """
+
+    def __init__(self, workers: list[Any]) -> None:
+        super().__init__(daemon=True)
+        self.workers = workers
+        self.left: int | None = None  # ticks; 0: nobody waits
+        self.bit = False
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.wait(1):
+            if self.left:
+                self.left -= 1
+                if not self.left:
+                    self.bit = True
+                    _kill(self.workers)
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:  # a stopped process does not hear the SIGTERM that the loader sends
+        if worker.is_alive():
+            worker.kill()

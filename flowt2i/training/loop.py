@@ -303,7 +303,7 @@ class Trainer:
         collate: Any = ImageTextDataset.collate  # the batch comes whole from the dataset
         return feed.batches(DataLoader(
             self.dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=self.world.device.type == "cuda",
-            persistent_workers=workers > 0, multiprocessing_context="spawn" if workers else None, timeout=feed.WAIT if workers else 0,
+            persistent_workers=workers > 0, multiprocessing_context="spawn" if workers else None,
         ))  # fmt: skip
 
     def _set_budget(self, bar: Any) -> None:
