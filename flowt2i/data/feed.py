@@ -19,6 +19,19 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
     iterator: Any = iter(loader)
     watchdog = _Watchdog(iterator._workers)
     try:
+        yield from _watched(iterator, watchdog)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if watchdog.bit:
+            what = f"no batch came from the data workers for {WAIT} s (is one stopped, or its disk?)"
+        elif "DataLoader worker (pid" in str(error) or not isinstance(error, RuntimeError):
+            what = "a data worker was killed (out of memory?)"
+        else:
+            raise
+        raise UserError(f"{what}: add --resume latest to go on from the newest checkpoint, and --data.workers 0 where it happens again") from error
+
+
+def _watched(iterator: Any, watchdog: "_Watchdog") -> Iterator[Any]:
+    try:
         while True:
             watchdog.left = FIRST_WAIT if watchdog.left is None else WAIT
             batch = next(iterator, None)
@@ -26,14 +39,6 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
             if batch is None:
                 return
             yield batch
-    except (RuntimeError, OSError, EOFError) as error:
-        if watchdog.bit:
-            what = f"no batch came from the data workers for {WAIT} s (is one stopped, or its disk?)"
-        elif any(not worker.is_alive() for worker in iterator._workers):
-            what = "a data worker was killed (out of memory?)"
-        else:
-            raise
-        raise UserError(f"{what}: add --resume latest to go on from the newest checkpoint, and --data.workers 0 where it happens again") from error
     finally:
         watchdog.over.set()
         iterator._shutdown_workers()
