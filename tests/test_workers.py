@@ -218,3 +218,26 @@ def test_damage_on_the_way_is_noticed(parts, clean, tmp_path):
     path.write_bytes(whole)
     assert merge(copies, tmp_path / "d", progress=False)["kept"] == 75  # goes on from where it was refused
     assert without_source(contents(tmp_path / "d")) == without_source(clean)
+
+
+def test_latents_of_a_vae_are_the_same(tars, tmp_path):
+    """Repeats in other units do not change what a picture is encoded together with."""
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (8, 8, 8, 8)}
+    diffusers.AutoencoderKL(**blocks, latent_channels=4, norm_num_groups=4, layers_per_block=1).save_pretrained(tmp_path / "vae")
+    fields = {**FEW, "codec": str(tmp_path / "vae"), "image_size": 32, "batch_size": 3}
+    run(tars, tmp_path / "one", **fields)
+    for worker in ("1/2", "0/2"):
+        run(tars, tmp_path / "two", **fields, worker=worker)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_dataset_of_an_older_version_is_still_done(tars, tmp_path):
+    """Its options know nothing of newer fields, and name the source as it was typed."""
+    first = run(tars, tmp_path / "d", **FEW)
+    path = tmp_path / "d/options.json"
+    old = json.loads(path.read_text())
+    del old["follow_links"]
+    old["sources"] = [os.path.relpath(tars)]
+    path.write_text(json.dumps(old))
+    assert run(tars, tmp_path / "d", **FEW) == first
