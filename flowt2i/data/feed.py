@@ -1,5 +1,6 @@
 """Batches from loader processes, and one clear error within a minute where such a process was killed, was stopped or hangs."""
 
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,18 +17,29 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
     if not loader.num_workers:
         yield from loader
         return
-    iterator: Any = iter(loader)
+    iterator = _start(loader)
     watchdog = _Watchdog(iterator._workers)
     try:
         yield from _watched(iterator, watchdog)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if watchdog.bit:
-            what = f"no batch came from the data workers for {WAIT} s (is one stopped, or its disk?)"
-        elif "DataLoader worker (pid" in str(error) or not isinstance(error, RuntimeError):
-            what = "a data worker was killed (out of memory?)"
-        else:
+    except (RuntimeError, OSError, EOFError) as error:
+        ours = "DataLoader worker (pid" in str(error) or not isinstance(error, RuntimeError)  # OSError: where a dead worker is asked for memory
+        if not watchdog.bit and ("Caught" in str(error) or not ours):  # an error inside of a worker, or of another kind
             raise
+        silent = f"no batch came from the data workers for {WAIT} s (is one stopped, or its disk?)"
+        what = silent if watchdog.bit else "a data worker was killed (out of memory?)"
         raise UserError(f"{what}: add --resume latest to go on from the newest checkpoint, and --data.workers 0 where it happens again") from error
+
+
+def _start(loader: DataLoader[Any]) -> Any:
+    """The loader's iterator, without torch's handler of SIGCHLD: it raises wherever the main thread is, in the middle of an optimizer step too.
+
+    Without it a worker's end is noticed where its batch is waited for, within 5 s.
+    """
+    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
 
 
 def _watched(iterator: Any, watchdog: "_Watchdog") -> Iterator[Any]:
