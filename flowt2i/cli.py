@@ -45,6 +45,8 @@ def add_prepare(commands: Any) -> None:
             "flowt2i prepare my_images/ --out data/mine                   # metadata.jsonl, or a .txt beside each image",
             "flowt2i prepare 'shards/{00000..00046}.tar' --out data/t2i --codec sd-vae-ft-mse --text t5-small",
             "flowt2i prepare --out data/text-to-image-2M --limit 100000   # jackyhate/text-to-image-2M from the hub, streamed",
+            "torchrun --nproc-per-node 4 load_dataset.py 'shards/*.tar' --out data/t2i   # or, anywhere: prepare … --worker 0/4, 1/4, …",
+            "flowt2i prepare part0 part1 --merge --out data/t2i           # of workers that had no common disk",
         ),
     )
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help=PrepareOptions.model_fields["sources"].description)
@@ -65,6 +67,7 @@ def add_prepare(commands: Any) -> None:
                 metavar=name.split("_")[-1].upper(),
                 help=f"{text}{'' if info.default in (None, '') or info.is_required() else f' (default {info.default})'}",
             )
+    parser.add_argument("--merge", action="store_true", help="SOURCE are folders that workers (--worker) wrote: make one dataset of them")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
     parser.set_defaults(run=run_prepare)
 
@@ -74,6 +77,15 @@ def run_prepare(args: argparse.Namespace) -> int:
     from flowt2i.data.prepare import prepare
 
     fields = {name: value for name in PrepareOptions.model_fields if (value := getattr(args, name)) not in (None, [])}
+    if args.merge:
+        from flowt2i.data.merge import merge
+
+        if others := sorted(fields.keys() - {"sources", "out"}):
+            raise UserError(f"--merge takes its options from the folders: leave out --{others[0].replace('_', '-')}")
+        report = merge([Path(source) for source in args.sources], Path(args.out))
+        if args.json:
+            print(json.dumps(report))
+        return 0
     preset = args.config or (None if args.sources else "stability")  # the hub's 2M pairs are what the big presets are for
     if preset and preset not in PREPARATION:
         raise UserError(f"no preset {preset!r}{nearest(preset, PREPARATION)}")

@@ -46,8 +46,11 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):  # "../x", or a pickle
+            raise ValueError("names that are not those of safetensors in this folder")
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index} cannot be read as an index of weights: fetch it again") from error
     return files if all(file.is_file() for file in files) else []
 

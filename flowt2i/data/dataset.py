@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from flowt2i.data.finish import measured_path
 from flowt2i.data.units import SPLITS, read_part, stored_column
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError, nearest
@@ -46,6 +47,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
         if split not in SPLITS:
             raise UserError(f"no split {split!r}{nearest(split, SPLITS)}")
         self.description = DatasetDescription.load(self.folder)
+        _check_sane(self.folder, self.description)
+        _check_unchanged(self.folder, self.description)
         self._length = self.description.train_count if split == "train" else self.description.heldout_count
         if not self._length:
             raise UserError(f"the {split} split of {folder} is empty: prepare more samples, or with a larger --heldout")
@@ -145,6 +148,41 @@ class ImageTextDataset(torch.utils.data.Dataset):
             keys=batch.column("key"),
             captions=batch.column("caption"),
         )
+
+
+def _check_sane(folder: Path, description: DatasetDescription) -> None:
+    """UserError where `dataset.json` says what preparation never writes."""
+    channels = description.codec.shape[0]
+    mean, std = description.latent_mean, description.latent_std
+    if not (len(mean) == len(std) == channels and np.isfinite(mean).all() and np.isfinite(std).all() and min(std) > 0):
+        raise UserError(f"{folder / 'dataset.json'}: latent_mean and latent_std are not {channels} finite numbers (std above 0): prepare the data again")
+
+
+def _check_unchanged(folder: Path, description: DatasetDescription) -> None:
+    """UserError naming the field of `dataset.json` that is not as preparation left it (names and places of things may change)."""
+    path = measured_path(folder)
+    if not path.exists():  # made by an older version, or the records were removed to save space
+        return
+    try:
+        measured = DatasetDescription.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is broken: prepare the data again") from error
+    now, then = _flat(description), _flat(measured)
+    for name, value in now.items():
+        if value != then[name]:
+            said = f"{name} is {_short(value)}, but preparation found {_short(then[name])}"
+            raise UserError(f"{folder / 'dataset.json'} was changed after preparation: {said}; restore it, or prepare the data again")
+
+
+def _flat(description: DatasetDescription) -> dict[str, Any]:
+    fields = description.model_dump(exclude={"source": True, "prompts": True, "codec": {"id"}, "text": {"id"}})
+    inner = {f"{part}.{name}": value for part in ("codec", "text") for name, value in fields.pop(part).items()}
+    return {**inner, **fields}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _allow_open_files() -> None:

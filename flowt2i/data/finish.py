@@ -1,5 +1,6 @@
-"""From finished units to a finished dataset: statistics, the description, the report, and what `datasets` wants to see."""
+"""From finished units to a finished dataset: what stays, statistics, the description, the report, and what `datasets` wants to see."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from flowt2i.data.options import PrepareOptions
+from flowt2i.data.settle import Settled, Settling, is_heldout
 from flowt2i.data.units import (
     SPLITS,
     Moments,
-    Unit,
-    load_units,
     make_batch,
     measure,
     part_path,
     read_part,
-    save_unit,
     stored_column,
     write_json,
     write_part,
@@ -30,27 +30,33 @@ from flowt2i.description import CodecSpec, DatasetDescription, TextSpec
 from flowt2i.errors import UserError
 
 PROMPTS = 16  # held-out captions kept in the description for previews
-LEAST_FOR_HELDOUT = 20  # from this many samples on, at least one is held out
 
 
-def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSpec, workers: int) -> dict[str, Any]:
-    """Complete a dataset whose units are all written; return the report. `dataset.json` comes last and makes it complete."""
-    units = load_units(folder)
-    if options.heldout > 0:
-        units = _hold_one_out(folder, codec, units)
-    report = _report(folder, units, workers)
-    write_text(folder / "dropped.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for unit in units for row in _rows(unit)))
+def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSpec, settling: Settling) -> dict[str, Any]:
+    """Complete a dataset whose units are all there; return the report. `dataset.json` comes last and makes it complete.
+
+    Killed anywhere and done again it does the same: records are not changed, and a part is either as its unit wrote it or as it stays.
+    """
+    settling.hold_one_out()
+    units = settling.units
+    for settled in units:
+        _settle_parts(folder, settled, options)
+    _remove_strangers(folder, units)
+    report = _report(folder, units, options)
+    lines = (json.dumps(drop.model_dump(exclude={"at"} if drop.detail else {"at", "detail"}), ensure_ascii=False) for unit in units for drop in unit.dropped)
+    write_text(folder / "dropped.jsonl", "".join(line + "\n" for line in lines))
     write_json(folder / "report.json", report)
     if not report["train"]:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in report["dropped"].items()) or "the source is empty"
+        shutil.rmtree(folder / "units", ignore_errors=True)  # so that a mended source is read again
         raise UserError(f"no sample to train on: {report['read']} read, {report['kept']} kept ({reasons}); see {folder / 'dropped.jsonl'}")
-    mean, std = statistics(codec, [unit.moments for unit in units])
+    mean, std = statistics(codec, [_moments(folder, settled, codec, options) for settled in units])
     for channel, value in enumerate(std):
         if not value > 1e-4:
             raise UserError(f"channel {channel} of the latents is constant: the images are all alike or the codec {codec.id!r} is broken")
-    pairs, prompts = _survey(folder, units)
+    pairs, prompts, longest = _survey(folder, units)
     for split in SPLITS:
-        _write_hf(folder, split, [unit for unit in units if unit.rows[split]], codec, pairs)
+        _write_hf(folder, split, [settled for settled in units if settled.chosen(split)], codec, pairs)
     write_json(folder / "dataset_dict.json", {"splits": list(SPLITS)})
     description = DatasetDescription(
         source=", ".join(options.sources),
@@ -61,24 +67,43 @@ def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSp
         train_count=report["train"],
         heldout_count=report["heldout"],
         heldout_fraction=options.heldout,
-        longest_caption=max(unit.longest for unit in units),
+        longest_caption=longest,
         prompts=prompts,
         fingerprint=pairs,
     )
+    write_text(measured_path(folder), description.model_dump_json(indent=2) + "\n")
     write_text(folder / "dataset.json", description.model_dump_json(indent=2) + "\n")
     return report
+
+
+def load_report(folder: Path) -> dict[str, Any]:
+    """`report.json` of a complete dataset; UserError where it is missing or not one of ours."""
+    path = folder / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report, dict) or not isinstance(report.get("dropped"), dict):
+            raise ValueError("not a report")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is missing or broken: restore it, or prepare the data again") from error
+    return report
+
+
+def measured_path(folder: Path) -> Path:
+    """A second copy of the description, with which training compares `dataset.json`: an edit by hand is noticed."""
+    return folder / "units" / "description.json"
 
 
 def clear(folder: Path) -> None:
     """Remove what an earlier attempt left that kept no sample."""
     for name in ("units", "tokenizer", *SPLITS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("options.json", "plan.json", "report.json", "dropped.jsonl", "dataset_dict.json"):
+    for name in ("plan.json", "report.json", "dropped.jsonl", "dataset_dict.json", "options.json"):
         (folder / name).unlink(missing_ok=True)
 
 
 def statistics(codec: CodecSpec, parts: list[Moments]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per-channel mean and standard deviation of raw latents (pixels in [-1, 1]); of a VAE's samples, not of their means only."""
+    parts = [part for part in parts if part.count]
     count = sum(part.count for part in parts)
     means, stds = [], []
     for channel in range(codec.shape[0]):
@@ -90,86 +115,98 @@ def statistics(codec: CodecSpec, parts: list[Moments]) -> tuple[tuple[float, ...
     return tuple(means), tuple(stds)
 
 
-def _hold_one_out(folder: Path, codec: CodecSpec, units: list[Unit]) -> list[Unit]:
-    """Move the training sample with the least key hash to the held-out split where chance left that empty.
+def _as_written(settled: Settled, split: str, options: PrepareOptions) -> list[int]:
+    """Numbers of the samples that the unit wrote into a split."""
+    return [number for number, key in enumerate(settled.unit.keys) if is_heldout(key, options.heldout) == (split == "heldout")]
 
-    In an order that a kill cannot spoil: held-out part, train part, record; done again from wherever it stopped.
-    """
-    kept = sum(sum(unit.rows.values()) for unit in units)
-    if kept < LEAST_FOR_HELDOUT or any(unit.rows["heldout"] for unit in units):
-        return units
-    begun = [unit for unit in units if part_path(folder, "heldout", unit.number).exists()]
-    if begun:
-        unit = begun[0]
-        key = read_part(part_path(folder, "heldout", unit.number)).column("key")[0].as_py()
-    else:
-        filled = [unit for unit in units if unit.rows["train"]]
-        keys = [(hashlib.sha256(key.encode()).digest(), key, u) for u in filled for key in _train(folder, u).column("key").to_pylist()]
-        _, key, unit = min(keys, key=lambda item: item[0])
-    batch = _train(folder, unit)
-    if len(batch) == unit.rows["train"]:
-        row = batch.column("key").to_pylist().index(key)
-        rest = np.delete(np.arange(len(batch)), row)
-        write_part(part_path(folder, "heldout", unit.number), batch.take([row]))
-        batch = batch.take(rest)
-        write_part(part_path(folder, "train", unit.number), batch)
+
+def _settle_parts(folder: Path, settled: Settled, options: PrepareOptions) -> None:
+    """Write those parts anew of which something is left out or moved; from train to held out only, so held out comes first."""
+    before = {split: _as_written(settled, split, options) for split in SPLITS}
+    for split in reversed(SPLITS):
+        path, chosen = part_path(folder, split, *settled.unit.id), settled.chosen(split)
+        if chosen == before[split] or _keys(path) == [settled.unit.keys[number] for number in chosen]:  # the same, or settled before a kill
+            continue
+        if not chosen:
+            path.unlink()
+            continue
+        home = split if set(chosen) <= set(before[split]) else "train"
+        batch = read_part(part_path(folder, home, *settled.unit.id))
+        write_part(path, batch.take(pa.array([before[home].index(number) for number in chosen])))
+
+
+def _keys(path: Path) -> list[str]:
+    return read_part(path).column("key").to_pylist() if path.exists() else []
+
+
+def _remove_strangers(folder: Path, units: list[Settled]) -> None:
+    """Remove parts beyond the limit, parts without a record, and what killed runs left half written."""
+    ours = {part_path(folder, split, *settled.unit.id) for settled in units for split in SPLITS if settled.chosen(split)}
+    for split in SPLITS:
+        for path in (folder / split).glob("part-*.arrow"):
+            if path not in ours:
+                path.unlink()
+    for place in (folder, folder / "units", *(folder / split for split in SPLITS)):
+        for path in place.glob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _moments(folder: Path, settled: Settled, codec: CodecSpec, options: PrepareOptions) -> Moments:
+    if settled.train == _as_written(settled, "train", options):
+        return settled.unit.moments
+    if not settled.train:
+        return Moments()
+    batch = read_part(part_path(folder, "train", *settled.unit.id))
     column, _ = stored_column(codec)
     shape = (codec.shape[0] * (1 if column == "pixels" else 2), *codec.shape[1:])
-    stored = batch.column(column).flatten().to_numpy(zero_copy_only=False).reshape(len(batch), *shape)
-    unit = unit.model_copy(update={"rows": {"train": len(batch), "heldout": 1}, "moments": measure(codec, stored)})
-    save_unit(folder, unit)
-    return [unit if other.number == unit.number else other for other in units]
+    return measure(codec, batch.column(column).flatten().to_numpy(zero_copy_only=False).reshape(len(batch), *shape))
 
 
-def _train(folder: Path, unit: Unit) -> Any:
-    return read_part(part_path(folder, "train", unit.number))
-
-
-def _rows(unit: Unit) -> list[dict[str, str]]:
-    return [{name: value for name, value in row.items() if value or name != "detail"} for row in unit.dropped]
-
-
-def _report(folder: Path, units: list[Unit], workers: int) -> dict[str, Any]:
-    counts = {split: sum(unit.rows[split] for unit in units) for split in SPLITS}
-    read, seconds = sum(unit.read for unit in units), sum(unit.seconds for unit in units)
+def _report(folder: Path, units: list[Settled], options: PrepareOptions) -> dict[str, Any]:
+    counts = {split: sum(len(settled.chosen(split)) for settled in units) for split in SPLITS}
+    read, seconds = sum(settled.read for settled in units), sum(settled.unit.seconds for settled in units)
     stages: Counter[str] = Counter()
-    for unit in units:
-        stages.update(unit.stages)
+    for settled in units:
+        stages.update(settled.unit.stages)
     return {
         "read": read,
         "kept": sum(counts.values()),
-        "dropped": dict(Counter(row["reason"] for unit in units for row in unit.dropped).most_common()),
+        "dropped": dict(Counter(drop.reason for settled in units for drop in settled.dropped).most_common()),
         "bytes": sum(path.stat().st_size for split in SPLITS for path in (folder / split).glob("*.arrow")),
         "seconds": round(seconds, 3),
         "images_per_s": round(read / seconds, 1) if seconds else 0.0,
         **counts,
-        "truncated_captions": sum(unit.truncated for unit in units),
+        "truncated_captions": sum(settled.unit.truncated for settled in units),
         "stages": {name: round(value, 3) for name, value in stages.items()},
-        "workers": workers,
+        "workers": options.processes(),
     }
 
 
-def _survey(folder: Path, units: list[Unit]) -> tuple[str, tuple[str, ...]]:
-    """The fingerprint of the data, and some of its captions for previews: held-out ones where there are any."""
+def _survey(folder: Path, units: list[Settled]) -> tuple[str, tuple[str, ...], int]:
+    """The fingerprint of the data, some of its captions for previews (held-out ones where there are any), and the longest caption in tokens."""
     lines: list[str] = []
     captions: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for unit in units:
+    longest = 0
+    for settled in units:
         for split in SPLITS:
-            if unit.rows[split]:
-                batch = read_part(part_path(folder, split, unit.number))
+            if settled.chosen(split):
+                batch = read_part(part_path(folder, split, *settled.unit.id))
                 lines += [f"{key}\t{digest}\n" for key, digest in zip(batch.column("key").to_pylist(), batch.column("hash").to_pylist())]
+                longest = max(longest, int(np.diff(batch.column("tokens").offsets.to_numpy()).max()))
                 if split == "heldout" or len(captions["train"]) < 1000:
                     captions[split] += batch.column("caption").to_pylist()
     digest = hashlib.sha256()
     for line in sorted(lines):
         digest.update(line.encode())
     choice = list(dict.fromkeys(captions["heldout"])) or list(dict.fromkeys(captions["train"]))
-    return digest.hexdigest(), tuple(choice[i * len(choice) // PROMPTS] for i in range(PROMPTS)) if len(choice) > PROMPTS else tuple(choice)
+    prompts = tuple(choice[i * len(choice) // PROMPTS] for i in range(PROMPTS)) if len(choice) > PROMPTS else tuple(choice)
+    return digest.hexdigest(), prompts, longest
 
 
-def _write_hf(folder: Path, split: str, units: list[Unit], codec: CodecSpec, fingerprint: str) -> None:
+def _write_hf(folder: Path, split: str, units: list[Settled], codec: CodecSpec, fingerprint: str) -> None:
     """What `datasets.load_from_disk` reads beside the Arrow files."""
-    files = [part_path(folder, split, unit.number) for unit in units]
+    files = [part_path(folder, split, *settled.unit.id) for settled in units]
     column, kind = stored_column(codec)
     shape = (codec.shape[0] * (1 if column == "pixels" else 2), *codec.shape[1:])
     if not files:  # a split without samples is a part without rows

@@ -8,15 +8,22 @@ from pathlib import Path, PurePosixPath
 from flowt2i.data.captions import CAPTION_KEYS
 from flowt2i.data.sample import IMAGE_SUFFIXES, CaptionFile, RawSample, Span, clean_key
 
+LINK = "a link that leads out of the folder (--follow-links allows it)"
+
 
 class FolderShard:
     """All images under a folder, in sorted order; the key is the path inside the folder. Caption files are listed by `metadata.jsonl`
-    (in any subfolder, for the images below it); images that none names need a caption file beside them."""
+    (in any subfolder, for the images below it); images that none names need a caption file beside them.
+
+    A link that leads out of the folder is not followed unless `follow_links`: in a folder from a stranger `1.txt` may be a link to
+    a secret, which would end up in the dataset as a caption.
+    """
 
     costly = False
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, follow_links: bool = False) -> None:
+        self.folder, self.follow_links = Path(folder), follow_links
+        self._root = os.path.join(os.path.realpath(folder), "")
         self.name = str(folder)
         self._index: list[RawSample] | None = None
 
@@ -46,6 +53,9 @@ class FolderShard:
         listed: set[str] = set()
         for name in names:
             if PurePosixPath(name).name == "metadata.jsonl":
+                if self._leads_out(name):
+                    yield RawSample(clean_key(name), self.name, reason="outside the folder", detail=LINK)
+                    continue
                 for sample in self._read_metadata(name):
                     listed.add(sample.key)
                     yield sample
@@ -57,12 +67,17 @@ class FolderShard:
             kinds = [kind for kind in ("json", "txt") if f"{stem}.{kind}" in known]
             captions = tuple(CaptionFile(kind, Span(str(self.folder / f"{stem}.{kind}"))) for kind in kinds)
             path = self.folder / name
-            if not path.is_file():
+            if any(self._leads_out(file) for file in (name, *(f"{stem}.{kind}" for kind in kinds))):
+                yield RawSample(clean_key(name), self.name, reason="outside the folder", detail=LINK)
+            elif not path.is_file():
                 yield RawSample(clean_key(name), self.name, reason="not a regular file")
             elif not captions:
                 yield RawSample(clean_key(name), self.name, reason="missing caption")
             else:
                 yield RawSample(clean_key(name), self.name, Span(str(path)), captions)
+
+    def _leads_out(self, name: str) -> bool:
+        return not self.follow_links and not os.path.realpath(self.folder / name).startswith(self._root)  # a link on the way counts too
 
     def _walk(self) -> Iterator[str]:
         for folder, folders, files in os.walk(self.folder):  # does not follow links to folders, so cannot go round in circles
@@ -95,5 +110,7 @@ class FolderShard:
             found = False
         if not found:
             return RawSample(clean_key(name), self.name, reason="missing image", detail=where)
+        if self._leads_out(name):
+            return RawSample(clean_key(name), self.name, reason="outside the folder", detail=LINK)
         captions = tuple(row[key] for key in CAPTION_KEYS if row.get(key) is not None)
         return RawSample(clean_key(name), self.name, Span(str(self.folder / name)), captions)

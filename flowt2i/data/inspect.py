@@ -1,6 +1,5 @@
 """`flowt2i inspect`: what is in a prepared dataset, in numbers and in a contact sheet."""
 
-import json
 import re
 import statistics
 from collections import Counter
@@ -12,6 +11,7 @@ import torch
 
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.data.finish import load_report
 from flowt2i.data.units import SPLITS, read_part
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
@@ -50,7 +50,6 @@ def measure(folder: Path, description: DatasetDescription) -> dict[str, Any]:
     words = [len(caption.split()) for caption in captions]
     by_length = sorted(set(captions), key=lambda text: (len(text), text))
     common = Counter(word for caption in captions for word in re.findall(r"[^\W\d_]{2,}", caption.lower()))
-    report = folder / "report.json"
     return {
         "folder": str(folder),
         "source": description.source,
@@ -61,7 +60,7 @@ def measure(folder: Path, description: DatasetDescription) -> dict[str, Any]:
         "max_tokens": description.text.max_tokens,
         "train": description.train_count,
         "heldout": description.heldout_count,
-        "dropped": json.loads(report.read_text()).get("dropped", {}) if report.exists() else {},
+        "dropped": load_report(folder)["dropped"] if (folder / "report.json").exists() else {},
         "bytes": size,
         "bytes_per_sample": round(size / len(captions), 1),
         "latent_mean": [round(value, 4) for value in description.latent_mean],

@@ -1,10 +1,13 @@
 """What can be asked of `prepare`, each field with the line that `--help` shows."""
 
+import glob
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flowt2i.data.share import Share, parse_share
 from flowt2i.data.sources import DEFAULT_SOURCE
 from flowt2i.errors import UserError, nearest
 
@@ -40,6 +43,8 @@ class PrepareOptions(BaseModel):
     batch_size: int = Field(64, ge=1, le=4096, description="images encoded by the VAE at a time")
     unit_rows: int = Field(0, ge=0, description="samples between two points at which a rerun can continue (0: by the size of the data)")
     workers: int = Field(0, ge=0, le=1024, description="processes that decode images (0: one for each core)")
+    worker: str = Field("", description="I/N, with I from 0: do every N-th part of the work only, beside other workers (default: torchrun's rank)")
+    follow_links: bool = Field(False, description="read images and captions of a folder through links that lead out of it")
     device: str = Field("auto", description="where the VAE runs: auto, cpu, cuda, cuda:1, …")
 
     @classmethod
@@ -54,12 +59,48 @@ class PrepareOptions(BaseModel):
                 raise UserError(f"prepare has no option {name!r}{nearest(name, cls.model_fields)}") from error
             raise UserError(f"{name}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
 
+    def share(self) -> Share:
+        """Which part of the work is this process's."""
+        return parse_share(self.worker)
+
     def processes(self) -> int:
-        """Number of worker processes."""
+        """Number of worker processes; the ranks of one machine share its cores."""
         if self.workers:
             return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // (1 if self.worker else int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     def lasting(self) -> dict[str, object]:
-        """The fields that decide what is written: a rerun must have the same."""
-        return self.model_dump(mode="json", exclude={"out", "workers", "device", "batch_size"})
+        """The fields that decide what is written, paths in one spelling: a rerun must have the same."""
+        fields = self.model_dump(mode="json", exclude={"out", "workers", "worker", "device", "batch_size"})
+        return one_spelling(fields)
+
+    @classmethod
+    def differing(cls, before: dict[str, Any], now: dict[str, Any]) -> str:
+        """Name of the first of the lasting fields in which two preparations differ; '' where none does. One that was not known then had its default."""
+        before = one_spelling(before)
+        for name, value in now.items():
+            default = cls.model_fields[name].get_default(call_default_factory=True)
+            if before.get(name, default) != value:
+                return name
+        return ""
+
+
+def one_spelling(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with what is a path on this machine made absolute: `a`, `./a/` and `/home/me/a` are one source."""
+    fields = dict(fields)
+    if isinstance(fields.get("sources"), list):
+        fields["sources"] = [_absolute(source) for source in fields["sources"]]
+    for name in ("codec", "text"):
+        if isinstance(fields.get(name), str) and Path(fields[name]).expanduser().is_dir():
+            fields[name] = _absolute(fields[name])
+    return fields
+
+
+def _absolute(name: Any) -> Any:
+    if not isinstance(name, str) or name == "scenes":
+        return name
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return os.path.realpath(path)
+    return os.path.abspath(path) if "{" in name or glob.has_magic(name) else name

@@ -6,25 +6,61 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from flowt2i.data.captions import read_caption
 from flowt2i.data.decode import Rules, decode
+from flowt2i.data.encode import Encoder
 from flowt2i.data.finish import clear
+from flowt2i.data.locks import others_at_work
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.sample import Dropped, Shard
-from flowt2i.data.units import Unit, load_units, write_json
+from flowt2i.data.units import Unit, UnitId, full_disk_told, load_units, write_json, write_text
+from flowt2i.data.walk import RUN
 from flowt2i.description import CodecSpec, TextSpec
 from flowt2i.errors import UserError
+
+Say = Callable[[str], None]
 
 FEW = 32  # samples timed for the projection
 TOKENIZER_CAPTIONS, COSTLY_CAPTIONS = 20_000, 2_000  # captions the built-in tokenizer learns from; fewer where each means a download
 MAX_UNITS = 400  # parts of a large dataset: each costs an open file in training
 MAX_UNIT_BYTES = 256 << 20  # held in memory while a unit is filled
+
+
+class Plan(BaseModel):
+    """What the first run settled and every later one and every other worker obeys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shards: list[str]  # signatures, in order
+    groups: list[int]  # number of shards in each group of consecutive ones; a unit does not reach beyond its group
+    estimate: int | None  # samples to read; None: unknown
+    unit_rows: int = Field(ge=1)
+    codec: CodecSpec
+    text: TextSpec
+
+    @classmethod
+    def load(cls, folder: Path) -> "Plan":
+        """Read `folder/plan.json`; UserError where it is missing or not one of ours."""
+        path = folder / "plan.json"
+        try:
+            plan = cls.model_validate_json(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or broken: delete {folder} and prepare the data again") from error
+        if min(plan.groups, default=1) < 1 or sum(plan.groups) != len(plan.shards):
+            raise UserError(f"{path} is broken (its groups do not add up): delete {folder} and prepare the data again")
+        return plan
+
+    def grouped(self, shards: list[Shard]) -> list[list[Shard]]:
+        """The shards by group."""
+        rest = iter(shards)
+        return [list(itertools.islice(rest, count)) for count in self.groups]
 
 
 def finished(folder: Path, options: PrepareOptions) -> bool:
@@ -41,12 +77,14 @@ def finished(folder: Path, options: PrepareOptions) -> bool:
         raise UserError(f"{folder} is not empty and not a dataset that prepare began: name another folder")
     try:
         before = json.loads(path.read_text())
-    except ValueError as error:
+        if not isinstance(before, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is broken: delete {folder} and prepare again") from error
     done = (folder / "dataset.json").exists()
-    for name, value in options.lasting().items():
-        if before.get(name) != value and (done or _kept(load_units(folder))):
-            raise UserError(f"{folder} was prepared with {name}={before.get(name)!r}, not {value!r}: use the same options or another --out")
+    if (name := _changed(before, options)) and (done or _kept(load_units(folder))):
+        theirs, ours = before.get(name), options.lasting()[name]
+        raise UserError(f"{folder} was prepared with {name}={theirs!r}, not {ours!r}: use the same options or another --out")
     return done
 
 
@@ -59,50 +97,83 @@ def open_codec(options: PrepareOptions) -> Any:
         return codec
     import torch
 
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # torchrun: a GPU for each rank
+    device = options.device if options.device != "auto" else best
     try:
         return codec.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used ({(str(error).splitlines() or ['?'])[0][:120]}): try --device cpu") from error
 
 
-def make_plan(folder: Path, options: PrepareOptions, shards: list[Shard], codec: Any) -> tuple[list[Unit], dict[str, Any], Any]:
-    """Finished units, the plan (made in the first run, obeyed in every later one) and the tokenizer."""
+def make_plan(folder: Path, options: PrepareOptions, shards: list[Shard], codec: Any) -> tuple[Plan, Any]:
+    """The plan, made by the first run, and the tokenizer. To be called in one's `turn`."""
     from flowt2i.text import load_tokenizer, make_tokenizer
 
-    path = folder / "plan.json"
     signatures = [shard.signature() for shard in shards]
-    units = load_units(folder)
-    if path.exists() and _kept(units):
-        plan = json.loads(path.read_text())
-        if plan["shards"] != signatures:
-            changed = next((a for a, b in zip(signatures, plan["shards"]) if a != b), "their number")
-            raise UserError(f"the source changed since {folder} was begun ({changed}): restore it, or use another --out")
-        if CodecSpec.model_validate(plan["codec"]).fingerprint != codec.spec.fingerprint:
-            raise UserError(f"the codec {options.codec!r} changed since {folder} was begun: restore it, or use another --out")
-        return units, plan, load_tokenizer(TextSpec.model_validate(plan["text"]), folder)
+    if (folder / "plan.json").exists():
+        plan = Plan.load(folder)
+        why = _outdated(folder, options, plan, signatures, codec)
+        kept = _kept(load_units(folder))
+        if why and kept:
+            raise UserError(f"{why}: restore it, or use another --out")
+        others = others_at_work(folder, options.share())
+        if why and others:
+            raise UserError(f"other workers are at work in {folder}, and {why}: stop them, or name another --out")
+        if not why and (kept or others or not options.share().alone):
+            return plan, load_tokenizer(plan.text, folder)
     clear(folder)  # no sample was kept yet, so nothing is lost by starting again, with other options or a mended source
     tokenizer = make_tokenizer(
         options.text, captions=_prefix(options, shards), max_tokens=options.max_tokens, vocab_size=options.vocab_size
     )
-    estimate = _estimate(shards, options.limit)
+    sizes = _estimates(shards)
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    estimate = min(total, options.limit) if total is not None and options.limit else options.limit if total is None else total
     row_bytes = int(np.prod(codec.stored_shape)) * codec.stored_dtype.itemsize
     rows = options.unit_rows or max(1000, -(-(estimate or 0) // MAX_UNITS))
-    plan = {
-        "shards": signatures,
-        "estimate": estimate,
-        "unit_rows": max(1, min(rows, MAX_UNIT_BYTES // row_bytes)),
-        "codec": codec.spec.model_dump(mode="json"),
-        "text": tokenizer.spec.model_dump(mode="json"),
-    }
+    if options.limit and not options.unit_rows:  # a unit is worked on to its end, so that what lies beyond the limit is in vain
+        rows = min(rows, max(RUN, -(-options.limit // 8)))
+    rows = max(1, min(rows, MAX_UNIT_BYTES // row_bytes))
+    plan = Plan(shards=signatures, groups=_group(sizes, rows), estimate=estimate, unit_rows=rows, codec=codec.spec, text=tokenizer.spec)
     write_json(folder / "options.json", options.lasting())
-    tokenizer.save(folder)
-    write_json(path, plan)
-    return [], plan, tokenizer
+    with full_disk_told(folder / "tokenizer"):
+        tokenizer.save(folder)
+    write_text(folder / "plan.json", plan.model_dump_json(indent=2) + "\n")
+    return plan, tokenizer
 
 
-def _kept(units: list[Unit]) -> int:
-    return sum(sum(unit.rows.values()) for unit in units)
+def _outdated(folder: Path, options: PrepareOptions, plan: Plan, signatures: list[str], codec: Any) -> str:
+    """What changed since the plan was made; '' where nothing did."""
+    if plan.shards != signatures:
+        changed = next((a for a, b in zip(signatures, plan.shards) if a != b), "their number")
+        return f"the source changed since {folder} was begun ({changed})"
+    if plan.codec.fingerprint != codec.spec.fingerprint:
+        return f"the codec {options.codec!r} changed since {folder} was begun"
+    if name := _changed(json.loads((folder / "options.json").read_text()), options):
+        return f"{name} changed since {folder} was begun"
+    return ""
+
+
+def _changed(before: dict[str, Any], options: PrepareOptions) -> str:
+    return PrepareOptions.differing(before, options.lasting())
+
+
+def _kept(units: dict[UnitId, Unit]) -> int:
+    return sum(len(unit.keys) for unit in units.values())
+
+
+def _group(sizes: list[int | None], rows: int) -> list[int]:
+    """How many consecutive shards make a group: as many as fill a unit, since each part costs an open file; large ones stand alone."""
+    groups: list[int] = []
+    filled = rows + 1
+    for size in sizes:
+        more = rows + 1 if size is None else size
+        if groups and filled + more <= rows:
+            groups[-1] += 1
+            filled += more
+        else:
+            groups.append(1)
+            filled = more
+    return groups
 
 
 def _prefix(options: PrepareOptions, shards: list[Shard]) -> list[str]:
@@ -119,54 +190,44 @@ def _prefix(options: PrepareOptions, shards: list[Shard]) -> list[str]:
     return captions
 
 
-def _estimate(shards: list[Shard], limit: int | None) -> int | None:
-    """About how many samples will be read: tars beyond the eighth are judged by their size, not opened."""
-    total = bytes_seen = samples_seen = opened = 0
+def _estimates(shards: list[Shard]) -> list[int | None]:
+    """About how many samples each shard has: tars beyond the eighth are judged by their size, not opened."""
+    found: list[int | None] = []
+    bytes_seen = samples_seen = opened = 0
     for shard in shards:
         size = Path(shard.name).stat().st_size if shard.name.endswith(".tar") else 0
         if size and opened >= 8:
-            total += round(samples_seen * size / bytes_seen)
+            found.append(round(samples_seen * size / max(1, bytes_seen)))
             continue
-        found = shard.estimate()
+        count = shard.estimate()
         shard.forget()
-        if found is None:
-            return limit
-        total += found
+        found.append(count)
         if size:
-            bytes_seen, samples_seen, opened = bytes_seen + size, samples_seen + found, opened + 1
-    return min(total, limit) if limit else total
+            bytes_seen, samples_seen, opened = bytes_seen + size, samples_seen + (count or 0), opened + 1
+    return found
 
 
-def project(
-    folder: Path,
-    options: PrepareOptions,
-    shards: list[Shard],
-    codec: Any,
-    units: list[Unit],
-    plan: dict[str, Any],
-    say: Callable[[str], None],
-) -> None:
+def project(folder: Path, options: PrepareOptions, shards: list[Shard], encoder: Encoder, plan: Plan, done: dict[UnitId, Unit], say: Say) -> None:
     """Say how large the dataset will be and how long it will take; UserError where the disk cannot hold it."""
-    done = sum(unit.read for unit in units)
-    if units:
-        say(f"continuing after {done} samples in {len(units)} units")
-    row_bytes = int(np.prod(codec.stored_shape)) * codec.stored_dtype.itemsize + 250  # key, caption, tokens, hash and record
+    share, read = options.share(), sum(unit.read for unit in done.values())
+    if done:
+        say(f"continuing after {read} samples in {len(done)} units")
+    row_bytes = int(np.prod(encoder.codec.stored_shape)) * encoder.codec.stored_dtype.itemsize + 250  # key, caption, tokens, hash and record
     free = shutil.disk_usage(folder).free
-    total = plan["estimate"]
-    if total is None:
+    if plan.estimate is None:
         say(f"the number of samples is unknown: {row_bytes / 1000:.1f} kB each, room for {free // row_bytes:,} (see --limit)")
         return
-    left = max(0, total - done)
+    left = max(0, plan.estimate - read)
     if left * row_bytes > free:
         raise UserError(f"{folder} would grow by {_size(left * row_bytes)}, the disk has {_size(free)} left: use another --out or --limit")
-    seconds = 0.0 if units else _time_per_sample(options, shards, codec) * left
-    say(f"{left:,} samples to read, {_size(left * row_bytes)} to write" + (f", {_duration(seconds)} to work" if seconds else ""))
+    left = -(-left // share.of)
+    seconds = 0.0 if done else _time_per_sample(options, shards, encoder) * left
+    who = "" if share.alone else f"worker {share}: about "
+    say(f"{who}{left:,} samples to read, {_size(left * row_bytes)} to write" + (f", {_duration(seconds)} to work" if seconds else ""))
 
 
-def _time_per_sample(options: PrepareOptions, shards: list[Shard], codec: Any) -> float:
+def _time_per_sample(options: PrepareOptions, shards: list[Shard], encoder: Encoder) -> float:
     """Seconds a sample will take, from a few that are decoded and encoded here."""
-    import torch
-
     few = list(itertools.islice(itertools.chain.from_iterable(shard.samples() for shard in shards), FEW))
     if not few:
         return 0.0
@@ -174,10 +235,10 @@ def _time_per_sample(options: PrepareOptions, shards: list[Shard], codec: Any) -
     start = time.perf_counter()
     pixels = decode(few, rules_of(options)).pixels
     seconds = (time.perf_counter() - start) / len(few) / options.processes()
-    if len(pixels) and codec.spec.kind == "vae":
+    if len(pixels) and encoder.codec.spec.kind == "vae":
         for _ in range(2):  # the first call warms up
             start = time.perf_counter()
-            codec.encode(torch.from_numpy(pixels[: options.batch_size]))
+            encoder(pixels[: options.batch_size])
         seconds += (time.perf_counter() - start) / len(pixels[: options.batch_size])
     return seconds + 1e-4
 
@@ -185,28 +246,6 @@ def _time_per_sample(options: PrepareOptions, shards: list[Shard], codec: Any) -
 def rules_of(options: PrepareOptions) -> Rules:
     """The options that workers need."""
     return Rules(options.image_size, options.min_side, options.max_aspect, options.min_caption, options.max_caption)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second `prepare` off the folder; the system frees the lock when the process ends, however it ends."""
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no permission to write")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): name another folder with --out") from error
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another prepare is writing to {folder}: wait for it, or name another --out") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _size(count: float) -> str:

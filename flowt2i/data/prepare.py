@@ -1,44 +1,46 @@
 """`flowt2i prepare`: captioned images from any source to one folder that training memory-maps.
 
-Samples flow through in a fixed order: read (headers only), decoded in worker processes, filtered, encoded and tokenized here,
-written unit by unit. A killed run continues at the first unit without a record and writes the same bytes.
+Samples flow through in a fixed order: read (headers only), decoded in worker processes, encoded and tokenized here, written unit
+by unit. A unit depends on nothing but its own samples, so a killed run continues with the units that have no record, several
+workers may share the units, and the bytes are the same. When all are there, the dataset is completed from their records.
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from flowt2i.data.decode import decode_in_order
-from flowt2i.data.finish import finish
+from flowt2i.data.encode import Encoder
+from flowt2i.data.finish import finish, load_report
+from flowt2i.data.locks import locked, turn
 from flowt2i.data.options import PrepareOptions
-from flowt2i.data.plan import finished, locked, make_plan, open_codec, project, rules_of
+from flowt2i.data.plan import Plan, Say, finished, make_plan, open_codec, project, rules_of
 from flowt2i.data.sample import RawSample, Shard
+from flowt2i.data.settle import Settling
 from flowt2i.data.sources import open_sources
-from flowt2i.data.units import Unit
+from flowt2i.data.units import Unit, UnitId, load_unit, load_units
+from flowt2i.data.walk import RUN, Run, walk
 from flowt2i.data.writer import UnitWriter
-
-RUN = 32  # samples handed to a worker at a time
 
 
 def prepare(options: PrepareOptions, progress: bool = True) -> dict[str, Any]:
     """Write the dataset `options` describe and return its report; where it is there already, only return the report.
 
-    `progress` prints the projection and a progress bar to stderr. UserError: unreadable source, other options in the same
-    folder, no space, nothing kept, constant or NaN latents.
+    One worker of several (`options.share()`) does its units; whoever finds all units done completes the dataset, and the others
+    return how far they came: `worker`, `units`, `complete` (False). `progress` prints the projection and a progress bar to stderr.
+    UserError: unreadable source, other options in the same folder, no space, nothing kept, constant or NaN latents.
     """
-    folder = options.out
-    say: Callable[[str], None] = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda line: None)
+    folder, share = options.out, options.share()
+    say: Say = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda line: None)
     if finished(folder, options):
         say(f"{folder} is already prepared: nothing to do")
-        return json.loads((folder / "report.json").read_text())
+        return load_report(folder)
     started = time.perf_counter()
     shards = open_sources(
         options.sources,
@@ -49,87 +51,88 @@ def prepare(options: PrepareOptions, progress: bool = True) -> dict[str, Any]:
         files=options.hub_files,
         image_column=options.image_column,
         text_column=options.text_column,
+        follow_links=options.follow_links,
     )
-    codec = open_codec(options)
-    with locked(folder):
-        units, plan, tokenizer = make_plan(folder, options, shards, codec)
-        project(folder, options, shards, codec, units, plan, say)
-        _write_units(folder, options, shards, codec, tokenizer, units, plan, progress)
-        report = finish(folder, options, codec.spec, tokenizer.spec, options.processes())
+    encoder = Encoder(open_codec(options), options.batch_size)
+    with locked(folder, share):
+        with turn(folder):
+            plan, tokenizer = make_plan(folder, options, shards, encoder.codec)
+        done = load_units(folder)
+        project(folder, options, shards, encoder, plan, done, say)
+        _write_units(folder, options, plan.grouped(shards), plan, encoder, tokenizer, done, progress)
+        report = complete(folder, options, plan)
+    if report is None:
+        units = len(load_units(folder))
+        say(f"worker {share} is done; {units} units are there, others are not: whoever finishes last completes {folder}")
+        return {"worker": str(share), "units": units, "complete": False}
     say(f"{report['kept']} of {report['read']} samples kept in {folder}, {time.perf_counter() - started:.1f} s")
     return report
 
 
-@dataclass(slots=True)
-class _Run:
-    samples: list[RawSample]
-    next: tuple[int, int] | None  # where the sample after this run lies; None: there is none
-    closes: bool  # the unit ends here
-
-
-def _runs(shards: list[Shard], start: tuple[int, int], unit_rows: int) -> Iterator[_Run]:
-    """All samples from `start` on, in runs that do not cross a unit."""
-    held: _Run | None = None  # one run is held back, so that the last is known to be the last
-    samples: list[RawSample] = []
-    room = unit_rows
-    for number, shard in enumerate(shards[start[0] :], start[0]):
-        first = start[1] if number == start[0] else 0
-        for index, sample in enumerate(shard.samples(first), first + 1):
-            samples.append(sample)
-            room -= 1
-            if len(samples) == RUN or not room:
-                if held:
-                    yield held
-                held = _Run(samples, (number, index), not room)
-                samples, room = [], room or unit_rows
-        shard.forget()
-    if samples:
-        if held:
-            yield held
-        held = _Run(samples, None, True)
-    if held:
-        held.next, held.closes = None, True
-        yield held
+def complete(folder: Path, options: PrepareOptions, plan: Plan) -> dict[str, Any] | None:
+    """Complete the dataset where all its units are there, and return the report; None where some are missing."""
+    with turn(folder):
+        if (folder / "dataset.json").exists():  # another worker was faster
+            return load_report(folder)
+        settling = Settling(options, len(plan.groups))
+        settling.advance(lambda group, piece: load_unit(folder, group, piece))
+        if settling.next is not None:
+            return None
+        return finish(folder, options, plan.codec, plan.text, settling)
 
 
 def _write_units(
     folder: Path,
     options: PrepareOptions,
-    shards: list[Shard],
-    codec: Any,
+    groups: list[list[Shard]],
+    plan: Plan,
+    encoder: Encoder,
     tokenizer: Any,
-    units: list[Unit],
-    plan: dict[str, Any],
+    done: dict[UnitId, Unit],
     progress: bool,
 ) -> None:
-    start = units[-1].next if units else (0, 0)
-    if start is None:
-        return
-    kept = sum(sum(unit.rows.values()) for unit in units)
-    done = sum(unit.read for unit in units)
-    seen = {bytes.fromhex(unit.seen[i : i + 32]) for unit in units for i in range(0, len(unit.seen), 32)}
-    waiting: deque[_Run] = deque()
+    share = options.share()
+    settling = Settling(options, len(groups))  # tells when the limit is reached
+    own: set[str] = set()  # digests that this worker kept: all that is known of the limit where the others' units lie on another disk
+    waiting: deque[Run] = deque()
+
+    def find(group: int, piece: int) -> Unit | None:
+        unit = done.get((group, piece)) or load_unit(folder, group, piece)
+        if unit:
+            done[unit.id] = unit
+        return unit
+
+    def full() -> bool:
+        if options.limit:
+            settling.advance(find)
+        return settling.full or bool(options.limit and len(own) >= options.limit)
 
     def feed() -> Iterator[list[RawSample]]:
-        for run in _runs(shards, start, plan["unit_rows"]):
+        for run in walk(groups, plan.unit_rows, share, find):
             waiting.append(run)
             yield run.samples
 
-    small = plan["estimate"] is not None and plan["estimate"] - done <= 4 * RUN  # not worth starting processes
+    if full():
+        return
+    read = sum(unit.read for unit in done.values())
+    left = None if plan.estimate is None else -(-max(0, plan.estimate - read) // share.of)
+    small = left is not None and left <= 4 * RUN  # not worth starting processes
+    total = None if plan.estimate is None else plan.estimate if share.alone else left
+    bar = tqdm(total=total, initial=read if share.alone else 0, unit="img", disable=not progress, file=sys.stderr, smoothing=0.1, dynamic_ncols=True)
     results = decode_in_order(feed(), rules_of(options), 1 if small else options.processes())
-    bar = tqdm(total=plan["estimate"], initial=done, unit="img", disable=not progress, file=sys.stderr, smoothing=0.1, dynamic_ncols=True)
     with contextlib.closing(results), bar:
-        writer = UnitWriter(folder, options, codec, tokenizer, len(units))
+        writer: UnitWriter | None = None
         clock = time.perf_counter()
         for decoded in results:
-            writer.stages["decode"] += time.perf_counter() - clock
             run = waiting.popleft()
-            room = options.limit - kept - len(writer.keys) if options.limit else None
-            bar.update(writer.add(decoded, seen, room))
-            full = options.limit is not None and kept + len(writer.keys) >= options.limit
-            if run.closes or full:
-                kept += writer.close(None if full else run.next)
-                writer = UnitWriter(folder, options, codec, tokenizer, writer.number + 1)
-            if full:
-                break
+            writer = writer or UnitWriter(folder, options, encoder, tokenizer, run.unit)
+            writer.stages["decode"] += time.perf_counter() - clock
+            writer.add(decoded)
+            bar.update(len(run.samples))
+            if run.closes:
+                unit = writer.close(run.last)
+                own.update(unit.digests[i : i + 32] for i in range(0, len(unit.digests), 32))
+                writer = None
+                if full():
+                    break
             clock = time.perf_counter()

@@ -61,6 +61,7 @@ def open_sources(
     files: str = "",
     image_column: str = "",
     text_column: str = "",
+    follow_links: bool = False,
 ) -> list[Shard]:
     """Shards of all sources, in the order given, those of one source sorted by name; a file named twice is read once.
 
@@ -80,7 +81,7 @@ def open_sources(
             if isinstance(item, str):
                 shards.append(HubShard(item, split, files, image_column, text_column))
             elif item.is_dir():
-                shards.append(FolderShard(item))
+                shards.append(FolderShard(item, follow_links))
             elif item.suffix == ".tar":
                 shards.append(TarShard(item))
             else:

@@ -15,7 +15,7 @@ from flowt2i.errors import UserError, nearest
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 TEXT_COLUMNS = ("text", "caption", "prompt", "json", "txt", "captions", "description")
 KEY_COLUMNS = ("__key__", "key", "id")
-_ROWS = 64  # read at a time: pictures are large
+_ROWS, _BYTES = 64, 64 << 20  # read at a time, at most: pictures are large
 
 
 class TableShard:
@@ -28,7 +28,7 @@ class TableShard:
         self._wanted = image_column, text_column
         try:
             names = self._schema().names
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as {self.path.suffix[1:]} ({_line(error)}): remove it or fetch it again") from error
         self.image, self.text, self.key = _columns(names, image_column, text_column, str(path))
 
@@ -41,11 +41,12 @@ class TableShard:
                 if row + len(batch) <= start:
                     row += len(batch)
                     continue
-                for item in batch.slice(max(0, start - row)).to_pylist():
-                    number = max(row, start) + 1
-                    row = number
+                rows = batch.slice(max(0, start - row))
+                row = max(row, start)
+                for item in _items(rows):
                     key = item.get(self.key) if self.key else None
-                    yield _sample(item, self.image, self.text, f"{self.path.stem}-{number - 1:08d}" if key is None else key, self.name)
+                    row += 1
+                    yield _sample(item, self.image, self.text, f"{self.path.stem}-{row - 1:08d}" if key is None else key, self.name)
         except (pa.ArrowException, OSError) as error:
             if row >= start:
                 yield RawSample("", self.name, reason="corrupt table", detail=_line(error))
@@ -72,12 +73,14 @@ class TableShard:
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         if self.path.suffix == ".parquet":
             with pq.ParquetFile(self.path) as file:
-                yield from file.iter_batches(_ROWS, columns=columns)
+                for batch in file.iter_batches(_rows_at_a_time(file.metadata), columns=columns):
+                    yield _as_bytes(batch)
             return
         reader = _open_arrow(self.path)
         whole = (reader.get_batch(i) for i in range(reader.num_record_batches)) if isinstance(reader, pa.RecordBatchFileReader) else reader
         for batch in whole:
-            chosen = batch.select(columns)
+            chosen = _as_bytes(batch.select(columns))
+            chosen.validate(full=True)  # offsets in a hostile file point anywhere, and pyarrow believes them
             for start in range(0, len(chosen), _ROWS):
                 yield chosen.slice(start, _ROWS)
 
@@ -160,6 +163,28 @@ def open_hub(id: str, split: str, files: str = "") -> Any:
         raise UserError(f"the hub dataset {id!r} cannot be streamed ({_line(error)}): check its split and files, or {advice}") from error
 
 
+def _as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Texts as bytes: a file may say that they are UTF-8 where they are not, and one bad caption must not end the table."""
+    kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    return pa.RecordBatch.from_arrays([column.cast(kinds.get(column.type, column.type)) for column in batch.columns], names=batch.schema.names)
+
+
+def _items(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    for row in range(len(batch)):
+        item: dict[str, Any] = {}
+        for name, column in zip(batch.schema.names, batch.columns):
+            with contextlib.suppress(UnicodeDecodeError):  # a text inside a list or an object
+                item[name] = column[row].as_py()
+        yield item
+
+
+def _rows_at_a_time(metadata: Any) -> int:
+    """Few where rows are large, so that what is decompressed at a time stays bounded."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(_ROWS, int(_BYTES / max(1, largest))))
+
+
 def _open_arrow(path: Path) -> Any:
     source = pa.memory_map(str(path))
     try:
@@ -183,6 +208,7 @@ def _columns(names: list[str], image: str, text: str, where: str) -> tuple[str, 
 
 
 def _sample(item: dict[str, Any], image: str, text: str, key: Any, source: str) -> RawSample:
+    key = key.decode("utf-8", "replace") if isinstance(key, bytes) else key
     picture = item.get(image)
     if isinstance(picture, dict):
         picture = picture.get("bytes")  # a path beside it would point to a file on somebody else's disk

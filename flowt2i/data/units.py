@@ -1,13 +1,18 @@
 """Units: the pieces in which a dataset is written, each complete or absent, so that a killed preparation can continue.
 
-A unit is a fixed number of consecutive samples of the source. Its Arrow parts are written under other names, synced and
-renamed; its record, written last in the same way, makes it count. What has no record is written again.
+A unit is a piece (a fixed number of consecutive samples) of a group of shards. What it holds depends on nothing outside of it,
+so who makes it, when and in which order does not matter. Its Arrow parts are written under other names, synced and renamed; its
+record, written last in the same way, makes it count. What has no record is written again.
 """
 
+import contextlib
+import errno
+import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +36,53 @@ class Moments(BaseModel):
     inside: list[float] = []
 
 
+class Drop(BaseModel):
+    """A sample that was left out."""
+
+    at: int  # its place in the unit
+    source: str
+    key: str
+    reason: str
+    detail: str = ""
+
+
+UnitId = tuple[int, int]  # group and piece
+
+
 class Unit(BaseModel):
-    """Record of a finished unit."""
+    """Record of a finished unit: all that is needed to settle what of it stays in the dataset (`settle.py`)."""
 
     model_config = ConfigDict(extra="forbid")
 
-    number: int
-    next: tuple[int, int] | None  # shard and sample at which the next unit starts; None: the limit is reached
-    read: int
-    rows: dict[str, int]  # split -> samples
-    dropped: list[dict[str, str]]  # source, key, reason, detail
+    group: int
+    piece: int
+    last: bool  # the group ends with it
+    shards: list[tuple[str, int]]  # name and number of samples of what was read, in order
+    keys: list[str]  # of the samples kept, in order
+    digests: str  # hex, 16 bytes each: picture and caption of the samples kept
+    dropped: list[Drop]  # in order
     truncated: int  # captions cut to max_tokens
-    longest: int  # tokens
-    seen: str  # hex digests, 16 bytes each, of the samples kept
-    moments: Moments
+    moments: Moments  # of the samples that are not held out
+    files: dict[str, str]  # split -> sha256 of its part
     seconds: float
     stages: dict[str, float]  # seconds spent waiting for decoding, in encoding, in tokenizing, in writing
+
+    @property
+    def id(self) -> UnitId:
+        return self.group, self.piece
+
+    @property
+    def read(self) -> int:
+        """Number of samples read."""
+        return sum(count for _, count in self.shards)
+
+    def source_at(self, place: int) -> str:
+        """Name of the shard from which the sample at this place came."""
+        for name, count in self.shards:
+            if place < count:
+                return name
+            place -= count
+        raise IndexError(place)
 
 
 def stored_column(codec: CodecSpec) -> tuple[str, pa.DataType]:
@@ -77,30 +113,24 @@ def make_batch(
     )
 
 
-def part_path(folder: Path, split: str, number: int) -> Path:
-    """Where the part of a unit lies."""
-    return folder / split / f"part-{number:05d}.arrow"
+def part_path(folder: Path, split: str, group: int, piece: int = 0) -> Path:
+    """Where the part of a unit lies; sorted names give the order of the source."""
+    return folder / split / f"part-{group:05d}-{piece:05d}.arrow"
 
 
 def write_part(path: Path, batch: pa.RecordBatch) -> None:
     """Write an Arrow stream file of one batch, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    with _full_disk_told(path):
-        with aside.open("wb") as file:
-            with pa.ipc.new_stream(file, batch.schema) as writer:
-                writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
+    with _written_aside(path, batch.nbytes) as file, pa.ipc.new_stream(file, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
 def read_part(path: Path) -> pa.RecordBatch:
     """The one batch of a part file, memory-mapped. UserError where the file is missing or broken."""
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-            return reader.read_next_batch()
+            batch = reader.read_next_batch()
+            batch.validate()  # cheap; `merge` and the sha256 of the records look closer
+            return batch
     except (pa.ArrowException, OSError, StopIteration) as error:
         line = (str(error).splitlines() or ["no rows"])[0][:160]
         raise UserError(f"{path} cannot be read ({line}): delete the dataset folder and prepare the data again") from error
@@ -108,15 +138,9 @@ def read_part(path: Path) -> pa.RecordBatch:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    with _full_disk_told(path):
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
+    data = text.encode("utf-8")
+    with _written_aside(path, len(data)) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -134,24 +158,58 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def unit_path(folder: Path, number: int) -> Path:
+def copy_file(source: Path, target: Path) -> str:
+    """Copy a file, whole or not at all; return the sha256 of what was copied."""
+    digest = hashlib.sha256()
+    with source.open("rb") as read, _written_aside(target, source.stat().st_size) as file:
+        while chunk := read.read(1 << 20):
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unit_path(folder: Path, group: int, piece: int) -> Path:
     """Where the record of a unit lies."""
-    return folder / "units" / f"{number:05d}.json"
+    return folder / "units" / f"{group:05d}-{piece:05d}.json"
 
 
 def save_unit(folder: Path, unit: Unit) -> None:
     """Make a unit count."""
-    write_text(unit_path(folder, unit.number), unit.model_dump_json() + "\n")
+    write_text(unit_path(folder, *unit.id), unit.model_dump_json() + "\n")
 
 
-def load_units(folder: Path) -> list[Unit]:
-    """Records of all finished units, in order."""
-    units: list[Unit] = []
-    while (path := unit_path(folder, len(units))).exists():
-        try:
-            units.append(Unit.model_validate_json(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise UserError(f"{path} is broken: delete {folder} and prepare the data again") from error
+def load_unit(folder: Path, group: int, piece: int) -> Unit | None:
+    """The record of a unit; None where it is not finished. UserError where the record is broken or not what its name says."""
+    path = unit_path(folder, group, piece)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete {folder} and prepare the data again") from error
+    try:
+        unit = Unit.model_validate_json(text)
+    except ValueError as error:
+        raise UserError(f"{path} is broken: delete {folder} and prepare the data again") from error
+    if unit.id != (group, piece) or len(unit.digests) != 32 * len(unit.keys) or unit.read != len(unit.keys) + len(unit.dropped):
+        raise UserError(f"{path} does not hold what its name says: delete {folder} and prepare the data again")
+    return unit
+
+
+def load_units(folder: Path) -> dict[UnitId, Unit]:
+    """Records of all finished units, in order. The files named are found by the plan's numbers, never by what a record says."""
+    units: dict[UnitId, Unit] = {}
+    for path in sorted((folder / "units").glob("?????-?????.json")):
+        with contextlib.suppress(ValueError):
+            group, piece = map(int, path.stem.split("-"))
+            if unit_path(folder, group, piece) == path and (unit := load_unit(folder, group, piece)):
+                units[unit.id] = unit
     return units
 
 
@@ -175,15 +233,37 @@ def measure(codec: CodecSpec, stored: NDArray[Any]) -> Moments:
     )
 
 
-class _full_disk_told:
-    """Turn `no space left` into a UserError."""
+@contextlib.contextmanager
+def _written_aside(path: Path, size: int) -> Iterator[Any]:
+    """A file to write `size` bytes to, that appears as `path` when all is written; UserError where there is no room."""
+    # A name of its own: two workers may well write the same unit, and the bytes are the same whoever is last.
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with full_disk_told(path, size):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except Exception:
+            with contextlib.suppress(OSError):  # a full disk needs the room, and what is half written is worth nothing
+                aside.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError) and (error.errno in (28, 122) or "No space left" in str(error)):
-            raise UserError(f"no space left to write {self.path}: free some and rerun the same command to continue") from error
+@contextlib.contextmanager
+def full_disk_told(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn `no space left`, `quota exceeded` and `file too large` into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers and pyarrow have errors of their own for it
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+            why = "the file may not grow so large" if number == errno.EFBIG else "no space left"
+            need = f" ({size:,} bytes)" if size else ""
+            raise UserError(f"{why} to write {path}{need}: free some and rerun the same command to continue") from error
+        raise

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from flowt2i import flow
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.config import Config, load_config, seconds
+from flowt2i.data import feed
 from flowt2i.data.dataset import Batch, ImageTextDataset
 from flowt2i.description import DatasetDescription, require_same
 from flowt2i.errors import UserError
@@ -459,14 +461,14 @@ class Trainer:
             "velocity_target_std": target.std().item(), "velocity_std": velocity.std().item(), "velocity_mean": velocity.mean().item(),
         }  # fmt: skip
 
-    def _loader(self) -> DataLoader[Batch]:
+    def _loader(self) -> Iterator[Batch]:
         sampler = stream.StepSampler(self.config.train.seed, self.count, self.config.data.batch_size, self.micro, self.world.rank, self.world.size, self.step)
         workers = self.config.data.workers
         collate: Any = ImageTextDataset.collate  # the batch comes whole from the dataset
-        return DataLoader(
+        return feed.batches(DataLoader(
             self.dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=self.world.device.type == "cuda",
             persistent_workers=workers > 0, multiprocessing_context="spawn" if workers else None,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _set_budget(self, bar: Any) -> None:
         """With `train.minutes`: turn the time into a number of steps, so that the learning rate can end within it.
