@@ -193,10 +193,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full_scale": {"train": {"steps": 300_000, "keep_every": 25_000}},
     "quickstart": {
         "data": {"batch_size": 32},
-        "model": {"width": 192, "depth": 6, "heads": 3, "time_width": 192, "text_width": 192, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64},
-        "flow": {"logit_mean": -0.8, "floor": 0.2},
+        "model": {"width": 192, "depth": 6, "heads": 6, "time_width": 192, "text_width": 192, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64},
+        "flow": {"logit_mean": -1.3, "floor": 0.4},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
-        "train": {"minutes": 11.0, "micro_batch": 0, "ema": 0.998, "eval_every": 0, "checkpoint_every": 500},
+        "train": {"minutes": 11.5, "micro_batch": 0, "ema": 0.99, "eval_every": 0, "checkpoint_every": 500},
         "sample": {"guidance": 3.0},
     },
     "seed": SEED_RECIPE,
