@@ -89,7 +89,8 @@ class TestFaults:
         shutil.copytree(scenes_data, tmp_path / "data")
         description = json.loads((tmp_path / "data" / "dataset.json").read_text())
         description["text"] |= {"kind": "hf", "id": "/nowhere/t5-small", "dim": 512}
-        (tmp_path / "data" / "dataset.json").write_text(json.dumps(description))
+        for name in ("dataset.json", "units/description.json"):
+            (tmp_path / "data" / name).write_text(json.dumps(description))
         faults = self.examine(["doctor", "--data", str(tmp_path / "data")], capsys)
         assert set(faults) == {"text encoder"} and "--text FOLDER" in faults["text encoder"]["advice"]
 

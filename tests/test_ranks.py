@@ -114,6 +114,7 @@ def test_one_two_four_two_ranks_make_one_run(scenes_data, tiny, tmp_path):
 def test_a_fault_on_one_rank_stops_all(scenes_data, tiny, tmp_path):
     """What is not finite, a full disk, a signal, the time: one rank meets it, all stop at one step with one message."""
     words = ["--config", "quickstart", "--data", str(scenes_data), *tiny, *STEADY, "--train.steps", "9", "--train.checkpoint_every", "2"]
+    words += ["--train.dry_run", "false"]  # it would meet the full disk first
     faults = [("loss", 1, 3), ("gradient", 1, 3), ("disk", 0, 0), ("signal", 1, 3), ("late", 1, 3)]
     jobs = [{"train": [*words, "--out", str(tmp_path / kind)], "fault": [kind, rank, step]} for kind, rank, step in faults]
     results, errors = ranks(2, jobs, tmp_path / "out")
