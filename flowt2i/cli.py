@@ -139,6 +139,7 @@ def add_train(commands: Any) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (default: the only one under data/)")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default runs/PRESET-DATA)")
     parser.add_argument("--resume", metavar="latest|PATH", help="continue from the run's newest checkpoint, or from the one at PATH")
+    parser.add_argument("--stop-after", metavar="TIME", help="save and stop after so long, such as 3h or 90m (the same as --train.stop_after)")
     parser.add_argument("--codec", help="folder of the VAE, where it moved since the data was prepared")
     parser.add_argument("--text", help="folder of the text encoder, where it moved since the data was prepared")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and start nothing")
@@ -148,6 +149,8 @@ def add_train(commands: Any) -> None:
 
 def configuration(args: argparse.Namespace) -> Config:
     """What `--config` and the settings after it say."""
+    if getattr(args, "stop_after", None):
+        args.rest = [*args.rest, "--train.stop_after", args.stop_after]
     if args.config and args.config.endswith(".json"):
         return resolve(None, args.rest, base=load_config(Path(args.config)))
     return resolve(args.config, args.rest)

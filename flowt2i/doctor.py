@@ -31,7 +31,7 @@ from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.text import load_encoder, load_tokenizer
-from flowt2i.training import dryrun
+from flowt2i.training import checkpoint, dryrun
 from flowt2i.training.compiling import has_compiler, will_compile
 from flowt2i.training.distributed import accumulation, best_device
 
@@ -237,7 +237,11 @@ def trial(config: Config, data: Path, run: Path, codec: str | None, text: str | 
             return [Finding("training", "fault", f"out of memory with {micro} images at a time", smaller)], None
         except (UserError, RuntimeError) as error:
             return [Finding("training", "fault", first_line(error))], None
-        findings = [Finding("training", "good", f"{summary['step']} steps of {micro} images: loss and gradients are finite")]
+        fitted = json.loads((place / "config.json").read_text())["resolved"]["micro_batch"]
+        findings = [Finding("training", "good", f"{summary['step']} steps of {fitted} images at a time: loss and gradients are finite")]
+        if fitted < micro:
+            told = f"{micro} images at a time do not fit: a run goes on with {fitted}"
+            findings.append(Finding("micro-batch", "note", told, f"--train.micro_batch {fitted} says so from the start"))
         try:
             written = sum(file.stat().st_size for file in (place / "checkpoints").rglob("*") if file.is_file())
             Pipeline.from_pretrained(place, codec=codec, text=text).sample(["a picture"], steps=1)
@@ -256,6 +260,7 @@ def few_steps(config: Config, micro: int) -> Config:
     few.data.batch_size, few.train.micro_batch = micro, 0
     few.train.compile = "on" if will_compile(config.train, best_device()) else "off"
     few.train.steps, few.train.minutes, few.train.log_every, few.train.checkpoint_every = 3, 0.0, 1, 3
+    few.train.stop_after = ""
     few.train.eval_every, few.train.eval_images, few.train.score_prompts, few.sample.steps, few.sample.images = 0, 1, 0, 1, 1
     few.track.use_wandb = few.track.tensorboard = False
     return few
@@ -281,7 +286,7 @@ def judge(config: Config, expected: dict[str, Any], run: Path) -> Iterator[Findi
     tight = expected["memory_gib"] * (1 << 30) > 0.9 * have
     found = f"{expected['memory_gib']:.1f} GiB of {dryrun.size(have)}"
     yield Finding("needs memory", "note" if tight else "good", found, "lower --train.micro_batch" if tight else "")
-    there = len(list((run / "checkpoints").glob("step_*")))
+    there = len(checkpoint.list_steps(run))
     free, each = shutil.disk_usage(existing(run)).free, expected["checkpoint_bytes"]
     most = f"{expected['checkpoints_at_once']} at once" + (f" and {expected['checkpoints_for_good']} kept for good" if expected["checkpoints_for_good"] else "")
     found = f"{dryrun.size(expected['disk_bytes'])} for checkpoints ({most}, {dryrun.size(each)} each), {dryrun.size(free)} free"

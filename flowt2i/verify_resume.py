@@ -136,7 +136,9 @@ def _train(command: Sequence[str], run: Path, ranks: int, stop_at: int = 0) -> N
     )
     # torchrun has one exit status for all failures: that the stop came about is seen by the checkpoint it left
     if done.returncode != 0 and not (stop_at and (done.returncode == INTERRUPTED or ranks > 1)):
-        raise UserError(f"the training itself failed: {next((x for x in reversed(done.stderr.splitlines()) if 'error' in x.lower()), done.stderr[-300:])}")
+        lines = done.stderr.splitlines()
+        said = next((line for line in lines if line.startswith("flowt2i train: error:")), None)  # under torchrun its own lines follow
+        raise UserError(f"the training itself failed: {said or next((line for line in reversed(lines) if 'error' in line.lower()), done.stderr[-300:])}")
 
 
 def _child(stop_at: int, words: Sequence[str]) -> int:

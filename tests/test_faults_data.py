@@ -165,7 +165,8 @@ sys.exit(status)
 
 @pytest.mark.slow
 def test_fault_21_memory_of_all_processes_together(tmp_path):
-    psutil = pytest.importorskip("psutil")
+    import psutil
+
     big = [encode(Image.new(mode, (9400, 9400))) for mode in ("RGBA", "P", "I;16")]
     write_tar(tmp_path / "a.tar", [m for i in range(150) for m in ((f"{i}.png", big[i % 3] if i < 9 else noise_png(i)), (f"{i}.json", caption(str(i))))])
     words = ["prepare", tmp_path / "a.tar", "--out", tmp_path / "d", "--image-size", "16", "--workers", "3"]
@@ -653,7 +654,8 @@ def test_a_limit_on_the_size_of_files(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["killed", "stopped"])
 def test_fault_14_data_worker(kind, scenes_data, tiny, tmp_path):
-    psutil = pytest.importorskip("psutil")
+    import psutil
+
     words = [*tiny, "--train.steps", "1000000", "--train.eval_every", "0", "--data.workers", "2"]
     command = [sys.executable, "-m", "flowt2i", "train", "--config", "quickstart", "--data", str(scenes_data), "--out", str(tmp_path / "run"), *words]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)

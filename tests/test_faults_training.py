@@ -234,7 +234,7 @@ def test_fault_3_signal_to_one_rank(rank, which, scenes_data, tiny, tmp_path, tw
 def test_fault_15_a_lost_rank_ends_the_others(how, scenes_data, tiny, tmp_path, leftovers):
     """A killed rank is noticed at once, a frozen one after the group's time-out."""
     run, log = tmp_path / "run", tmp_path / "log"
-    ranks = launch_two(words(scenes_data, run, tiny, *TWO, "--train.steps", "2000", "--train.timeout_s", "5"), log)
+    ranks = launch_two(words(scenes_data, run, tiny, *TWO, "--train.steps", "2000", "--train.timeout_s", "20"), log)
     leftovers += ranks
     wait_until(lambda: last_step(run) >= 22, *ranks)
     ranks[1].send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)

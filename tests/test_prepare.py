@@ -359,7 +359,8 @@ def test_kill_9(tmp_path):
 
 
 def test_no_worker_outlives_a_killed_run(tmp_path):
-    psutil = pytest.importorskip("psutil")
+    import psutil
+
     make_tar(tmp_path / "a.tar", range(300))
     code = """
 from flowt2i.data import decode

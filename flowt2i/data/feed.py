@@ -23,9 +23,9 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
         yield from _watched(iterator, watchdog)
     except (RuntimeError, OSError, EOFError) as error:
         ours = "DataLoader worker (pid" in str(error) or not isinstance(error, RuntimeError)  # OSError: where a dead worker is asked for memory
-        if not watchdog.bit and ("Caught" in str(error) or not ours):  # an error inside of a worker, or of another kind
+        if not watchdog.bit and ("in DataLoader worker process" in str(error) or not ours):  # an error inside of a worker, or of another kind
             raise
-        silent = f"no batch came from the data workers for {WAIT} s (is one stopped, or its disk?)"
+        silent = "no batch came from the data workers for too long (is one stopped, or its disk?)"
         what = silent if watchdog.bit else "a data worker was killed (out of memory?)"
         raise UserError(f"{what}: add --resume latest to go on from the newest checkpoint, and --data.workers 0 where it happens again") from error
 

@@ -20,7 +20,7 @@ def locked(folder: Path, share: Share) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): name another folder with --out") from error
     with contextlib.ExitStack() as stack:
-        if not _hold(stack, _path(folder, share), 0):
+        if not _hold(stack, _path(folder, share), 1.0):  # another worker may be looking whether this one is at work
             who = "another prepare" if share.alone else f"another worker {share}"
             raise UserError(f"{who} is writing to {folder}: wait for it, or name another --out")
         yield

@@ -184,7 +184,9 @@ def prune(run: Path, keep_recent: int, keep_every: int) -> None:
     """Remove all but the newest `keep_recent` checkpoints and those at multiples of `keep_every`."""
     for step in list_steps(run)[:-keep_recent]:
         if not keep_every or step % keep_every:
-            shutil.rmtree(folder(run, step), ignore_errors=True)
+            gone = folder(run, step).with_suffix(".tmp")  # a kill in the middle must not leave half of one; `recover` clears these
+            os.replace(folder(run, step), gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:

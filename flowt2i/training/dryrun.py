@@ -34,16 +34,13 @@ def check(trainer: "Trainer") -> None:
     """UserError, on all ranks alike, where the run would fail later. Costs a fraction of a second and leaves the run as it was."""
     if not trainer.config.train.dry_run or (trainer.steps and trainer.step >= trainer.steps):
         return
-    problem: UserError | None = None
-    if trainer.world.main:
-        try:
-            require_space(trainer)
-            write_one(trainer)
-            draw_one(trainer)
-        except UserError as error:
-            problem = error
-    if trainer.world.any(problem is not None):
-        raise problem or UserError("nothing was trained: rank 0 says why")
+    trainer.world.on_main(lambda: _try(trainer))
+
+
+def _try(trainer: "Trainer") -> None:
+    require_space(trainer)
+    write_one(trainer)
+    draw_one(trainer)
 
 
 def require_space(trainer: "Trainer") -> None:
@@ -80,12 +77,12 @@ def draw_one(trainer: "Trainer") -> None:
     """One picture in one solver step, decoded: text encoder, model, guidance and VAE work on this device."""
     try:
         pipeline = trainer.pipeline()
-        if trainer.world.size > 1 and getattr(trainer.config.train, "parallel", "ddp") == "fsdp":
+        if trainer.sharded:
             pipeline.to_images(torch.zeros(1, *trainer.description.codec.shape, device=trainer.world.device))
             return  # rank 0 has only its share of the weights: the decoder alone
-        training = pipeline.model.training
+        training, device = pipeline.model.training, trainer.world.device
         # Eager: a compiled block that first saw this batch size would be compiled for all sizes, and its losses would round otherwise.
-        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng():
+        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             pipeline.model.eval()
             pipeline.sample(["a picture"], steps=1, solver="euler")
             pipeline.model.train(training)

@@ -7,6 +7,7 @@ A step: fetch, draw noise and times, forward and backward (gradients are summed 
 the other ranks that all is finite and whether to stop, optimizer, EMA, counters; then log, evaluate, save. State is counted in optimizer steps.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -160,8 +161,10 @@ class Trainer:
             raise UserError(f"cannot write into --out {self.run_folder}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another training is writing into {self.run_folder}: choose another --out") from error
+        except OSError as error:
+            warnings.warn(f"no locks on this file system ({error.strerror}): see to it that only one training writes into {self.run_folder}", stacklevel=2)
 
     def close(self) -> None:
         """Let another training use the run folder."""
@@ -207,12 +210,12 @@ class Trainer:
 
     def _warn_of_another_schedule(self, theirs: Config, their_steps: int) -> None:
         """A run that is extended keeps its learning rates only where the schedule's length was fixed; else say that it bends."""
-        before, now = theirs.optim.schedule_steps or their_steps, self._schedule_steps()
+        before, now = theirs.optim.schedule_steps or their_steps or (2_000 if theirs.train.minutes else 0), self._schedule_steps()
         if self.world.main and before != now and self.config.optim.schedule != "constant":
             rates = [learning_rate(*laid_out) for laid_out in ((theirs.optim, self.step, before), (self.config.optim, self.step, now))]
             warnings.warn(
                 f"the {self.config.optim.schedule} schedule was laid out for {before or 'endless'} steps and is now for {now or 'endless'}: at step "
-                f"{self.step} the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g} of its maximum (--optim.schedule_steps {before} keeps it)",
+                f"{self.step} the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g} of its maximum" + (f" (--optim.schedule_steps {before} keeps it)" if before else ""),
                 stacklevel=2,
             )
 
@@ -250,7 +253,7 @@ class Trainer:
         if self.world.main and self.progress:
             print(self.headline(), file=sys.stderr)
         bar = tqdm(total=self.steps or None, initial=self.step, unit="step", desc="training", disable=not self.progress, smoothing=0.05)
-        batches = iter(self._loader())
+        batches: Any = iter(self._loader())
         batch_size, every = self.config.data.batch_size, self.config.train
         since, since_step = time.perf_counter(), self.step
         evaluation: dict[str, Any] = {}
@@ -294,11 +297,12 @@ class Trainer:
             self.saver.settle()  # whatever ended the run, a checkpoint that was begun is finished
             if self.saver.failed and sys.exc_info()[1] is not self.saver.error and self.world.main:
                 warnings.warn(str(self.saver.error), stacklevel=2)
+            for which, handler in handlers.items():
+                signal.signal(which, handler)
+            batches.close()  # loader processes end here, not when a traceback is dropped
             bar.close()
             if tracker:
                 tracker.close()
-            for which, handler in handlers.items():
-                signal.signal(which, handler)
         summary = {"run": str(self.run_folder), "step": self.step, "images_seen": self.step * batch_size}
         summary |= {"seconds": round(time.perf_counter() - self.started, 1), "peak_memory_gib": round(distributed.peak_memory(self.world.device), 2)}
         return summary | self.saver.summary() | evaluation
@@ -554,6 +558,10 @@ def train(config: Config, data: Path, run: Path, resume: str | None = None, prog
         if distributed.lost_rank(error):
             raise UserError("another rank was lost, so this one ends; the newest checkpoint stands: run the same command again with --resume latest") from error
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            raise
+        raise UserError(f"cannot write into {run} ({error.strerror}): the newest checkpoint stands; mend it and run again with --resume latest") from error
     finally:
         if trainer:
             trainer.close()
