@@ -212,10 +212,11 @@ class Trainer:
         """A run that is extended keeps its learning rates only where the schedule's length was fixed; else say that it bends."""
         before, now = theirs.optim.schedule_steps or their_steps or (2_000 if theirs.train.minutes else 0), self._schedule_steps()
         if self.world.main and before != now and self.config.optim.schedule != "constant":
+            hint = f" (--optim.schedule_steps {before} keeps it)" if before else ""
             rates = [learning_rate(*laid_out) for laid_out in ((theirs.optim, self.step, before), (self.config.optim, self.step, now))]
             warnings.warn(
                 f"the {self.config.optim.schedule} schedule was laid out for {before or 'endless'} steps and is now for {now or 'endless'}: at step "
-                f"{self.step} the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g} of its maximum" + (f" (--optim.schedule_steps {before} keeps it)" if before else ""),
+                f"{self.step} the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g} of its maximum{hint}",
                 stacklevel=2,
             )
 
