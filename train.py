@@ -6,7 +6,7 @@
 
 import sys
 
-from flowt2i.cli import main
+from flowt2i.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run(["train", *sys.argv[1:]])

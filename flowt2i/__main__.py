@@ -1,7 +1,5 @@
 """`python -m flowt2i` is `flowt2i`."""
 
-import sys
+from flowt2i.cli import run
 
-from flowt2i.cli import main
-
-sys.exit(main())
+run()

@@ -548,5 +548,20 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
 
 
+def run(words: Sequence[str] | None = None) -> NoReturn:
+    """`main`, and the end of the process."""
+    leave(main(words))
+
+
+def leave(status: int) -> NoReturn:
+    """End the process. One of several training ranks ends at once: a thread of its process group that is still at work while C++ takes
+    its globals down would abort ("terminate called without an active exception") what is complete and closed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "flowt2i.training.loop" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -158,4 +158,6 @@ def _child(stop_at: int, words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_child(int(sys.argv[1]), sys.argv[2:]))
+    from flowt2i.cli import leave
+
+    leave(_child(int(sys.argv[1]), sys.argv[2:]))
