@@ -16,6 +16,7 @@ from test_sources import write_tar
 from flowt2i.cli import main
 from flowt2i.data.merge import merge
 from flowt2i.data.share import Share, parse_share
+from flowt2i.data.writer import UnitWriter
 from flowt2i.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -241,3 +242,22 @@ def test_a_dataset_of_an_older_version_is_still_done(tars, tmp_path):
     old["sources"] = [os.path.relpath(tars)]
     path.write_text(json.dumps(old))
     assert run(tars, tmp_path / "d", **FEW) == first
+
+
+def test_a_unit_that_another_worker_no_longer_waited_for(tars, tmp_path, monkeypatch):
+    """Worker 1 is still at a unit beyond the limit while worker 0 completes the dataset: the unit stays out of it."""
+    changes = {**FEW, "limit": 5, "heldout": 0.2}
+    run(tars, tmp_path / "one", **changes)
+    real, out = UnitWriter._commit, tmp_path / "two"
+
+    def late(self, unit, batches):
+        monkeypatch.setattr(UnitWriter, "_commit", real)
+        done = start(tars, out, "0/2", "--limit", "5", "--heldout", "0.2")
+        assert done.wait(60) == 0, done.stderr.read()
+        if not (out / "dataset.json").exists():  # worker 0 left the end to the one at work
+            pytest.skip("worker 0 waits for worker 1 here")
+        return real(self, unit, batches)
+
+    monkeypatch.setattr(UnitWriter, "_commit", late)
+    run(tars, out, **changes, worker="1/2")
+    assert contents(out) == contents(tmp_path / "one")
