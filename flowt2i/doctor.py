@@ -30,6 +30,7 @@ from flowt2i.config import Config
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
+from flowt2i.human import duration, size
 from flowt2i.text import load_encoder, load_tokenizer
 from flowt2i.training import checkpoint, dryrun
 from flowt2i.training.compiling import has_compiler, will_compile
@@ -122,7 +123,7 @@ def machine() -> Iterator[Finding]:
             free, total = torch.cuda.mem_get_info(number)
             what = f"GPU {number}"
             busy = free < 0.8 * total
-            yield Finding(what, "note" if busy else "good", f"{torch.cuda.get_device_name(number)}, {dryrun.size(free)} of {dryrun.size(total)} free",
+            yield Finding(what, "note" if busy else "good", f"{torch.cuda.get_device_name(number)}, {size(free)} of {size(total)} free",
                           "another program uses it: see nvidia-smi" if busy else "")  # fmt: skip
         if torch.cuda.device_count() > 1:
             yield Finding("GPUs", "good", f"{torch.cuda.device_count()}: torchrun --nproc-per-node {torch.cuda.device_count()} train.py … uses all")
@@ -136,7 +137,7 @@ def machine() -> Iterator[Finding]:
     threads = torch.get_num_threads()
     few = device.type == "cpu" and threads < cores
     yield Finding("cores", "note" if few else "good", f"{cores}, torch uses {threads}", f"OMP_NUM_THREADS={cores} would use all" if few else "")
-    yield Finding("memory", "good", f"{dryrun.size(main_memory())}")
+    yield Finding("memory", "good", f"{size(main_memory())}")
     if has_compiler():
         yield Finding("compiler", "good", "found: torch.compile works where a run is long enough to pay for it")
     else:
@@ -172,7 +173,7 @@ def disk(run: Path) -> Finding:
     if not os.access(place, os.W_OK):
         return Finding("disk", "fault", f"{place} cannot be written", "choose another --out")
     low = usage.free < 1 << 30
-    found = f"{dryrun.size(usage.free)} of {dryrun.size(usage.total)} free in {place.resolve()}"
+    found = f"{size(usage.free)} of {size(usage.total)} free in {place.resolve()}"
     return Finding("disk", "note" if low else "good", found, "free some" if low else "")
 
 
@@ -193,8 +194,8 @@ def dataset(data: Path, codec: str | None, text: str | None) -> Iterator[Finding
         for split in ("train", *(["heldout"] if description.heldout_count else [])):
             samples = ImageTextDataset(data, split)
             samples.fetch([0, len(samples) - 1])
-        size = f"{description.codec.image_size}x{description.codec.image_size}"
-        yield Finding("data", "good", f"{data}: {description.train_count:,} images {size} to train on, {description.heldout_count:,} held out")
+        pixels = f"{description.codec.image_size}x{description.codec.image_size}"
+        yield Finding("data", "good", f"{data}: {description.train_count:,} images {pixels} to train on, {description.heldout_count:,} held out")
     except (UserError, OSError, ValueError) as error:
         yield Finding("data", "fault", first_line(error))
         return
@@ -245,7 +246,7 @@ def trial(config: Config, data: Path, run: Path, codec: str | None, text: str | 
         try:
             written = sum(file.stat().st_size for file in (place / "checkpoints").rglob("*") if file.is_file())
             Pipeline.from_pretrained(place, codec=codec, text=text).sample(["a picture"], steps=1)
-            findings.append(Finding("checkpoint", "good", f"{dryrun.size(written)}: written, checksums right, read back"))
+            findings.append(Finding("checkpoint", "good", f"{size(written)}: written, checksums right, read back"))
             findings.append(Finding("sample", "good", "a picture drawn from that checkpoint"))
         except UserError as error:
             return [*findings, Finding("checkpoint", "fault", first_line(error))], None
@@ -279,17 +280,17 @@ def expectation(config: Config, per_step: float, each: int, memory: float) -> di
 
 def judge(config: Config, expected: dict[str, Any], run: Path) -> Iterator[Finding]:
     """The expectation in words, and whether memory and disk suffice."""
-    time = f"about {dryrun.duration(expected['seconds'])}" if expected["seconds"] else "until stopped"
+    time = f"about {duration(expected['seconds'])}" if expected["seconds"] else "until stopped"
     steps = f"{expected['steps']:,} steps" if expected["steps"] else "any number of steps"
     yield Finding("time", "good", f"{time} for {steps} at {expected['seconds_per_step']:.3g} s, on one {best_device().type} process, without evaluations")
     have = torch.cuda.mem_get_info()[1] if best_device().type == "cuda" else main_memory()
     tight = expected["memory_gib"] * (1 << 30) > 0.9 * have
-    found = f"{expected['memory_gib']:.1f} GiB of {dryrun.size(have)}"
+    found = f"{expected['memory_gib']:.1f} GiB of {size(have)}"
     yield Finding("needs memory", "note" if tight else "good", found, "lower --train.micro_batch" if tight else "")
     there = len(checkpoint.list_steps(run))
     free, each = shutil.disk_usage(existing(run)).free, expected["checkpoint_bytes"]
     most = f"{expected['checkpoints_at_once']} at once" + (f" and {expected['checkpoints_for_good']} kept for good" if expected["checkpoints_for_good"] else "")
-    found = f"{dryrun.size(expected['disk_bytes'])} for checkpoints ({most}, {dryrun.size(each)} each), {dryrun.size(free)} free"
+    found = f"{size(expected['disk_bytes'])} for checkpoints ({most}, {size(each)} each), {size(free)} free"
     space = dryrun.Space(each, expected["checkpoints_at_once"], expected["checkpoints_for_good"])
     if free < space.now(there):
         yield Finding("needs disk", "fault", found, "free some, lower --train.keep_recent, or choose another --out")

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+INTERRUPTED = 3  # exit status of a training that a signal stopped, all saved
+
 
 class UserError(ValueError):
     """A mistake the user can mend; the message is one line and says what to do."""

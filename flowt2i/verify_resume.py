@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from flowt2i.cli import INTERRUPTED
 from flowt2i.config import Config
-from flowt2i.errors import UserError
+from flowt2i.errors import INTERRUPTED, UserError
 from flowt2i.training import checkpoint
 from flowt2i.training.compiling import will_compile
 from flowt2i.training.distributed import best_device

@@ -59,7 +59,7 @@ def test_all_damaged_never_starts_over(tmp_path):
 
 def test_half_written_checkpoints_do_not_count(tmp_path):
     write(tmp_path, 1)
-    (tmp_path / "checkpoints" / "step_00000002.tmp").mkdir()
+    (tmp_path / "checkpoints" / ".step_00000002.tmp").mkdir()
     (tmp_path / "checkpoints" / "step_00000003").mkdir()
     assert checkpoint.list_steps(tmp_path) == [1]
     assert write(tmp_path, 3) == checkpoint.folder(tmp_path, 3)
@@ -69,7 +69,7 @@ def test_half_written_checkpoints_do_not_count(tmp_path):
 def test_no_room_says_how_much_is_needed(tmp_path, monkeypatch):
     write(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1 << 20))
-    with pytest.raises(UserError, match="MiB needed, 1 MiB free"):
+    with pytest.raises(UserError, match=r"MiB needed, 1\.0 MiB free"):
         write(tmp_path, 2)
     assert checkpoint.newest_good(tmp_path) == checkpoint.folder(tmp_path, 1)
 

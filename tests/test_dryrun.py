@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from flowt2i import human
 from flowt2i.cli import main
 from flowt2i.config import TrainConfig, resolve
 from flowt2i.errors import UserError
@@ -130,5 +131,5 @@ def test_the_forecast_comes_once(scenes_data, tiny, tmp_path, capsys):
 
 
 def test_units():
-    assert [dryrun.duration(s) for s in (40, 719, 11_100, 187_300)] == ["40 s", "12 min", "3 h 05 min", "2 days 4 h"]
-    assert [dryrun.size(n) for n in (1, 3 << 20, 3 << 29, 200 << 30)] == ["1 MiB", "3 MiB", "1.5 GiB", "200 GiB"]
+    assert [human.duration(s) for s in (40, 719, 11_100, 187_300)] == ["40 s", "12 min", "3 h 05 min", "2 days 4 h"]
+    assert [human.size(n) for n in (1, 3 << 20, 3 << 29, 200 << 30)] == ["1 B", "3.0 MiB", "1.5 GiB", "200 GiB"]

@@ -7,7 +7,8 @@ import torch
 
 from flowt2i.config import resolve
 from flowt2i.errors import UserError
-from flowt2i.training.fit_memory import fitting_micro_batch, is_out_of_memory
+from flowt2i.memory import is_out_of_memory
+from flowt2i.training.fit_memory import fitting_micro_batch
 from flowt2i.training.loop import Trainer
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from flowt2i.errors import UserError
+from flowt2i.memory import is_out_of_memory
 
 
 class Encoder:
@@ -25,7 +26,7 @@ class Encoder:
             try:
                 parts.append(self.codec.encode(images[done : done + self.batch_size]))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._shrink(error)
                 continue
@@ -47,13 +48,3 @@ class Encoder:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory: codec {codec!r} now encodes {self.batch_size} images at a time (see --batch-size)", stacklevel=3)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # The CPU's allocator, oneDNN and cuDNN raise plain RuntimeErrors.
-    signs = ("not enough memory", "out of memory", "t allocate memory", "Cannot allocate", "bad_alloc", "ALLOC_FAILED")
-    return any(sign in str(error) for sign in signs)

@@ -24,6 +24,7 @@ from flowt2i.data.units import Unit, UnitId, full_disk_told, load_units, write_j
 from flowt2i.data.walk import RUN
 from flowt2i.description import CodecSpec, TextSpec
 from flowt2i.errors import UserError
+from flowt2i.human import duration, size
 
 Say = Callable[[str], None]
 
@@ -165,8 +166,8 @@ def _group(sizes: list[int | None], rows: int) -> list[int]:
     """How many consecutive shards make a group: as many as fill a unit, since each part costs an open file; large ones stand alone."""
     groups: list[int] = []
     filled = rows + 1
-    for size in sizes:
-        more = rows + 1 if size is None else size
+    for guess in sizes:
+        more = rows + 1 if guess is None else guess
         if groups and filled + more <= rows:
             groups[-1] += 1
             filled += more
@@ -219,11 +220,11 @@ def project(folder: Path, options: PrepareOptions, shards: list[Shard], encoder:
         return
     left = max(0, plan.estimate - read)
     if left * row_bytes > free:
-        raise UserError(f"{folder} would grow by {_size(left * row_bytes)}, the disk has {_size(free)} left: use another --out or --limit")
+        raise UserError(f"{folder} would grow by {size(left * row_bytes)}, the disk has {size(free)} left: use another --out or --limit")
     left = -(-left // share.of)
     seconds = 0.0 if done else _time_per_sample(options, shards, encoder) * left
     who = "" if share.alone else f"worker {share}: about "
-    say(f"{who}{left:,} samples to read, {_size(left * row_bytes)} to write" + (f", {_duration(seconds)} to work" if seconds else ""))
+    say(f"{who}{left:,} samples to read, {size(left * row_bytes)} to write" + (f", {duration(seconds)} to work" if seconds else ""))
 
 
 def _time_per_sample(options: PrepareOptions, shards: list[Shard], encoder: Encoder) -> float:
@@ -246,15 +247,3 @@ def _time_per_sample(options: PrepareOptions, shards: list[Shard], encoder: Enco
 def rules_of(options: PrepareOptions) -> Rules:
     """The options that workers need."""
     return Rules(options.image_size, options.min_side, options.max_aspect, options.min_caption, options.max_caption)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -6,8 +6,8 @@
         config.json  dataset.json  tokenizer/      all that sampling needs beside the weights
         manifest.json      size and sha256 of every file above: written last
 
-A save writes into `step_….tmp`, syncs, and renames; old ones go only after the new one is proved. One of the same step (damaged,
-or it would not be written again) is first renamed to `step_….old`; whatever moment a kill chose, `recover` and `newest_good` find it.
+A save writes into `.step_….tmp`, syncs, and renames; old ones go only after the new one is proved. One of the same step (damaged,
+or it would not be written again) is first renamed to `.step_….old`; whatever moment a kill chose, `recover` and `newest_good` find it.
 Tensors are whole, however training held them (see `parallel`): any number of ranks, DDP or FSDP2, loads what any other wrote.
 """
 
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flowt2i.errors import UserError
+from flowt2i.human import size
 from flowt2i.training.parallel import share_like
 
 MANIFEST = "manifest.json"
@@ -32,6 +33,11 @@ MANIFEST = "manifest.json"
 
 def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
+
+
+def _beside(path: Path, what: str) -> Path:
+    """The hidden name of a checkpoint that is being written or goes: `step_*` names complete ones only."""
+    return path.with_name(f".{path.name}.{what}")
 
 
 def list_steps(run: Path) -> list[int]:
@@ -50,7 +56,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
     UserError where the disk has no room or fails, saying how much is needed; the earlier checkpoints stay as they are.
     """
     target = folder(run, step)
-    aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+    aside, old = _beside(target, "tmp"), _beside(target, "old")
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values()) + (1 << 20)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +64,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise UserError(
-                f"no room for a checkpoint in {target.parent}: {_mib(needed)} needed, {_mib(free)} free; earlier ones are untouched: "
+                f"no room for a checkpoint in {target.parent}: {size(needed)} needed, {size(free)} free; earlier ones are untouched: "
                 "free some and run again with --resume latest"
             )
         aside.mkdir()
@@ -78,7 +84,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a disk that is full
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"could not write the checkpoint {target}: {getattr(error, 'strerror', None) or error} ({_mib(needed)} needed); "
+            f"could not write the checkpoint {target}: {getattr(error, 'strerror', None) or error} ({size(needed)} needed); "
             "earlier ones are untouched: mend it and run again with --resume latest"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
@@ -94,12 +100,13 @@ def prove(path: Path) -> None:
 
 def recover(run: Path) -> None:
     """Clear up what a killed save left. Only for the one that holds the run's lock."""
-    for old in (run / "checkpoints").glob("step_*.old"):
-        if old.with_suffix("").exists():  # its replacement stands
+    for old in (run / "checkpoints").glob(".step_*.old"):
+        name = old.with_name(old.stem.removeprefix("."))
+        if name.exists():  # its replacement stands
             shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(old, old.with_suffix(""))
-    for aside in (run / "checkpoints").glob("step_*.tmp"):
+            os.replace(old, name)
+    for aside in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -140,7 +147,7 @@ def newest_good(run: Path) -> Path | None:
     UserError where there are some and none is good: starting again from step 0 must be the user's own decision.
     """
     paths = [folder(run, step) for step in reversed(list_steps(run))]
-    paths += sorted((run / "checkpoints").glob("step_*.old"), reverse=True)  # a save was killed while it replaced this one
+    paths += sorted((run / "checkpoints").glob(".step_*.old"), reverse=True)  # a save was killed while it replaced this one
     for path in paths:
         problem = damage(path)
         if problem is None:
@@ -184,7 +191,7 @@ def prune(run: Path, keep_recent: int, keep_every: int) -> None:
     """Remove all but the newest `keep_recent` checkpoints and those at multiples of `keep_every`."""
     for step in list_steps(run)[:-keep_recent]:
         if not keep_every or step % keep_every:
-            gone = folder(run, step).with_suffix(".tmp")  # a kill in the middle must not leave half of one; `recover` clears these
+            gone = _beside(folder(run, step), "tmp")  # a kill in the middle must not leave half of one; `recover` clears these
             os.replace(folder(run, step), gone)
             shutil.rmtree(gone, ignore_errors=True)
 
@@ -219,10 +226,6 @@ def load_into(model: nn.Module, path: Path) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
 
 
 def _sync_folder(path: Path) -> None:

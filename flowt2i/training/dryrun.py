@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from flowt2i.config import TrainConfig
 from flowt2i.errors import UserError
+from flowt2i.human import duration, size
 from flowt2i.training import checkpoint
 from flowt2i.training.distributed import peak_memory
 from flowt2i.training.optim import Optimizer, state_keys
@@ -50,8 +51,8 @@ def require_space(trainer: "Trainer") -> None:
     needed, free = space.now(there), shutil.disk_usage(run).free
     if free < needed:
         raise UserError(
-            f"no room for checkpoints in {run}: {needed >> 20} MiB needed ({space.at_once} of {space.each >> 20} MiB at once, {there} already there), "
-            f"{free >> 20} MiB free; free some, lower --train.keep_recent, or choose another --out"
+            f"no room for checkpoints in {run}: {size(needed)} needed ({space.at_once} of {size(space.each)} at once, {there} already there), "
+            f"{size(free)} free; free some, lower --train.keep_recent, or choose another --out"
         )
     if free < space.total - there * space.each:
         print(
@@ -167,19 +168,3 @@ class Forecast:
             f"expected: {left} at {per_step:.3g} s a step, without evaluations; {peak_memory(trainer.world.device):.1f} GiB {memory}; "
             f"{size(space.total)} of checkpoints ({kept}), {size(shutil.disk_usage(trainer.run_folder).free)} free"
         )
-
-
-def duration(seconds: float) -> str:
-    """For people: `40 s`, `12 min`, `3 h 05 min`, `2 days 4 h`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60:02d} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
-
-
-def size(number: int) -> str:
-    """Bytes for people: `3 MiB`, `1.4 GiB`, `210 GiB`."""
-    return f"{max(1, round(number / (1 << 20)))} MiB" if number < 1 << 30 else f"{number / (1 << 30):.{1 if number < 100 << 30 else 0}f} GiB"

@@ -2,17 +2,7 @@
 
 from collections.abc import Callable
 
-import torch
-
 from flowt2i.errors import UserError
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up: CUDA's, Apple's, or the CPU's, which has no error class of its own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
 def fitting_micro_batch(micro: int, share: int, fits: Callable[[int], bool]) -> int:

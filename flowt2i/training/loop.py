@@ -32,6 +32,7 @@ from flowt2i.data import feed
 from flowt2i.data.dataset import Batch, ImageTextDataset
 from flowt2i.description import DatasetDescription, require_same
 from flowt2i.errors import UserError
+from flowt2i.memory import is_out_of_memory
 from flowt2i.model import count_parameters
 from flowt2i.pipeline import Pipeline, build_model, compute_dtype
 from flowt2i.text import load_encoder, load_tokenizer
@@ -40,7 +41,7 @@ from flowt2i.training.compiling import compile_blocks, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
-from flowt2i.training.fit_memory import fitting_micro_batch, is_out_of_memory
+from flowt2i.training.fit_memory import fitting_micro_batch
 from flowt2i.training.objective import Objective, Terms, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
 from flowt2i.training.saver import Saver

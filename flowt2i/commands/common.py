@@ -1,0 +1,80 @@
+"""What commands share: examples in `--help`, the options of sampling and of places that moved, defaults found by looking."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowt2i.config import Config, load_config, resolve
+from flowt2i.errors import UserError
+
+if TYPE_CHECKING:
+    from flowt2i.pipeline import Pipeline
+
+
+def examples(*lines: str) -> dict[str, Any]:
+    return {"epilog": "examples:\n" + "\n".join(f"  {line}" for line in lines), "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "result") -> None:
+    parser.add_argument("--json", action="store_true", help=f"print the {what} as one JSON object on the last line")
+
+
+def add_moved(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--codec", help="folder of the VAE, where it moved since the data was prepared")
+    parser.add_argument("--text", help="folder of the text encoder, where it moved since the data was prepared")
+
+
+def add_config(parser: argparse.ArgumentParser, default: str = "") -> None:
+    settings = "; settings as --section.field value" + (f" (default {default})" if default else "")
+    parser.add_argument("--config", metavar="PRESET", help="preset, or the config.json of a run" + settings)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="run folder, checkpoint or exported model (default: the newest run under runs/)")
+
+
+def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first picture; the next ones count on (default 0)") -> None:
+    parser.add_argument("--steps", type=int, help="solver steps (default: the model's, usually 50)")
+    parser.add_argument("--solver", help="euler or heun")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1: none")
+    parser.add_argument("--shift", type=float, help="above 1: shorter steps next to the noise, where layout is decided; 1: even steps (default: the model's)")
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
+    add_moved(parser)
+    parser.add_argument("--device", help="cpu, cuda, … (default: the best there is)")
+    add_json(parser)
+
+
+def configuration(args: argparse.Namespace) -> Config:
+    """What `--config` and the settings after it say."""
+    if getattr(args, "stop_after", None):
+        args.rest = [*args.rest, "--train.stop_after", args.stop_after]
+    if args.config and args.config.endswith(".json"):
+        return resolve(None, args.rest, base=load_config(Path(args.config)))
+    return resolve(args.config, args.rest)
+
+
+def only_dataset() -> Path:
+    """The one prepared dataset under data/, where --data is not given."""
+    found = sorted(p.parent for p in Path("data").glob("*/dataset.json"))
+    if len(found) == 1:
+        return found[0]
+    known = (
+        f": choose one of {', '.join(map(str, found))}"
+        if found
+        else " (none under data/): run `flowt2i prepare scenes --out data/scenes`, then add --data data/scenes"
+    )
+    raise UserError(f"which dataset? give --data DIR{known}")
+
+
+def newest_run() -> Path:
+    runs = sorted((p for p in Path("runs").glob("*") if (p / "checkpoints").exists()), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UserError("which model? give --model PATH (no run under runs/: train one, for instance with `make quickstart`)")
+    return runs[-1]
+
+
+def load_pipeline(args: argparse.Namespace) -> "Pipeline":
+    from flowt2i.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(args.model or newest_run(), weights=args.weights, device=args.device, codec=args.codec, text=args.text)

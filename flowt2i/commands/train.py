@@ -1,0 +1,82 @@
+"""`flowt2i train`: a dataset -> a trained model."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from flowt2i.commands.common import add_json, add_moved, configuration, only_dataset
+from flowt2i.config import PRESETS, Config, describe_fields
+from flowt2i.errors import INTERRUPTED
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train a run. Any setting can be given as --section.field value.",
+        epilog="examples:\n  flowt2i train --config quickstart --data data/scenes\n"
+        "  flowt2i train --config stability --data data/mine --out runs/mine --optim.lr 3e-4\n"
+        "  flowt2i train --config stability --data data/mine --out runs/mine --resume latest\n"
+        "  torchrun --nproc-per-node 2 train.py --config stability --data data/mine\n\n"
+        "presets: " + ", ".join(PRESETS) + "\n\nsettings:\n" + describe_fields().replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="PRESET", help="preset, or the config.json of a run (default stability)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (default: the only one under data/)")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default runs/PRESET-DATA)")
+    parser.add_argument("--resume", metavar="latest|PATH", help="continue from the run's newest checkpoint, or from the one at PATH")
+    parser.add_argument("--stop-after", metavar="TIME", help="save and stop after so long, such as 3h or 90m (the same as --train.stop_after)")
+    add_moved(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and start nothing")
+    add_json(parser, "summary")
+    parser.set_defaults(run=run, overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = configuration(args)
+    if args.print_config:
+        print(json.dumps(resolved_config(config, args.data), indent=2))
+        return 0
+    data = args.data or only_dataset()
+    run = args.out or Path("runs") / f"{config.preset}-{data.resolve().name}"
+    from flowt2i.training.distributed import ToldElsewhere
+    from flowt2i.training.loop import Stopped, train
+
+    main_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        summary = train(config, data, run, args.resume, codec=args.codec, text=args.text)
+    except Stopped as stopped:
+        if main_rank:
+            print(f"flowt2i train: {stopped}", file=sys.stderr)
+        return INTERRUPTED
+    except ToldElsewhere:
+        return 2
+    if not main_rank:
+        return 0
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(
+            f"trained {summary['step']} steps ({summary['images_seen']:,} images) in "
+            f"{summary['seconds'] / 60:.1f} min, at most {summary['peak_memory_gib']} GiB: {run}",
+            file=sys.stderr,
+        )
+        print(f'next: flowt2i generate "…" --model {run} --out picture.png', file=sys.stderr)
+    return 0
+
+
+def resolved_config(config: Config, data: Path | None) -> dict[str, Any]:
+    """The configuration, and, where the data is given, what follows from it."""
+    if data is None:
+        return config.model_dump()
+    from flowt2i.description import DatasetDescription
+    from flowt2i.training.distributed import accumulation
+
+    codec = DatasetDescription.load(data).codec
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    micro, accumulate = accumulation(config.data.batch_size, config.train.micro_batch, ranks)
+    facts = {"data": str(data), "micro_batch": micro, "accumulation": accumulate, "ranks": ranks}
+    return config.model_dump() | {"resolved": facts | {"model": config.model.resolve(codec.kind, codec.shape).model_dump()}}
