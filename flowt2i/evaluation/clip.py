@@ -8,17 +8,21 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import mean_interval, tally
 from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, quiet, read_config
 from flowt2i.training.distributed import best_device
+
+if TYPE_CHECKING:
+    from flowt2i.evaluation.metrics import Context, Scores
 
 CANDIDATES = 100  # captions among which the right one is to be found, itself counted
 BATCH = 64
@@ -35,9 +39,7 @@ class Clip:
     @classmethod
     def load(cls, id: str, device: str | torch.device | None = None) -> "Clip":
         """From a folder or a hub id; UserError, one line, where it cannot be had or is no CLIP."""
-        folder = find_pretrained(
-            id, stem="model", what="CLIP", instead="scenes", tokenizer=True, also="preprocessor_config.json",
-        )  # fmt: skip
+        folder = find_pretrained(id, stem="model", what="CLIP", instead="--metrics kid", tokenizer=True, also="preprocessor_config.json")
         kind = read_config(folder).get("model_type")
         if kind != "clip":
             raise UserError(f"CLIP {id!r} is a model of type {kind!r}, not 'clip': pass one such as 'openai/clip-vit-base-patch32'")
@@ -80,23 +82,54 @@ class Clip:
         return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
 
 
+def metric(context: "Context") -> "Scores":
+    """`clip`: pictures of held-out captions, and beside them the real pictures of these captions."""
+    from flowt2i.evaluation.memorisation import real_images
+    from flowt2i.evaluation.metrics import Scores
+
+    if not context.clip_name:
+        raise UserError("the clip score needs a net: add --clip openai/clip-vit-base-patch32 (or a folder with another CLIP)")
+    pipeline = context.need_pipeline("clip")
+    net = Clip.load(context.clip_name, context.world.device)
+    found = score(net, context.images(), context.prompts)
+    data = ImageTextDataset(context.need_data("clip"), "heldout" if pipeline.description.heldout_count else "train")
+    rows = [k for k, caption in enumerate(data.captions()) if caption.strip()][: context.num]
+    real = score(net, real_images(data, pipeline.codec, np.array(rows)), [data.caption(k) for k in rows])
+    title = f"{net.name}-{context.count}@{context.resolution}"
+    names = {"clip": f"clip-{title}", "retrieval": f"retrieval-among-{found['candidates']}-{title}"}
+    values, intervals, lines = {}, {}, []
+    for what, name in names.items():
+        for whose, measured in (("", found), ("/real pictures", real)):
+            if what in measured:
+                spread = measured[what]
+                value, form = (spread["mean"], "{:6.2f}") if what == "clip" else (spread["accuracy"], "{:6.1%}")
+                values[name + whose], intervals[name + whose] = value, spread
+                ends = " to ".join(form.format(spread[end]).strip() for end in ("low", "high"))
+                lines.append(f"  {what + whose:22s} {form.format(value)}   [{ends}]   n={spread['n']}")
+    protocol = f"clip and retrieval-among-{found['candidates']} with {context.clip_name}, captions of {data.split}, {context.protocol()}"
+    return Scores(values, protocol, lines, {"intervals": intervals})
+
+
 def score(clip: Clip, images: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
     """`clip`: CLIP score with its interval; `retrieval`: share of pictures whose own caption is nearest; `candidates`: among how many.
 
     images uint8 [N, H, W, 3], one a caption. UserError for fewer than two.
     """
+    scores, hits = score_each(clip, images, captions)
+    result = {"clip": mean_interval(scores), "candidates": min(CANDIDATES, len(set(captions)))}
+    return result | ({"retrieval": tally(sum(hits), len(hits))} if hits else {})
+
+
+def score_each(clip: Clip, images: np.ndarray, captions: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
+    """CLIP score of every picture [N], and whether its caption was retrieved ([] where there is but one caption)."""
     if len(images) != len(captions) or len(images) < 2:
         raise UserError(f"a CLIP score needs two pictures or more, a caption each: {len(images)} pictures, {len(captions)} captions")
     distinct = sorted(set(captions))
     place = {caption: number for number, caption in enumerate(distinct)}
     pictures, texts = clip.images(images), clip.captions(distinct)
     own = [place[caption] for caption in captions]
-    cosines = (pictures * texts[own]).sum(-1)
-    result = {"clip": mean_interval(clip_scores(cosines)), "candidates": min(CANDIDATES, len(distinct))}
-    if len(distinct) > 1:
-        hits = retrieved(pictures, texts, own, distinct)
-        result["retrieval"] = tally(sum(hits), len(hits))
-    return result
+    hits = retrieved(pictures, texts, own, distinct) if len(distinct) > 1 else []
+    return clip_scores((pictures * texts[own]).sum(-1)), hits
 
 
 def clip_scores(cosines: Tensor) -> np.ndarray:

@@ -15,7 +15,8 @@ def wilson(hits: int, total: int, z: float = Z95) -> tuple[float, float]:
         return 0.0, 1.0
     p, n = hits / total, total
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return low if hits else 0.0, high if hits < total else 1.0  # at the ends without what rounding leaves
 
 
 def tally(hits: int, total: int) -> dict[str, Any]:
