@@ -11,6 +11,7 @@ All runs must be of one preset with the same flow settings. Writes flowt2i/evalu
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from flowt2i.config import load_config
 from flowt2i.description import DatasetDescription
@@ -42,9 +43,15 @@ def main() -> None:
     }  # fmt: skip
     out = args.out or Path(on_track.__file__).parent / "reference_curves" / f"{first.preset}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = json.dumps(reference, indent=1)
-    out.write_text(lines + "\n")
+    out.write_text(text(reference))
     print(f"wrote {out}: {len(runs)} runs, {sum(len(run['validation']) for run in runs)} evaluations")
+
+
+def text(reference: dict[str, Any]) -> str:
+    """JSON with a line for each curve."""
+    head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in reference.items() if key != "runs"]
+    runs = ["  {" + ",\n   ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in run.items()) + "}" for run in reference["runs"]]
+    return "{\n" + ",\n".join([*head, ' "runs": [\n' + ",\n".join(runs) + "\n ]"]) + "\n}\n"
 
 
 if __name__ == "__main__":

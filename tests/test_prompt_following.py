@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,35 +90,14 @@ def test_a_grey_picture_scores_nothing():
 # ---- CLIP
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory) -> Path:
-    """A CLIPModel of random weights with a real tokenizer (byte-level BPE, learned here) and CLIP's own preprocessing, saved as from the hub."""
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    from flowt2i.text import learn_tokenizer
-
-    folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=learn_tokenizer(scenes.prompts(0, 200), 400), pad_token="<pad>", eos_token="<end>", model_max_length=77
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = shape | {"vocab_size": 400, "max_position_embeddings": 77, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=shape | {"image_size": 32, "patch_size": 8}, projection_dim=16)).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
-def test_clip_score_is_that_of_the_model_itself(clip_folder):
+def test_clip_score_is_that_of_the_model_itself(tiny_clip):
     from transformers import CLIPModel
 
-    net = clip.Clip.load(str(clip_folder), "cpu")
+    net = clip.Clip.load(str(tiny_clip), "cpu")
     prompts = scenes.prompts(0, 150)
     images = np.stack(perfect(prompts))
     found = clip.score(net, images, prompts)
-    model = CLIPModel.from_pretrained(clip_folder).eval()
+    model = CLIPModel.from_pretrained(tiny_clip).eval()
     with torch.no_grad():
         words = net.tokenizer(prompts, padding=True, return_tensors="pt")
         output = model(pixel_values=net.preprocess(list(images), return_tensors="pt")["pixel_values"],
@@ -147,11 +125,11 @@ def test_retrieval_finds_what_is_there():
     ("absent", "no such folder"), ("offline", "HF_HUB_OFFLINE"), ("pickled", "pickled"), ("bert", "not 'clip'"),
     ("no scaling", "preprocessor_config.json"), ("cut", "cannot be loaded"),
 ])  # fmt: skip
-def test_a_clip_that_cannot_be_had_is_one_line(clip_folder, tmp_path, what, told):
+def test_a_clip_that_cannot_be_had_is_one_line(tiny_clip, tmp_path, what, told):
     import shutil
 
     folder = tmp_path / "clip"
-    shutil.copytree(clip_folder, folder)
+    shutil.copytree(tiny_clip, folder)
     if what == "pickled":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     elif what == "bert":

@@ -43,7 +43,7 @@ def line_chart(
     if not xs or not ys:
         raise ValueError("a chart needs at least one finite point")
     scale: Callable[[float], float] = (lambda v: math.log2(max(v, 1e-9))) if x_log else (lambda v: v)
-    x_ticks = sorted(set(xs)) if x_log or len(set(xs)) <= 7 and not any(len(s.x) > 7 for s in series) else ticks(min(xs), max(xs), 5)
+    x_ticks = sorted(set(xs)) if x_log or len(set(xs)) <= 7 else ticks(min(xs), max(xs), 5)
     y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5)
     x_low, x_high = min(map(scale, (*xs, *x_ticks))), max(map(scale, (*xs, *x_ticks)))
     y_low, y_high = min(*ys, *y_ticks) if not from_zero else 0.0, max(*ys, *y_ticks)

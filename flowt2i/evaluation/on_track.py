@@ -96,7 +96,7 @@ def validation_of(evaluation: dict[str, Any]) -> float | None:
 
 
 def curve_of(run: Path, bins: int = 60) -> dict[str, Points]:
-    """`loss` (the mean of each of `bins` equal stretches of log.jsonl), `validation` and `score` of a run folder against images seen; empty where not logged."""
+    """`loss` (means of `bins` equal stretches of log.jsonl), `validation` and `score` of a run folder against images seen; empty where not logged."""
     log = [(line["images_seen"], line["loss"]) for line in read_lines(run / "log.jsonl") if "loss" in line]
     stretches = [part for part in np.array_split(np.asarray(log, np.float64).reshape(-1, 2), min(bins, max(1, len(log)))) if len(part)]
     evaluations = read_lines(run / "eval.jsonl")

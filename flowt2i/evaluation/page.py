@@ -1,51 +1,26 @@
-"""The report as one HTML file: no script, nothing loaded from elsewhere, light and dark, readable on a phone. Pure functions from numbers and pictures to text."""
+"""The report as one HTML file: no script, nothing loaded from elsewhere, light and dark (report.css), readable on a phone.
+
+Pure functions from numbers and pictures to text.
+"""
 
 import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 
 import numpy as np
 from PIL import Image
 
 from flowt2i.evaluation.charts import Series, legend
 
-STYLE = """
-:root { --bg:#fbfbf9; --card:#fff; --ink:#23262b; --soft:#6b7078; --rule:#e3e3de; --a:#2563c9; --b:#c2570c; --r:#9aa0a8; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --bg:#15171a; --card:#1d2024; --ink:#e6e7e9; --soft:#9aa0a8; --rule:#30343a; --a:#7aabff; --b:#f2a25c; --r:#767c85; } }
-* { box-sizing:border-box; }
-body { margin:0; background:var(--bg); color:var(--ink); font:16px/1.5 system-ui,sans-serif; -webkit-text-size-adjust:100%; }
-main { max-width:1060px; margin:0 auto; padding:28px 18px 60px; }
-h1 { font-size:1.7rem; margin:0 0 4px; overflow-wrap:anywhere; } h2 { font-size:1.2rem; margin:40px 0 8px; } h3 { font-size:1rem; margin:0 0 6px; }
-p { margin:4px 0 10px; } .soft, figcaption, .legend, td.protocol { color:var(--soft); font-size:.86rem; }
-.cards { display:grid; gap:14px; grid-template-columns:repeat(auto-fit,minmax(min(100%,210px),1fr)); }
-.charts { display:grid; gap:14px; grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr)); }
-.card { background:var(--card); border:1px solid var(--rule); border-radius:10px; padding:14px 16px; min-width:0; }
-.big { font-size:1.9rem; font-weight:650; line-height:1.15; font-variant-numeric:tabular-nums; }
-.scroll { overflow-x:auto; } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; }
-th,td { text-align:left; padding:5px 14px 5px 0; border-bottom:1px solid var(--rule); vertical-align:baseline; } th { font-weight:600; font-size:.86rem; color:var(--soft); }
-td.n { text-align:right; white-space:nowrap; } th.n { text-align:right; } td.protocol { overflow-wrap:anywhere; min-width:150px; }
-.meter { display:block; position:relative; height:8px; min-width:110px; background:var(--rule); border-radius:4px; }
-.meter i { position:absolute; inset:0 auto 0 0; background:var(--a); opacity:.85; border-radius:4px; }
-.meter b { position:absolute; top:3px; height:2px; background:var(--ink); }
-.samples { display:grid; gap:16px 12px; grid-template-columns:repeat(auto-fill,minmax(116px,1fr)); }
-.pairs { grid-template-columns:repeat(auto-fill,minmax(230px,1fr)); }
-figure { margin:0; min-width:0; } figure div { display:flex; gap:4px; } figure img { width:100%; min-width:0; image-rendering:pixelated; border-radius:6px; border:1px solid var(--rule); display:block; }
-figcaption { margin-top:5px; line-height:1.35; overflow-wrap:anywhere; }
-svg { width:100%; height:auto; display:block; font:12px system-ui,sans-serif; }
-svg .grid { stroke:var(--rule); } svg .axis { stroke:var(--soft); } svg text { fill:var(--soft); } svg .tick { font-size:11.5px; }
-.line { fill:none; stroke-width:2; stroke-linejoin:round; } .line.a,.bar.a,.dot.a { stroke:var(--a); } .line.b,.bar.b,.dot.b { stroke:var(--b); } .line.r,.bar.r,.dot.r { stroke:var(--r); }
-.line.r { stroke-dasharray:5 4; } .bar { stroke-width:2; } .dot { fill:var(--card); stroke-width:2; } .band { opacity:.16; } .band.a { fill:var(--a); } .band.b { fill:var(--b); } .band.r { fill:var(--r); }
-.legend { display:flex; flex-wrap:wrap; gap:4px 16px; margin:0 0 4px; } .key { display:inline-block; width:18px; height:3px; margin-right:6px; vertical-align:middle; border-radius:2px; }
-.key.a { background:var(--a); } .key.b { background:var(--b); } .key.r { background:var(--r); }
-code { font-size:.86em; overflow-wrap:anywhere; } details summary { cursor:pointer; color:var(--soft); }
-"""
-
 
 def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
     """The whole document; sections are HTML already."""
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title>'
-    return f"{head}<style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1><p class='soft'>{escape(subtitle)}</p>{''.join(sections)}</main></body></html>\n"
+    style = (resources.files("flowt2i.evaluation") / "report.css").read_text()
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{style}</style>'
+    body = f'<main><h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>{"".join(sections)}</main>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
 def section(title: str, *parts: str) -> str:

@@ -187,8 +187,8 @@ def _memorisation(report: Report, pictures: Pictures) -> str:
     for name, found in report.memorisation.items():
         share = found["near_copies"]
         text = (
-            f"{name}: {share['accuracy']:.1%} [{share['low']:.1%}, {share['high']:.1%}] of {share['n']:,} samples lie as near to a training picture as the nearest "
-            f"{found['expected']:.1%} of {found['heldout_n']:,} held-out pictures do (within {found['threshold']:.3g}). Median distance {found['median']:.3g}, of "
+            f"{share['accuracy']:.1%} [{share['low']:.1%}, {share['high']:.1%}] of {share['n']:,} samples are near copies, within {found['threshold']:.3g} "
+            f"of a training picture, as {found['expected']:.1%} of {found['heldout_n']:,} held-out pictures are. Median distance {found['median']:.3g}, of "
             f"held-out pictures {found['heldout_median']:.3g}; z = {found['z']:+.1f} (below -3: nearer to the training set than new pictures should be)."
         )
         blocks.append(f"<h3>{page.escape(name)}</h3>" + page.paragraph(text))
