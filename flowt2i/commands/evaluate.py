@@ -3,128 +3,197 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline, newest_run
 from flowt2i.errors import UserError
+
+if TYPE_CHECKING:
+    from flowt2i.evaluation.metrics import Context, Scores
+    from flowt2i.training.distributed import World
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a model",
-        description="Scores with their protocol and 95% intervals; with --out a report (report.html, report.json); with --compare two models side by side.",
+        description="Scores that say how they were taken: prompt following on the built-in scenes by an exact checker; the distance between the "
+        "distributions of drawn and of real pictures (fid, frechet, kid), beside what real pictures score; the loss on held-out images. "
+        "Pictures are kept under RUN/evaluation/: an evaluation that was stopped goes on where it was.",
         **examples(
-            "flowt2i evaluate --model runs/quickstart",
-            "flowt2i evaluate --model runs/quickstart --metrics scenes,scenes-heldout,memorisation --data data/scenes --out report",
+            "flowt2i evaluate --model runs/quickstart --num 500",
+            "flowt2i evaluate --model runs/quickstart --heldout-pairs --json",
+            "flowt2i evaluate --model runs/mine --data data/mine --metrics kid,loss --num 1000",
+            "flowt2i evaluate --model runs/mine --data data/mine --metrics fid,kid --net inception --reference train --num 5000",
+            "flowt2i evaluate --images pictures/ --reference real_pictures/ --metrics frechet,kid --net facebook/dinov2-small",
+            "torchrun --nproc-per-node 2 -m flowt2i evaluate --model runs/mine --metrics frechet --num 50000",
+            "flowt2i evaluate --model runs/mine --metrics clip --clip openai/clip-vit-base-patch32",
+            "flowt2i evaluate --model runs/quickstart --metrics scenes,scenes-heldout,memorisation --out report",
             "flowt2i evaluate --compare runs/quickstart runs/quickstart-seed1 --num 500 --out comparison",
-            "flowt2i evaluate --model runs/mine --data data/mine --metrics clip --clip openai/clip-vit-base-patch32 --json",
         ),
     )
     add_model(parser)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset to score on; scenes need none, their prompts are drawn anew")
-    parser.add_argument("--metrics", default="scenes", help="which scores, with commas between")
-    parser.add_argument("--num", type=int, default=2_000, help="pictures (default 2000, enough to publish)")
-    parser.add_argument("--heldout-pairs", action="store_true", help="ask for pairs of colour and shape that training never showed")
-    add_report(parser)
-    add_sampling(parser, seed="of the prompts; the noise of picture k is that of seed (SEED + 1) x 1000000 + k (default 0)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="score these finished pictures (or .npy of uint8 [N, S, S, 3]) instead of a model")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset to score on (default: the one the model was trained on, where it still is)")
+    parser.add_argument("--metrics", help="which scores, with commas between: scenes, scenes-heldout, clip, memorisation, fid, frechet, kid, loss "
+                        "(default: scenes for a scenes model, else kid)")  # fmt: skip
+    parser.add_argument("--num", type=int, help="pictures (default 2000 for scenes, 2048 where fid or frechet are asked for, else 500; with --images all)")
+    parser.add_argument("--net", default="efficientnet-lite0", help="feature net of frechet and kid: efficientnet-lite0 (default), inception, or a "
+                        "Hugging Face image model by id or folder, such as facebook/dinov2-small")  # fmt: skip
+    parser.add_argument("--net-weights", type=Path, metavar="FILE", help="weights of inception, where they are not in torch's cache")
+    parser.add_argument("--reference", default="heldout", help="real pictures: heldout (default) or train (of the data), or a folder of images")
+    parser.add_argument("--heldout-pairs", action="store_true", help="scenes: ask for pairs of colour and shape that training never showed")
+    parser.add_argument("--clip", default="", metavar="ID", help="CLIP of the clip score: Hugging Face id or folder, such as openai/clip-vit-base-patch32")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html and report.json there: scores, samples, curves, closest training pictures")
+    parser.add_argument("--curve-num", type=int, default=256, help="report: prompts at each point of the curves over steps and guidance (default 256; 0: none)")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two models on the same prompts and noise, with paired intervals")
+    add_sampling(parser, seed="scenes: of the prompts, with the noise of picture k always that of seed 1000000 + k; else the noise is that of "
+                 "(seed + 1) * 1000000 + k (default 0)")  # fmt: skip
     parser.set_defaults(run=run)
 
 
-def add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clip", default="", metavar="ID", help="CLIP of the clip score: Hugging Face id or folder, such as openai/clip-vit-base-patch32")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html and report.json there, with samples and curves over steps and guidance")
-    parser.add_argument("--curve-num", type=int, default=256, help="report: prompts at each point of the curves; 0: no curves (default 256)")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two models on the same prompts and noise, with paired intervals")
-
-
 def run(args: argparse.Namespace) -> int:
-    if args.num < 1 or args.curve_num < 0:
-        raise UserError("--num must be at least 1, --curve-num at least 0")
-    if args.compare:
-        return compare(args)
-    from flowt2i.evaluation.metrics import find, score
+    from flowt2i.training import distributed
 
-    names = [name for name in args.metrics.split(",") if name]
-    for name in names:
+    world = distributed.start()
+    try:
+        return evaluate(args, world)
+    except UserError:
+        if world.main:
+            raise
+        return 2  # rank 0 says it
+    finally:
+        distributed.stop()
+
+
+def evaluate(args: argparse.Namespace, world: "World") -> int:
+    from flowt2i.evaluation.metrics import METRICS, find, score
+
+    names = [name.strip() for name in args.metrics.split(",")] if args.metrics is not None else []
+    for name in names:  # before the work, not after it
         find(name)
-    args.model = args.model or newest_run()
-    context = context_of(args, args.model)
-    found, skipped = score(names, context)
-    result: dict[str, Any] = {}
-    for scores in found.values():
-        result |= scores.values
-    result |= {"intervals": {k: v for scores in found.values() for k, v in scores.details.get("intervals", {}).items()}}
-    result |= {"protocol": "; ".join(scores.protocol for scores in found.values())}
-    if args.out:
-        result["report"] = write_report(args, context, found, skipped)
+    if args.num is not None and args.num < 1:
+        raise UserError("--num must be at least 1")
+    if args.images and args.model:
+        raise UserError("--images scores pictures without a model: leave out --model or --images")
+    if not 0 <= args.seed < 10**9:
+        raise UserError("--seed must be between 0 and 10^9")
+    if args.curve_num < 0:
+        raise UserError("--curve-num must be at least 0")
+    if args.images and (args.out or args.compare):
+        raise UserError("the report and the comparison need models: leave out --images")
+    if args.compare:
+        return compare(args, world)
+    model = None if args.images else args.model or newest_run()
+    context = build_context(args, world, names)
+    if not names:
+        names = ["scenes"] if context.pipeline and context.pipeline.description.is_scenes else ["kid"]
+    found, skipped = score([name for name in METRICS if name in names], context)
+    written = write_report(args, context, found, skipped, model) if args.out and model else []
+    if not world.main:
+        return 0
     if args.json:
-        print(json.dumps(result))
-    else:
-        for scores in found.values():
-            print("\n".join([scores.protocol, *scores.lines]))
-        print("\n".join([*skipped.values(), *result.get("report", [])]))
+        print(json.dumps(as_json(found, skipped) | ({"report": written} if written else {})))
+        return 0
+    for scores in found.values():
+        print(scores.protocol)
+        print("\n".join(f"  {line}" for line in scores.lines))
+    for name, why in skipped.items():
+        print(f"{name} was left out: {why}")
+    print("\n".join(written), end="\n" if written else "")
     return 0
 
 
-def write_report(args: argparse.Namespace, context: Any, found: Any, skipped: dict[str, str]) -> list[str]:
-    """The files written."""
+def write_report(args: argparse.Namespace, context: "Context", found: "dict[str, Scores]", skipped: dict[str, str], model: Path) -> list[str]:
+    """Measure what the report shows beside the scores, and write it; the files."""
     from flowt2i.evaluation.assemble import assemble
     from flowt2i.evaluation.report import write
 
-    report, pictures = assemble(context, found, args.model, skipped, args.curve_num)
+    report, pictures = assemble(context, found, model, skipped, args.curve_num)
     return [str(path) for path in write(report, pictures, args.out)] if context.world.main else []
 
 
-def compare(args: argparse.Namespace) -> int:
-    """Two models, paired."""
-    if args.model:
-        raise UserError("--compare A B names both models: leave out --model")
+def compare(args: argparse.Namespace, world: "World") -> int:
+    """Two models on the same prompts and noise."""
+    if args.model or args.metrics is not None:
+        raise UserError("--compare A B names both models and what is measured (scenes, or --clip): leave out --model and --metrics")
     from flowt2i.evaluation.assemble import set_side_by_side
     from flowt2i.evaluation.report import write
 
-    first, second = (context_of(args, model) for model in args.compare)
-    report, pictures = set_side_by_side(first, second, tuple(args.compare))
+    contexts = []
+    for model in args.compare:
+        args.model = model
+        contexts.append(build_context(args, world, ["scenes"]))
+    report, pictures = set_side_by_side(contexts[0], contexts[1], tuple(args.compare))
+    if not world.main:
+        return 0
     found: dict[str, Any] = dict(report.comparison)
     if args.out:
         found["report"] = [str(path) for path in write(report, pictures, args.out)]
     if args.json:
         print(json.dumps(found))
         return 0
-    print(f"A: {found['a']}\nB: {found['b']}\n{found['n']} prompts, the same noise for both; B - A with its paired 95% interval")
+    print(f"A: {found['a']}\nB: {found['b']}\n{found['n']} prompts, the same noise for both; A, B, and B - A with its paired 95% interval")
     for name, row in found["scores"].items():
-        d, form = row["difference"], (lambda v: f"{v:+.1%}") if row["share"] else (lambda v: f"{v:+.3f}")
-        values = f"{row['a']:6.1%} {row['b']:6.1%}" if row["share"] else f"{row['a']:6.3f} {row['b']:6.3f}"
+        d = row["difference"]
+        plain, signed = ("{:6.1%}", "{:+.1%}") if row["share"] else ("{:6.2f}", "{:+.2f}")
         p = f"   p={d['p']:.2g}" if "p" in d else ""
-        print(f"  {name:24s} {values}   {form(d['difference'])} [{form(d['low'])}, {form(d['high'])}]   n={d['n']}{p}")
-    print("\n".join(found.get("report", [])))
+        values = f"{plain.format(row['a'])} {plain.format(row['b'])}   {signed.format(d['difference'])}"
+        print(f"  {name:22s} {values} [{signed.format(d['low'])}, {signed.format(d['high'])}]   n={d['n']}{p}")
+    print("\n".join(found.get("report", [])), end="\n" if args.out else "")
     return 0
 
 
-def context_of(args: argparse.Namespace, model: Path) -> Any:
-    """What a model's scores are made from."""
-    from flowt2i.evaluation.metrics import Context
-    from flowt2i.training import distributed
+def build_context(args: argparse.Namespace, world: "World", names: list[str]) -> "Context":
+    """What there is to score, loaded."""
+    from dataclasses import replace
 
-    args.model = model
+    import torch
+
+    from flowt2i.evaluation.metrics import Context
+    from flowt2i.evaluation.scenes import PUBLISHED
+    from flowt2i.training import checkpoint
+
+    common: dict[str, Any] = {"clip_name": args.clip, "net_name": args.net, "net_weights": args.net_weights, "real": args.reference, "seed": args.seed}
+    if args.images:
+        if args.device:
+            world = replace(world, device=torch.device(args.device))
+        return Context(world, args.num or 0, folder=args.images, data=args.data, **common)
+    model = args.model or newest_run()
+    args.model = source = checkpoint.find(model)  # the newest of now, should training go on
     pipeline = load_pipeline(args)
+    pipeline.name = str(model)
     settings = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "shift": args.shift}
     pipeline.settings(**settings)
-    if args.data:
-        check_data(args.data, pipeline)
+    scenes = pipeline.description.is_scenes and (not names or any(name.startswith("scenes") for name in names))
+    num = args.num or (2048 if {"fid", "frechet"} & set(names) else PUBLISHED if scenes else 500)
     return Context(
-        distributed.start(600), args.num, pipeline, args.data, seed=args.seed, settings=settings, clip_name=args.clip, heldout_pairs=args.heldout_pairs,
-        run=None, source=model,
+        replace(world, device=pipeline.device), num, pipeline, args.data or trained_on(pipeline), settings=settings, heldout_pairs=args.heldout_pairs,
+        run=source.parents[1] if source.parent.name == "checkpoints" else source, source=source, **common,
     )  # fmt: skip
 
 
-def check_data(data: Path, pipeline: Any) -> None:
-    """UserError where the dataset is not of the kind that the model was trained on."""
-    from flowt2i.description import DatasetDescription, require_same
+def trained_on(pipeline: Any) -> Path | None:
+    """The dataset of a run, where it still lies there unchanged."""
+    from flowt2i.description import DatasetDescription
 
-    description = DatasetDescription.load(data)
-    if description.is_scenes != pipeline.description.is_scenes:
-        raise UserError(
-            f"{pipeline.name} was trained on {pipeline.description.source or 'other data'}, {data} holds {description.source}: give the model's own data"
-        )
-    require_same(pipeline.description.codec, description.codec, "codec of the model and of the data")
+    try:
+        run = Path(pipeline.name)
+        home = next(folder for folder in (run, run.parent, run.parent.parent) if (folder / "config.json").exists() and (folder / "checkpoints").exists())
+        data = Path(json.loads((home / "config.json").read_text())["resolved"]["data"])
+        return data if DatasetDescription.load(data).fingerprint == pipeline.description.fingerprint else None
+    except (StopIteration, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def as_json(found: "dict[str, Scores]", skipped: dict[str, str]) -> dict[str, Any]:
+    """One object: every score under its full name, then what belongs to them."""
+    values: dict[str, Any] = {}
+    for scores in found.values():
+        values |= scores.values
+    for scores in found.values():
+        for kind, entries in scores.details.items():
+            values[kind] = values.get(kind, {}) | entries
+    protocols = {name: scores.protocol for name, scores in found.items()}
+    values |= {"protocol": " | ".join(protocols.values()), "protocols": protocols}
+    return values | ({"skipped": skipped} if skipped else {})

@@ -40,7 +40,7 @@ def assemble(context: Context, found: dict[str, Scores], model: Path, left_out: 
     pictures = Pictures()
     prompts = prompts_of(context)
     shown = replace(context, num=min(SHOWN, len(prompts)), progress=False)
-    pictures.samples = list(shown.images(prompts[:SHOWN]))
+    pictures.samples = list(shown.images(prompts[:SHOWN], seed=noise_seed(context)))
     report.samples = [{"prompt": prompt, "seed": first_seed(context) + k} for k, prompt in enumerate(prompts[:SHOWN])]
     for scores in found.values():
         report.memorisation |= scores.details.get("memorisation", {})
@@ -73,9 +73,14 @@ def from_scores(found: dict[str, Scores]) -> list[Score]:
     return scores
 
 
+def noise_seed(context: Context) -> int:
+    """Of the noise, as `Context.images` counts it: on scenes --seed is that of the prompts alone."""
+    return 0 if context.need_pipeline("report").description.is_scenes else context.seed
+
+
 def first_seed(context: Context) -> int:
     """Seed of the noise of picture 0."""
-    return (context.seed + 1) * scenes.FIRST_SEED
+    return (noise_seed(context) + 1) * scenes.FIRST_SEED
 
 
 def prompts_of(context: Context) -> list[str]:
@@ -110,7 +115,7 @@ def sweep(context: Context, measure: Measure, prompts: Sequence[str], setting: s
     pipeline, points = context.need_pipeline("report"), []
     for value in tqdm(values, desc=f"curve over {setting}", unit="point", disable=not (context.progress and context.world.main), leave=False):
         chosen = {setting: int(value) if setting == "steps" else value}
-        images = context.images(prompts, chosen)
+        images = context.images(prompts, seed=noise_seed(context), settings=chosen)
         points.append(Point(value, *measure.of(images, prompts), evaluations=evaluations(pipeline.settings(**context.settings | chosen))))
     return points
 
@@ -148,11 +153,11 @@ def set_side_by_side(first: Context, second: Context, models: tuple[Path, Path])
     compare.check_comparable(a, b)
     prompts = prompts_of(first)
     if a.description.is_scenes:
-        drawn = first.images(prompts), second.images(prompts)
+        drawn = first.images(prompts, seed=noise_seed(first)), second.images(prompts, seed=noise_seed(first))
         rows = compare.of_scenes(*drawn, prompts)
     elif first.clip_name:
         net = clip.Clip.load(first.clip_name, first.world.device)
-        drawn = first.images(prompts), second.images(prompts)
+        drawn = first.images(prompts, seed=noise_seed(first)), second.images(prompts, seed=noise_seed(first))
         rows = compare.of_clip(net, *drawn, prompts)
     else:
         raise UserError("two models of real data are compared by a CLIP: add --clip openai/clip-vit-base-patch32 (or a folder with another CLIP)")

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import mean_interval, tally
+from flowt2i.evaluation.memorisation import real_images
+from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, quiet, read_config
 from flowt2i.training.distributed import best_device
-
-if TYPE_CHECKING:
-    from flowt2i.evaluation.metrics import Context, Scores
 
 CANDIDATES = 100  # captions among which the right one is to be found, itself counted
 BATCH = 64
@@ -82,11 +81,8 @@ class Clip:
         return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
 
 
-def metric(context: "Context") -> "Scores":
+def metric(context: Context) -> Scores:
     """`clip`: pictures of held-out captions, and beside them the real pictures of these captions."""
-    from flowt2i.evaluation.memorisation import real_images
-    from flowt2i.evaluation.metrics import Scores
-
     if not context.clip_name:
         raise UserError("the clip score needs a net: add --clip openai/clip-vit-base-patch32 (or a folder with another CLIP)")
     pipeline = context.need_pipeline("clip")
@@ -105,7 +101,7 @@ def metric(context: "Context") -> "Scores":
                 value, form = (spread["mean"], "{:6.2f}") if what == "clip" else (spread["accuracy"], "{:6.1%}")
                 values[name + whose], intervals[name + whose] = value, spread
                 ends = " to ".join(form.format(spread[end]).strip() for end in ("low", "high"))
-                lines.append(f"  {what + whose:22s} {form.format(value)}   [{ends}]   n={spread['n']}")
+                lines.append(f"{what + whose:22s} {form.format(value)}   [{ends}]   n={spread['n']}")
     protocol = f"clip and retrieval-among-{found['candidates']} with {context.clip_name}, captions of {data.split}, {context.protocol()}"
     return Scores(values, protocol, lines, {"intervals": intervals})
 

@@ -16,7 +16,7 @@ The training set is read once, in chunks; of each only features are made, and on
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from flowt2i.codec import stored_to_latents
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally
+from flowt2i.evaluation.metrics import Context, Scores
+from flowt2i.evaluation.nets import EFFICIENTNET, has_efficientnet
 from flowt2i.grid import grid
-
-if TYPE_CHECKING:
-    from flowt2i.evaluation.metrics import Context, Scores
 
 PERCENTILE = 1.0  # of the held-out distances: the near-copy distance
 MOST_HELDOUT = 2_000  # held-out pictures that the near-copy distance is measured on
 TRAINING_CAPTIONS = 500  # captions of training pictures that are asked for besides
+MOST_ON_CPU = 10_000  # training pictures whose features a CPU makes (some minutes); beyond it only pixels are compared there
 PAIRS = 8  # closest pairs that are shown
 CHUNK = 1024  # training pictures at a time
 PIXEL_SIDE = 16  # pixels are compared at this size: blur, noise and a shift by a pixel do not hide a copy
@@ -55,23 +55,21 @@ class Nearest:
     index: np.ndarray  # int64 [N], into the training split
 
 
-def metric(context: "Context") -> "Scores":
+def metric(context: Context) -> Scores:
     """`memorisation`: asked with held-out captions, and with captions of training pictures; in pixels, and in a net's features where one is at hand."""
-    from flowt2i.evaluation.metrics import Scores
-    from flowt2i.evaluation.nets import EFFICIENTNET, has_efficientnet
-
     pipeline, data = context.need_pipeline("memorisation"), context.need_data("memorisation")
     if not pipeline.description.heldout_count:
         raise UserError(f"memorisation is measured against held-out pictures, and {data} has none: prepare it with --heldout")
     train, heldout = ImageTextDataset(data, "train"), ImageTextDataset(data, "heldout")
     trained = min(pipeline.config.data.subset or len(train), len(train))
     kinds: dict[str, Features] = {"pixels": pixel_features}
-    if context.net_name != EFFICIENTNET or has_efficientnet():
+    affordable = trained <= MOST_ON_CPU or context.world.device.type != "cpu"
+    if affordable and (context.net_name != EFFICIENTNET or has_efficientnet()):
         net = context.net()
         kinds[net.name] = net_features(net)
     asked = {
         "held-out captions": context.prompts,
-        "training captions": _spread([train.caption(k) for k in range(trained)], min(context.num, TRAINING_CAPTIONS)),
+        "training captions": _spread(train.captions()[:trained], min(context.num, TRAINING_CAPTIONS)),
     }
     drawn = {whose: context.images(captions) for whose, captions in asked.items()}
     real = real_images(heldout, pipeline.codec, np.arange(min(MOST_HELDOUT, len(heldout))))
@@ -97,7 +95,7 @@ def metric(context: "Context") -> "Scores":
             scores.pictures[f"{kind}, {whose}"] = [(a, b) for a, b in pairs]
             interval = f"[{share['low']:.1%}, {share['high']:.1%}]"
             expected = f"held-out pictures {judged['expected']:.1%}; z {judged['z']:+.1f}"
-            scores.lines.append(f"  {kind + ', ' + whose:38s} {share['accuracy']:6.1%} near copies {interval}   n={share['n']}   {expected}")
+            scores.lines.append(f"{kind + ', ' + whose:38s} {share['accuracy']:6.1%} near copies {interval}   n={share['n']}   {expected}")
     return scores
 
 

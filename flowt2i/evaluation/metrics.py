@@ -1,6 +1,7 @@
 """The table of scores, and what a score is made from. A new one is a function `score(context) -> Scores` in a file of its own, and a line in `METRICS`."""
 
 import importlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.errors import UserError, nearest
-from flowt2i.evaluation import pictures
+from flowt2i.evaluation import pictures, reference
 from flowt2i.evaluation.nets import FeatureNet, load_net
 from flowt2i.pipeline import Pipeline
 from flowt2i.training.distributed import World
@@ -20,12 +21,12 @@ from flowt2i.training.distributed import World
 METRICS = {  # name: module and function
     "scenes": "flowt2i.evaluation.scenes:metric",
     "scenes-heldout": "flowt2i.evaluation.scenes:heldout_metric",
-    "clip": "flowt2i.evaluation.clip:metric",
-    "memorisation": "flowt2i.evaluation.memorisation:metric",
     "fid": "flowt2i.evaluation.distribution:fid",
     "frechet": "flowt2i.evaluation.distribution:frechet",
     "kid": "flowt2i.evaluation.distribution:kid",
     "loss": "flowt2i.evaluation.loss:metric",
+    "clip": "flowt2i.evaluation.clip:metric",
+    "memorisation": "flowt2i.evaluation.memorisation:metric",
 }
 
 
@@ -58,13 +59,15 @@ class Context:
     net_name: str = "efficientnet-lite0"
     net_weights: Path | None = None
     clip_name: str = ""  # CLIP of the clip score: id or folder
-    reference: str = "heldout"  # heldout, train, a folder of images, or a finished reference
+    real: str = "heldout"  # heldout, train, a folder of images, or a finished reference
     heldout_pairs: bool = False  # scenes: ask for pairs that training never showed
     run: Path | None = None  # pictures are kept under it
     source: Path | None = None  # where the model was loaded from
     progress: bool = True
     nets: dict[str, FeatureNet] = field(default_factory=dict)
     _features: dict[str, torch.Tensor] = field(default_factory=dict)
+    _references: dict[str, reference.Reference] = field(default_factory=dict)
+    _images: dict[str, np.ndarray] = field(default_factory=dict)  # the ones drawn last
 
     def need_pipeline(self, metric: str) -> Pipeline:
         if self.pipeline is None:
@@ -82,6 +85,14 @@ class Context:
         if name not in self.nets:
             self.nets[name] = load_net(name, self.world.device, self.net_weights if name == "inception" else None)
         return self.nets[name]
+
+    def reference_of(self, name: str | None = None) -> reference.Reference:
+        """Features of real pictures by a net, made once."""
+        net = self.net(name)
+        if net.name not in self._references:
+            found = reference.get(self.real, net, self.resolution, self.data, self.world, self.progress, self.pipeline)
+            self._references[net.name] = found
+        return self._references[net.name]
 
     @property
     def resolution(self) -> int:
@@ -110,15 +121,18 @@ class Context:
         """Number of pictures that are scored."""
         return len(self.finished) if self.pipeline is None else self.num
 
-    def images(self, prompts: Sequence[str] | None = None, settings: dict[str, Any] | None = None) -> np.ndarray:
-        """Pictures uint8 [N, S, S, 3], on every rank: of the folder, or drawn from `self.prompts` (or others, or with other settings).
+    def images(self, prompts: Sequence[str] | None = None, seed: int | None = None, settings: dict[str, Any] | None = None) -> np.ndarray:
+        """Pictures uint8 [N, S, S, 3], on every rank: of the folder, or drawn from `self.prompts` (or others, or with other seed and settings).
 
         Picture k has seed (seed + 1) * 1,000,000 + k. They are drawn once, over all ranks, and kept under RUN/evaluation/.
         """
         if self.pipeline is None:
             return self.finished
-        drawing = pictures.Drawing(self.pipeline, list(prompts or self.prompts), self.seed, self.settings | (settings or {}))
-        return drawing.images(self.world, self.run, self.progress)
+        asked, seed, settings = list(prompts or self.prompts), self.seed if seed is None else seed, self.settings | (settings or {})
+        key = json.dumps([asked, seed, settings])
+        if key not in self._images:
+            self._images = {key: pictures.Drawing(self.pipeline, asked, seed, settings).images(self.world, self.run, self.progress)}
+        return self._images[key]
 
     def features(self, name: str | None = None) -> torch.Tensor:
         """Features float32 [N, dim] of `images()` by a net, on every rank."""

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -79,9 +80,20 @@ def over_ranks(
     except Exception as error:  # the others must not wait for a rank that gave up
         failure = error
     bar.close()
-    if world.any(failure is not None):
-        raise failure or UserError("another rank could not do its share: its message says why")
+    _raise_everywhere(world, failure)
     return world.collect(mine, blocks).reshape(-1, *shape)[:count]
+
+
+def _raise_everywhere(world: World, failure: Exception | None) -> None:
+    """Where any rank failed all ranks stop, each with the first message, or its own where that is no mistake of the user."""
+    if not world.any(failure is not None):
+        return
+    messages: list[Any] = [None] * world.size
+    if world.size > 1:
+        dist.all_gather_object(messages, str(failure) if failure else None)
+    if failure and (world.size == 1 or not isinstance(failure, UserError)):
+        raise failure
+    raise UserError(next(message for message in messages if message is not None))
 
 
 def features(net: FeatureNet, images: np.ndarray, world: World, progress: bool = True, title: str = "features") -> torch.Tensor:
@@ -175,10 +187,10 @@ def _read_array(path: Path) -> np.ndarray:
     return images
 
 
-def read_squares(folder: Path, size: int, most: int = 0, progress: bool = False) -> np.ndarray:
-    """Pictures of any size as `prepare` reads them: centre crop and antialiased bicubic resize to uint8 [N, size, size, 3]."""
+def read_squares(files: Sequence[Path], size: int) -> np.ndarray:
+    """Image files of any size as `prepare` reads them: centre crop and antialiased bicubic resize to uint8 [N, size, size, 3]."""
     squares = []
-    for file in tqdm(list_images(folder)[: most or None], desc="reading pictures", unit="image", disable=not progress, leave=False):
+    for file in files:
         try:
             squares.append(load_square(file.read_bytes(), size))
         except (Dropped, OSError) as error:

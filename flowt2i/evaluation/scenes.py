@@ -7,23 +7,19 @@ Wu et al. 2024, whose k counts what is said beyond the object).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from flowt2i.data import scenes, scenes_check
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally, wilson
+from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.pipeline import Pipeline
 
-if TYPE_CHECKING:
-    from flowt2i.evaluation.metrics import Context, Scores
-
-__all__ = [
-    "ATOMS", "FIRST_SEED", "PUBLISHED", "check_model", "concepts", "heldout_metric", "kind", "metric", "score_images", "score_pipeline", "tally", "totals",
-    "verdicts", "wilson",
-]  # fmt: skip
+__all__ = ["ATOMS", "FIRST_SEED", "PUBLISHED", "concepts", "kind", "metric", "score_images", "score_pipeline", "tally", "totals", "verdicts", "wilson"]
 
 FIRST_SEED = 1_000_000  # of the noise: picture k has seed FIRST_SEED + k
 PUBLISHED = 2_000  # prompts of a score that is published: its 95% interval is at most 4.4 points wide
@@ -31,34 +27,32 @@ ATOMS = ("shape", "colour", "size", "count", "relation", "background")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
-def metric(context: "Context") -> "Scores":
+def metric(context: Context) -> Scores:
     """`scenes`: prompts whose pairs of colour and shape were in training (or, with `context.heldout_pairs`, were not)."""
     return _metric(context, context.heldout_pairs)
 
 
-def heldout_metric(context: "Context") -> "Scores":
+def heldout_metric(context: Context) -> Scores:
     """`scenes-heldout`: each prompt names a pair of colour and shape that training never showed."""
     return _metric(context, True)
 
 
-def _metric(context: "Context", heldout: bool) -> "Scores":
-    from flowt2i.evaluation.metrics import Scores
-
+def _metric(context: Context, heldout: bool) -> Scores:
+    """--seed is that of the prompts; picture k has the noise of seed `FIRST_SEED + k` in any case."""
     pipeline = context.need_pipeline("scenes")
-    check_model(pipeline)
-    prompts = scenes.prompts(context.seed, context.num, heldout=heldout)
-    found = score_images(context.images(prompts), prompts)
-    title = f"scenes-{'heldout-pairs' if heldout else 'prompts'}-{context.num}@{context.resolution}"
-    lines = [f"  {part:22s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}" for part, score in found.items()]
-    values = {f"{title}/{part}": score["accuracy"] for part, score in found.items()}
-    intervals = {f"{title}/{part}": score for part, score in found.items()}
-    return Scores(values, f"{title}, {context.protocol()}, prompt seed {context.seed}", lines, {"intervals": intervals})
-
-
-def check_model(pipeline: Pipeline) -> None:
-    """UserError for a model that never learned the words of the scenes."""
+    if context.data and not DatasetDescription.load(context.data).is_scenes:
+        raise UserError(f"the scenes score is for the built-in data, and {context.data} is not: leave out --data, or prepare `scenes`")
     if not pipeline.description.is_scenes:
-        raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data: choose other --metrics")
+        raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data: take --metrics kid")
+    prompts = scenes.prompts(context.seed, context.num, heldout=heldout)
+    found = score_images(context.images(prompts, seed=0), prompts)
+    used = pipeline.settings(**context.settings)
+    title = f"scenes-{'heldout-pairs' if heldout else 'prompts'}-{context.num}@{pipeline.description.codec.image_size}"
+    protocol = f"{title}, {used['solver']} {used['steps']} steps, guidance {used['guidance']:g}, shift {used['shift']:g}, "
+    protocol += f"prompt seed {context.seed}, {pipeline.weights} weights"
+    lines = [f"{part:22s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}" for part, score in found.items()]
+    values = {f"{title}/{part}": score["accuracy"] for part, score in found.items()}
+    return Scores(values, protocol, lines, {"intervals": {f"{title}/{part}": score for part, score in found.items()}})
 
 
 def score_pipeline(pipeline: Pipeline, count: int, *, seed: int = 0, heldout: bool = False, progress: bool = False, **settings: Any) -> dict[str, Any]:
