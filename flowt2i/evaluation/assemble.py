@@ -14,6 +14,8 @@ from flowt2i.data import scenes as scenes_data
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import clip, compare, on_track, scenes
+from flowt2i.evaluation.intervals import Z95
+from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.evaluation.report import Pictures, Point, Report, Score
 from flowt2i.training import checkpoint
@@ -46,14 +48,14 @@ def assemble(context: Context, found: dict[str, Scores], model: Path, left_out: 
         report.memorisation |= scores.details.get("memorisation", {})
         pictures.pairs |= scores.pictures
     report.training = training_curves(model)
-    measure = measure_for(context) if curve else None
+    measure = measure_for(context, "kid" in found) if curve else None
     if measure:
-        asked = prompts[: min(curve, len(prompts))]
+        asked = prompts[:curve]
         report.curves = {"measure": measure.name, "share": measure.share, "n": len(asked)}
         report.curves["evaluations"] = sweep(context, measure, asked, "steps", STEPS)
         report.curves["guidance"] = sweep(context, measure, asked, "guidance", GUIDANCE)
     elif curve:
-        report.notes.append("No curves over steps and guidance: on data other than the scenes they need a CLIP (--clip ID_OR_FOLDER).")
+        report.notes.append("No curves over steps and guidance: on data other than the scenes they need a CLIP (--clip ID_OR_FOLDER) or --metrics kid.")
     return report, pictures
 
 
@@ -66,9 +68,10 @@ def from_scores(found: dict[str, Scores]) -> list[Score]:
     """Every value of every metric, with its interval where it has one."""
     scores = []
     for metric in found.values():
-        intervals = metric.details.get("intervals", {})
+        intervals, errors = metric.details.get("intervals", {}), metric.details.get("errors", {})
         for name, value in metric.values.items():
-            spread = intervals.get(name, {})
+            error = Z95 * errors[name] if name in errors else None  # a standard error
+            spread = intervals.get(name) or ({} if error is None else {"low": value - error, "high": value + error})
             scores.append(Score(name, value, metric.protocol, spread.get("low"), spread.get("high"), spread.get("n"), share="accuracy" in spread))
     return scores
 
@@ -90,8 +93,8 @@ def prompts_of(context: Context) -> list[str]:
     return context.prompts
 
 
-def measure_for(context: Context) -> Measure | None:
-    """The exact checker on scenes, CLIP where one is named, else nothing."""
+def measure_for(context: Context, kernel: bool) -> Measure | None:
+    """The exact checker on scenes; else CLIP where one is named; else the kernel distance where it was asked for (`kernel`); else nothing."""
     if context.need_pipeline("report").description.is_scenes:
 
         def all_right(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, float, float]:
@@ -99,15 +102,23 @@ def measure_for(context: Context) -> Measure | None:
             return share["accuracy"], share["low"], share["high"]
 
         return Measure("prompts all right", True, all_right)
-    if not context.clip_name:
-        return None
-    net = clip.Clip.load(context.clip_name, context.world.device)
+    if context.clip_name:
+        clip_net = clip.Clip.load(context.clip_name, context.world.device)
 
-    def clip_score(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, float, float]:
-        spread = clip.score(net, images, prompts)["clip"]
-        return spread["mean"], spread["low"], spread["high"]
+        def clip_score(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, float, float]:
+            spread = clip.score(clip_net, images, prompts)["clip"]
+            return spread["mean"], spread["low"], spread["high"]
 
-    return Measure(f"CLIP score ({net.name})", False, clip_score)
+        return Measure(f"CLIP score ({clip_net.name})", False, clip_score)
+    if kernel:
+        net, reference = context.net(), context.reference_of()
+
+        def distance(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, float, float]:
+            found = kernel_distance(net(images), reference.features)
+            return found.value, found.value - Z95 * found.error, found.value + Z95 * found.error
+
+        return Measure(f"kernel distance ({net.name})", False, distance)
+    return None
 
 
 def sweep(context: Context, measure: Measure, prompts: Sequence[str], setting: str, values: Sequence[float]) -> list[Point]:
@@ -126,7 +137,12 @@ def training_curves(model: Path) -> dict[str, Any]:
     if run is None:
         return {}
     config = load_config(run / "config.json")
-    found: dict[str, Any] = {"batch_size": config.data.batch_size, "preset": config.preset, **on_track.curve_of(run)}
+    found: dict[str, Any] = {
+        "batch_size": config.data.batch_size,
+        "preset": config.preset,
+        "score_prompts": config.train.score_prompts,
+        **on_track.curve_of(run),
+    }
     reference, same = on_track.comparable(config, DatasetDescription.load(checkpoint.find(run)))
     if reference:
         found["reference"] = [{what: r[what] for what in sorted(same) if r.get(what)} | {"seed": r["seed"]} for r in reference["runs"]]

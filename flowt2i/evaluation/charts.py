@@ -35,7 +35,7 @@ def short(value: float) -> str:
 
 def line_chart(
     series: Sequence[Series], *, x_label: str, y_label: str, x_log: bool = False, y_format: Callable[[float], str] = short,
-    from_zero: bool = False, name: str = "chart",
+    from_zero: bool = False, y_log: bool = False, name: str = "chart",
 ) -> str:  # fmt: skip
     """One `<svg>` of all series; points that are not finite are left out. ValueError where nothing is left to draw."""
     xs = [x for s in series for x in s.x if math.isfinite(x)]
@@ -43,12 +43,14 @@ def line_chart(
     if not xs or not ys:
         raise ValueError("a chart needs at least one finite point")
     scale: Callable[[float], float] = (lambda v: math.log2(max(v, 1e-9))) if x_log else (lambda v: v)
-    x_ticks = sorted(set(xs)) if x_log or len(set(xs)) <= 7 else ticks(min(xs), max(xs), 5)
-    y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5)
+    x_ticks = sorted(set(xs)) if x_log else ticks(min(xs), max(xs), 5)
+    y_log = y_log and min(ys) > 0
+    rise: Callable[[float], float] = math.log10 if y_log else (lambda v: v)
+    y_ticks = log_ticks(min(ys), max(ys)) if y_log else ticks(0.0 if from_zero else min(ys), max(ys), 5)
     x_low, x_high = min(map(scale, (*xs, *x_ticks))), max(map(scale, (*xs, *x_ticks)))
-    y_low, y_high = min(*ys, *y_ticks) if not from_zero else 0.0, max(*ys, *y_ticks)
+    y_low, y_high = (rise(edge(0.0 if from_zero else ys[0], *ys, *y_ticks)) for edge in (min, max))
     px = lambda x: LEFT + 8 + (scale(x) - x_low) / max(x_high - x_low, 1e-12) * (WIDTH - LEFT - RIGHT - 16)
-    py = lambda y: HEIGHT - BOTTOM - (y - y_low) / max(y_high - y_low, 1e-12) * (HEIGHT - TOP - BOTTOM)
+    py = lambda y: HEIGHT - BOTTOM - (rise(y) - y_low) / max(y_high - y_low, 1e-12) * (HEIGHT - TOP - BOTTOM)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">']
     for tick in y_ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
@@ -78,6 +80,14 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     step *= next(k for k in (1, 2, 5, 10) if span / (step * k) <= about)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from under `low` to above `high`; only the powers where these would be many."""
+    lowest, highest = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    found = [round(k * 10.0**power, 12) for power in range(lowest, highest + 1) for k in ((1, 2, 5) if highest - lowest <= 3 else (1,))]
+    under, above = [v for v in found if v <= low * (1 + 1e-9)], [v for v in found if v >= high * (1 - 1e-9)]
+    return [v for v in found if (under[-1] if under else low) <= v <= (above[0] if above else high)]
 
 
 def _drawn(line: Series, px: Callable[[float], float], py: Callable[[float], float], y_format: Callable[[float], str]) -> list[str]:

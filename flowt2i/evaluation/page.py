@@ -31,6 +31,10 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
+def code(text: str) -> str:
+    return f'<p class="soft"><code>{escape(text)}</code></p>'
+
+
 def cards(items: Sequence[tuple[str, str, str]]) -> str:
     """(name, value, note) as tiles."""
     tile = '<div class="card"><div class="soft">{}</div><div class="big">{}</div><div class="soft">{}</div></div>'

@@ -16,6 +16,7 @@ from flowt2i import __version__
 from flowt2i.errors import UserError
 from flowt2i.evaluation import page
 from flowt2i.evaluation.charts import Series, line_chart, percent, short
+from flowt2i.evaluation.intervals import wilson
 
 
 @dataclass
@@ -29,7 +30,6 @@ class Score:
     high: float | None = None
     n: int | None = None
     share: bool = False  # of 1: shown in percent
-    note: str = ""  # floors, reasons
 
     @property
     def group(self) -> str:
@@ -130,14 +130,16 @@ def _samples(report: Report, pictures: Pictures) -> str:
 def _scores(report: Report) -> str:
     if not report.scores:
         return ""
-    rows, said = [], ""
-    for s in report.scores:
-        bar = page.meter(s.value, s.low or 0.0, s.high or 0.0) if s.share and s.low is not None else ""
-        label = f"{s.group}: {s.part}" if s.part != s.group else s.name
-        rows.append([label, s.shown(), s.interval(), f"{s.n:,}" if s.n else "", bar, s.note])
-    protocols = list(dict.fromkeys(f"{s.group}: {s.protocol}" for s in report.scores))
-    said = "".join(f"<p class='soft'><code>{page.escape(text)}</code></p>" for text in protocols)
-    return page.section("Scores", page.table(["score", "value", "95% interval", "n", "", ""], rows, numbers=(1, 3), raw=(4,)), said)
+    blocks = []
+    for group in dict.fromkeys(s.group for s in report.scores):
+        scores = [s for s in report.scores if s.group == group]
+        rows = []
+        for s in scores:
+            bar = page.meter(s.value, s.low, s.high) if s.share and s.low is not None and s.high is not None else ""
+            rows.append([s.part, s.shown(), s.interval(), f"{s.n:,}" if s.n else "", bar])
+        table = page.table(["", "value", "95% interval", "n", ""], rows, numbers=(1, 3), raw=(4,))
+        blocks += [f"<h3>{page.escape(group)}</h3>", page.code(scores[0].protocol), table]
+    return page.section("Scores", *blocks)
 
 
 def _training(report: Report) -> str:
@@ -151,10 +153,13 @@ def _training(report: Report) -> str:
         lines = [Series("our runs of the preset", *_xy(r[what]), style="r") for r in found.get("reference", []) if r.get(what)]
         own = found.get(what)
         if own:
-            lines.append(Series("this run", *_xy(own), style="a"))
+            x, y = _xy(own)
+            n = found.get("score_prompts") if is_share else None
+            band = list(zip(*(wilson(round(value * n), n) for value in y))) if n else [(), ()]
+            lines.append(Series("this run", x, y, *band, style="a"))
             svg = line_chart(
                 lines, x_label=f"images seen ({found['batch_size']} a step)", y_label="all right" if is_share else "loss",
-                y_format=percent if is_share else short, from_zero=is_share, name=title,
+                y_format=percent if is_share else short, from_zero=is_share, y_log=not is_share, name=title,
             )  # fmt: skip
             shown.append((title, svg, lines))
     if not shown:
@@ -219,7 +224,7 @@ def _comparison(report: Report, pictures: Pictures) -> str:
 
 def _how(report: Report) -> str:
     notes = "".join(page.paragraph(note) for note in report.notes)
-    return page.section("How this was made", f"<p class='soft'><code>{page.escape(report.protocol)}</code></p>", notes)
+    return page.section("How this was made", page.code(report.protocol), notes)
 
 
 def _xy(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
