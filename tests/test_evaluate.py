@@ -279,3 +279,79 @@ def test_one_and_two_ranks_agree(run, dinov2, tmp_path):  # noqa: F811
     one, two = ({name: value for name, value in each.items() if isinstance(value, float)} for each in found)
     assert one.keys() == two.keys() and len(one) > 10
     assert all(one[name] == pytest.approx(two[name], rel=1e-6, abs=1e-9) for name in one), (one, two)
+
+
+@pytest.fixture(scope="module")
+def latents(tiny, tmp_path_factory):
+    """A folder of pictures, a dataset of a small random VAE's latents of them, and a model trained on these for two steps."""
+    from diffusers import AutoencoderKL
+
+    from flowt2i.data import scenes
+    from flowt2i.data.options import PrepareOptions
+    from flowt2i.data.prepare import prepare
+
+    home = tmp_path_factory.mktemp("latents")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (8, 8, 8, 8)}
+    AutoencoderKL(**blocks, latent_channels=4, norm_num_groups=4, layers_per_block=1).save_pretrained(home / "vae")
+    samples = [scenes.sample(0, i) for i in range(40)]
+    write(home / "images", np.stack([image for image, _ in samples]))
+    lines = [json.dumps({"file_name": f"{i:04d}.png", "text": caption}) for i, (_, caption) in enumerate(samples)]
+    (home / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    prepare(PrepareOptions(sources=[str(home / "images")], out=home / "data", codec=str(home / "vae"), heldout=0.5, workers=1), progress=False)
+    train(resolve("quickstart", [*tiny, "--train.steps", "2"]), home / "data", home / "run", progress=False)
+    return home
+
+
+def test_what_a_vae_loses(latents, dinov2, capsys, small_blocks):  # noqa: F811
+    """Against the original pictures there is a reconstruction floor; against the data's own latents it is said that there is none."""
+    words = ["--model", str(latents / "run"), "--metrics", "kid", "--net", str(dinov2), "--num", "20", "--steps", "1"]
+    found = scores([*words, "--reference", str(latents / "images")], capsys)
+    rebuilt = found["kid-dinov2-tiny-20@64/reconstruction"]
+    pipeline, net = Pipeline.from_pretrained(latents / "run", device="cpu"), load_net(str(dinov2))
+    files = sorted((latents / "images").glob("*.png"))
+    real = np.stack([np.asarray(Image.open(files[k])) for k in spread(len(files))])
+    through = distribution.through_codec(pipeline, real[:20])
+    assert rebuilt == pytest.approx(kernel_distance(net(through), net(real)).value, rel=1e-5) and rebuilt > 0
+    assert np.abs(through.astype(int) - real[:20]).mean() > 5
+    assert main(["evaluate", *words]) == 0
+    text = capsys.readouterr().out
+    assert "seen through the VAE" in text and "reconstruction" not in text
+    facts = [json.loads(path.read_text()) for path in (latents / "data" / "references").glob("*/reference.json")]
+    assert {fact["source"] for fact in facts} == {"folder", "heldout"} and any("decoded by VAE" in fact["made"] for fact in facts)
+
+
+def test_kernel_distance_while_training(latents, tiny, tmp_path, recwarn):
+    """On data that is not scenes, with EfficientNet-lite0: logged at evaluations. Without it: one note."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    words = [*tiny, "--train.steps", "2", "--train.eval_every", "1", "--train.score_images", "4"]
+    train(resolve("quickstart", words), latents / "data", tmp_path / "with", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "with" / "eval.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["kid_error"] > 0 and np.isfinite(line["kid"]) for line in lines)
+    recwarn.clear()
+    with mock.patch("flowt2i.evaluation.nets.has_efficientnet", lambda: False):
+        train(resolve("quickstart", words), latents / "data", tmp_path / "without", progress=False)
+    assert "kid" not in (tmp_path / "without" / "eval.jsonl").read_text()
+    assert sum("no kernel distance" in str(warning.message) for warning in recwarn) == 1
+
+
+@pytest.mark.slow
+def test_scores_order_damage_of_real_pictures(shared):
+    """Blur, noise, JPEG and colours of real emoji: each of four strengths scores worse than the one before, under both distances."""
+    import tarfile
+
+    from flowt2i.data.images import load_square
+    from flowt2i.evaluation.corruptions import CORRUPTIONS, corrupt
+
+    pytest.importorskip("efficientnet_lite_pytorch")
+    net, real = load_net("efficientnet-lite0"), []
+    for path in sorted((shared / "data" / "emoji").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            real += [load_square(tar.extractfile(member).read(), 64) for member in tar if member.name.endswith(".jpg")][:400]
+    real = np.stack(real)[spread(len(real))]
+    reference, pictures_ = net(real[100:200]), real[:100]
+    for kind, (_, strengths) in CORRUPTIONS.items():
+        features = [net(pictures_), *(net(corrupt(pictures_, kind, strength)) for strength in strengths)]
+        distances = [frechet_distance(Moments.of(x), Moments.of(reference)) for x in features]
+        kernels = [kernel_distance(x, reference).value for x in features]
+        assert distances == sorted(distances) and kernels == sorted(kernels), (kind, distances, kernels)
