@@ -34,7 +34,8 @@ def main() -> None:
         if not same or not described.is_scenes or described.codec != description.codec:
             raise SystemExit(f"{run} is of another preset, flow or data than {args.runs[0]}")
     runs = [
-        {"seed": config.train.seed, "batch_size": config.data.batch_size, "score_prompts": config.train.score_prompts, **on_track.curve_of(run)}
+        {"seed": config.train.seed, "batch_size": config.data.batch_size, "score_prompts": config.train.score_prompts}
+        | {what: points for what, points in on_track.curve_of(run).items() if points}
         for run, config in zip(args.runs, configs)
     ]
     reference = {

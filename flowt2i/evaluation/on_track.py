@@ -96,14 +96,14 @@ def validation_of(evaluation: dict[str, Any]) -> float | None:
 
 
 def curve_of(run: Path, bins: int = 60) -> dict[str, Points]:
-    """`loss` (means of `bins` equal stretches of log.jsonl), `validation` and `score` of a run folder against images seen; empty where not logged."""
+    """`loss` (means of `bins` equal stretches of log.jsonl), `validation`, `score` and `kid` of a run against images seen; empty where not logged."""
     log = [(line["images_seen"], line["loss"]) for line in read_lines(run / "log.jsonl") if "loss" in line]
     stretches = [part for part in np.array_split(np.asarray(log, np.float64).reshape(-1, 2), min(bins, max(1, len(log)))) if len(part)]
     evaluations = read_lines(run / "eval.jsonl")
     return {
         "loss": [[float(x), round(float(y), 6)] for x, y in (part.mean(0) for part in stretches)],
         "validation": [[line["images_seen"], round(value, 6)] for line in evaluations if (value := validation_of(line)) is not None],
-        "score": [[line["images_seen"], round(line["score"], 6)] for line in evaluations if "score" in line],
+        **{name: [[line["images_seen"], round(line[name], 6)] for line in evaluations if name in line] for name in ("score", "kid")},
     }
 
 

@@ -158,7 +158,7 @@ def _training(report: Report) -> str:
             band = list(zip(*(wilson(round(value * n), n) for value in y))) if n else [(), ()]
             lines.append(Series("this run", x, y, *band, style="a"))
             svg = line_chart(
-                lines, x_label=f"images seen ({found['batch_size']} a step)", y_label="all right" if is_share else "loss",
+                lines, x_label=f"images seen ({found['batch_size']} a step)", y_label="all right" if is_share else "kernel distance" if what == "kid" else "loss",
                 y_format=percent if is_share else short, from_zero=is_share, y_log=not is_share, name=title,
             )  # fmt: skip
             shown.append((title, svg, lines))

@@ -57,6 +57,8 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
         asked = scenes.prompts(trainer.config.train.seed, trainer.config.train.score_prompts, heldout=False)
         drawn = sample_over_ranks(trainer.world, pipeline, asked, seed=FIRST_SEED, steps=min(20, trainer.config.sample.steps))
         values["score"] = score_images(drawn.images, asked)["all"]["accuracy"]
+    elif not trainer.description.is_scenes and not trainer.config.data.subset and trainer.config.train.score_images:
+        values |= trainer.kernel_score(trainer, pipeline)
     memorised = side_by_side(trainer, pipeline) if trainer.config.data.subset and last else None
     if trainer.world.main and trainer.progress:
         seen = {"images_seen": trainer.step * trainer.config.data.batch_size}
