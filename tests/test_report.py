@@ -130,7 +130,7 @@ def test_a_model_of_other_data_and_one_that_diverged(runs, scenes_data, tmp_path
     source = checkpoint.newest_good(runs[0])
     other = tmp_path / "other"
     shutil.copytree(source, other)
-    description = json.loads((other / "dataset.json").read_text()) | {"source": "emoji"}
+    description = json.loads((other / "dataset.json").read_text()) | {"source": "emoji", "fingerprint": "other"}
     (other / "dataset.json").write_text(json.dumps(description))
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
@@ -139,10 +139,11 @@ def test_a_model_of_other_data_and_one_that_diverged(runs, scenes_data, tmp_path
     for folder in (other, broken):
         checkpoint.write_manifest(folder)
     for words, told in (
-        (["--model", other], "trained on other data"),
-        (["--model", other, "--data", scenes_data, "--metrics", "memorisation"], "own data"),
+        (["--model", other, "--metrics", "scenes"], "trained on other data"),
+        (["--model", other, "--data", scenes_data, "--metrics", "memorisation"], "is other data"),
+        (["--model", other], "--data"),
         (["--compare", runs[0], other], "no prompts are fair"),
-        (["--model", broken, "--num", "2"], "not finite"),
+        (["--model", broken, "--metrics", "scenes", "--num", "2"], "not finite"),
     ):
         assert evaluate(*words) == 2, words
         said = capsys.readouterr().err

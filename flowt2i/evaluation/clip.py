@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.description import DatasetDescription, require_same
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import mean_interval, tally
 from flowt2i.evaluation.memorisation import real_images
@@ -88,7 +89,9 @@ def metric(context: Context) -> Scores:
     pipeline = context.need_pipeline("clip")
     net = Clip.load(context.clip_name, context.world.device)
     found = score(net, context.images(), context.prompts)
-    data = ImageTextDataset(context.need_data("clip"), "heldout" if pipeline.description.heldout_count else "train")
+    described = DatasetDescription.load(context.need_data("clip"))
+    require_same(pipeline.description.codec, described.codec, "codec of the model and of --data")
+    data = ImageTextDataset(context.need_data("clip"), "heldout" if described.heldout_count else "train")
     rows = [k for k, caption in enumerate(data.captions()) if caption.strip()][: context.num]
     real = score(net, real_images(data, pipeline.codec, np.array(rows)), [data.caption(k) for k in rows])
     title = f"{net.name}-{context.count}@{context.resolution}"

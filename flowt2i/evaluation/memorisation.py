@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from flowt2i.codec import stored_to_latents
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally
 from flowt2i.evaluation.metrics import Context, Scores
@@ -60,6 +61,8 @@ def metric(context: Context) -> Scores:
     pipeline, data = context.need_pipeline("memorisation"), context.need_data("memorisation")
     if not pipeline.description.heldout_count:
         raise UserError(f"memorisation is measured against held-out pictures, and {data} has none: prepare it with --heldout")
+    if DatasetDescription.load(data).fingerprint != pipeline.description.fingerprint:
+        raise UserError(f"memorisation is about the data that a model was trained on, and {data} is other data: give the model's own with --data")
     train, heldout = ImageTextDataset(data, "train"), ImageTextDataset(data, "heldout")
     trained = min(pipeline.config.data.subset or len(train), len(train))
     kinds: dict[str, Features] = {"pixels": pixel_features}

@@ -136,7 +136,7 @@ def _scores(report: Report) -> str:
         rows = []
         for s in scores:
             bar = page.meter(s.value, s.low, s.high) if s.share and s.low is not None and s.high is not None else ""
-            rows.append([s.part, s.shown(), s.interval(), f"{s.n:,}" if s.n else "", bar])
+            rows.append([s.part, s.shown(), s.interval().replace(" ", "\N{NO-BREAK SPACE}"), f"{s.n:,}" if s.n else "", bar])
         table = page.table(["", "value", "95% interval", "n", ""], rows, numbers=(1, 3), raw=(4,))
         blocks += [f"<h3>{page.escape(group)}</h3>", page.code(scores[0].protocol), table]
     return page.section("Scores", *blocks)
@@ -145,11 +145,13 @@ def _scores(report: Report) -> str:
 def _training(report: Report) -> str:
     found = report.training
     shown = []
-    for what, title, is_share in (
-        ("score", "Prompt following while training", True),
-        ("validation", "Validation loss", False),
-        ("loss", "Training loss", False),
+    for what, title, label in (
+        ("score", "Prompt following while training", "all right"),
+        ("kid", "Kernel distance while training", "kernel distance"),
+        ("validation", "Validation loss", "loss"),
+        ("loss", "Training loss", "loss"),
     ):
+        is_share = what == "score"
         lines = [Series("our runs of the preset", *_xy(r[what]), style="r") for r in found.get("reference", []) if r.get(what)]
         own = found.get(what)
         if own:
@@ -158,8 +160,8 @@ def _training(report: Report) -> str:
             band = list(zip(*(wilson(round(value * n), n) for value in y))) if n else [(), ()]
             lines.append(Series("this run", x, y, *band, style="a"))
             svg = line_chart(
-                lines, x_label=f"images seen ({found['batch_size']} a step)", y_label="all right" if is_share else "kernel distance" if what == "kid" else "loss",
-                y_format=percent if is_share else short, from_zero=is_share, y_log=not is_share, name=title,
+                lines, x_label=f"images seen ({found['batch_size']} a step)", y_label=label, y_format=percent if is_share else short,
+                from_zero=is_share, y_log=not is_share, name=title,
             )  # fmt: skip
             shown.append((title, svg, lines))
     if not shown:
@@ -180,11 +182,9 @@ def _curves(report: Report) -> str:
             shown.append((title, svg, [line]))
     if not shown:
         return ""
-    passes = {int(p.x): p.evaluations for p in found.get("evaluations", [])}
-    cost = ", ".join(f"{steps}: {count}" for steps, count in passes.items())
-    note = f"{found['measure']} of {found['n']} prompts at each point, the same prompts and noise throughout; bands are 95% intervals."
-    cost_note = f" Passes of the net a picture, guidance counted, by steps: {cost}." if cost else ""
-    return page.section("What sampling costs and gains", page.paragraph(note + cost_note), page.charts(shown))
+    note = f"{found['measure']}, of {found['n']} prompts at each point, the same prompts and noise throughout; bands are 95% intervals."
+    cost_note = " A step takes one pass of the net with Euler and guidance 1, two passes with other guidance; Heun takes twice as many."
+    return page.section("What sampling costs and gains", page.paragraph(note[0].upper() + note[1:] + cost_note), page.charts(shown))
 
 
 def _memorisation(report: Report, pictures: Pictures) -> str:
