@@ -41,7 +41,7 @@ CHUNK = 1024  # training pictures at a time
 PIXEL_SIDE = 16  # pixels are compared at this size: blur, noise and a shift by a pixel do not hide a copy
 
 METHOD = (
-    f"nearest training picture, pixels at {PIXEL_SIDE}x{PIXEL_SIDE} less channel means, features as unit vectors; near copies lie within percentile "
+    f"nearest training picture, pixels at {PIXEL_SIDE}x{PIXEL_SIDE} less mean brightness, features as unit vectors; near copies lie within percentile "
     f"{PERCENTILE:g} of the distances of up to {MOST_HELDOUT} held-out pictures"
 )
 
@@ -109,13 +109,13 @@ def _spread(captions: Sequence[str], count: int) -> list[str]:
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
-    """Pictures at 16 x 16, less the mean of each channel, so that brightness and tint alone do not part a copy from its original.
+    """Pictures at 16 x 16, less their mean brightness, so that brightness alone does not part a copy from its original (colour does).
 
     uint8 [N, H, W, 3] -> float32 [N, 768], scaled so that the Euclidean distance is the root mean square difference in grey levels of 255.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
     small = torch.nn.functional.interpolate(pixels, (PIXEL_SIDE, PIXEL_SIDE), mode="area")
-    free = (small - small.mean((2, 3), keepdim=True)).flatten(1)
+    free = (small - small.mean((1, 2, 3), keepdim=True)).flatten(1)
     return (free / math.sqrt(free.shape[1])).numpy()
 
 

@@ -208,17 +208,18 @@ def _comparison(report: Report, pictures: Pictures) -> str:
     found = report.comparison
     if not found:
         return ""
-    lead = f"A: {found['a']}. B: {found['b']}. The same {found['n']:,} prompts, and for each the same noise."
+    lead = f"A: {found['a']}. B: {found['b']}. The same {found['n']:,} prompts, and for each the same noise; in the pictures A left, B right."
     rows = []
     for name, row in found["scores"].items():
-        d = row["difference"]
-        form = (lambda v: f"{v:+.1%}") if row["share"] else (lambda v: f"{v:+.4g}")
-        plain = (lambda v: f"{v:.1%}") if row["share"] else (lambda v: f"{v:.4g}")
-        interval = f"[{form(d['low'])}, {form(d['high'])}]" if d else ""
-        better = "" if not d or d["low"] <= 0 <= d["high"] else "B is better" if d["low"] > 0 else "A is better"
-        rows.append([name.replace("_", " "), plain(row["a"]), plain(row["b"]), form(row["b"] - row["a"]), interval, f"{d['n']:,}" if d else "", better])
-    table = page.table(["score", "A", "B", "B - A", "95% interval", "n", ""], rows, numbers=(1, 2, 3, 5))
-    grid = page.pairs(pictures.compared, [f"A, B: {s['prompt']}" for s in report.samples[: len(pictures.compared)]]) if pictures.compared else ""
+        d, p = row["difference"], row["difference"].get("p")
+        plain, signed = ("{:.1%}", "{:+.1%}") if row["share"] else ("{:.4g}", "{:+.4g}")
+        interval = f"[{signed.format(d['low'])}, {signed.format(d['high'])}]".replace(" ", "\N{NO-BREAK SPACE}")
+        clear = p < 0.05 if p is not None else not d["low"] <= 0 <= d["high"]
+        verdict = f"{'B' if d['difference'] > 0 else 'A'} has more" if clear else ""
+        values = [plain.format(row["a"]), plain.format(row["b"]), signed.format(d["difference"])]
+        rows.append([name.replace("_", " "), *values, interval, f"{d['n']:,}", "" if p is None else f"{p:.2g}", verdict])
+    table = page.table(["", "A", "B", "B - A", "95% interval", "n", "p", ""], rows, numbers=(1, 2, 3, 5, 6))
+    grid = page.pairs(pictures.compared, [s["prompt"] for s in report.samples[: len(pictures.compared)]]) if pictures.compared else ""
     return page.section("A against B", page.paragraph(lead), table, page.paragraph(found["method"]), grid)
 
 
