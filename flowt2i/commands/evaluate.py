@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
             "flowt2i evaluate --model runs/mine --data data/mine --metrics kid,loss --num 1000",
             "flowt2i evaluate --model runs/mine --data data/mine --metrics fid,kid --net inception --reference train --num 5000",
             "flowt2i evaluate --images pictures/ --reference real_pictures/ --metrics frechet,kid --net facebook/dinov2-small",
-            "torchrun --nproc-per-node 2 -m flowt2i evaluate --model runs/mine --metrics frechet --num 50000",
+            "torchrun --nproc-per-node 2 -m -- flowt2i evaluate --model runs/mine --metrics frechet --num 50000",
         ),
     )
     add_model(parser)
@@ -68,6 +68,8 @@ def evaluate(args: argparse.Namespace, world: "World") -> int:
         raise UserError("--num must be at least 1")
     if args.images and args.model:
         raise UserError("--images scores pictures without a model: leave out --model or --images")
+    if args.net_weights and args.net != "inception" and "fid" not in names:
+        raise UserError("--net-weights goes with inception (--metrics fid, or --net inception): for another net give the folder of the model itself")
     if not 0 <= args.seed < 10**9:
         raise UserError("--seed must be between 0 and 10^9")
     context = build_context(args, world, names)
