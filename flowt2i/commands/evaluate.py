@@ -17,8 +17,10 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a model",
-        description="Scores that say how they were taken: prompt following on the built-in scenes by an exact checker; the distance between the "
-        "distributions of drawn and of real pictures (fid, frechet, kid), beside what real pictures score; the loss on held-out images. "
+        description="Scores that say how they were taken.\n\n"
+        "  scenes            do pictures of the built-in scenes show what the prompt says? by an exact checker\n"
+        "  fid frechet kid   how far are drawn pictures from real ones? beside what real ones score\n"
+        "  loss              on held-out images, by time, of raw and averaged weights\n\n"
         "Pictures are kept under RUN/evaluation/: an evaluation that was stopped goes on where it was.",
         **examples(
             "flowt2i evaluate --model runs/quickstart --num 500",
