@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowt2i.evaluation.frechet import Moments, factor, frechet_distance
+from flowt2i.evaluation.frechet import Moments, frechet_distance
 from flowt2i.evaluation.kid import kernel_distance
 
 
@@ -86,10 +86,9 @@ def test_batches_and_ranks_add_up():
         Moments.of(x[:1]).covariance.sum()
 
 
-def test_factor_drops_rounding_errors():
-    x = features(10, 64, 0)
-    f = factor(Moments.of(x).covariance)
-    assert f.shape == (64, 9) and torch.allclose(f @ f.T, Moments.of(x).covariance, atol=1e-12)
+def test_root_drops_rounding_errors():
+    moments = Moments.of(features(10, 64, 0))
+    assert moments.root.shape == (64, 9) and torch.allclose(moments.root @ moments.root.T, moments.covariance, atol=1e-12)
 
 
 class Passing(torch.nn.Module):

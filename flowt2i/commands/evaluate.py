@@ -17,8 +17,10 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a model",
-        description="Scores that say how they were taken: prompt following on the built-in scenes by an exact checker; the distance between the "
-        "distributions of drawn and of real pictures (fid, frechet, kid), beside what real pictures score; the loss on held-out images. "
+        description="Scores that say how they were taken.\n\n"
+        "  scenes            do pictures of the built-in scenes show what the prompt says? by an exact checker\n"
+        "  fid frechet kid   how far are drawn pictures from real ones? beside what real ones score\n"
+        "  loss              on held-out images, by time, of raw and averaged weights\n\n"
         "Pictures are kept under RUN/evaluation/: an evaluation that was stopped goes on where it was.",
         **examples(
             "flowt2i evaluate --model runs/quickstart --num 500",
@@ -26,7 +28,7 @@ def add(commands: Any) -> None:
             "flowt2i evaluate --model runs/mine --data data/mine --metrics kid,loss --num 1000",
             "flowt2i evaluate --model runs/mine --data data/mine --metrics fid,kid --net inception --reference train --num 5000",
             "flowt2i evaluate --images pictures/ --reference real_pictures/ --metrics frechet,kid --net facebook/dinov2-small",
-            "torchrun --nproc-per-node 2 -m flowt2i evaluate --model runs/mine --metrics frechet --num 50000",
+            "torchrun --nproc-per-node 2 -m -- flowt2i evaluate --model runs/mine --metrics frechet --num 50000",
             "flowt2i evaluate --model runs/mine --metrics clip --clip openai/clip-vit-base-patch32",
             "flowt2i evaluate --model runs/quickstart --metrics scenes,scenes-heldout,memorisation --out report",
             "flowt2i evaluate --compare runs/quickstart runs/quickstart-seed1 --num 500 --out comparison",
@@ -76,6 +78,8 @@ def evaluate(args: argparse.Namespace, world: "World") -> int:
         raise UserError("--num must be at least 1")
     if args.images and args.model:
         raise UserError("--images scores pictures without a model: leave out --model or --images")
+    if args.net_weights and args.net != "inception" and "fid" not in names:
+        raise UserError("--net-weights goes with inception (--metrics fid, or --net inception): for another net give the folder of the model itself")
     if not 0 <= args.seed < 10**9:
         raise UserError("--seed must be between 0 and 10^9")
     if args.curve_num < 0:

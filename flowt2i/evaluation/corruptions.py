@@ -32,10 +32,10 @@ def colour(image: Image.Image, strength: float, seed: int) -> Image.Image:
 
 
 CORRUPTIONS: dict[str, tuple[Callable[[Image.Image, float, int], Image.Image], tuple[float, ...]]] = {  # what, and four strengths at 64 pixels
-    "blur": (blur, (0.5, 1, 2, 4)),
+    "blur": (blur, (0.7, 1, 2, 4)),
     "noise": (noise, (8, 16, 32, 64)),
     "jpeg": (jpeg, (40, 70, 85, 95)),
-    "colour": (colour, (16, 32, 64, 128)),
+    "colour": (colour, (32, 64, 96, 160)),
 }
 
 

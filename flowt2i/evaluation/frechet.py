@@ -1,6 +1,7 @@
 """Fréchet distance between Gaussians fitted to features: FID where the net is Inception-v3 (Heusel et al. 1706.08500, eq. 6). Float64 throughout."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -30,13 +31,20 @@ class Moments:
     def mean(self) -> Tensor:
         return self.total / self.count
 
-    @property
+    @cached_property
     def covariance(self) -> Tensor:
         """Unbiased, [d, d]. ValueError for fewer than two samples."""
         if self.count < 2:
             raise ValueError("a covariance needs at least two samples")
         mean = self.mean
         return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """F [d, rank] with F Fᵀ = the covariance; eigenvalues that are rounding errors of the largest count as none."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(torch.float64).eps
+        return vectors[:, kept] * values[kept].sqrt()
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -45,14 +53,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     The last trace is the sum of the singular values of Faᵀ Fb, where Σ = F Fᵀ: no square root is taken of a difference of nearly equal
     numbers, so it holds where covariances are singular (fewer samples than dimensions, constant features).
     """
-    left, right = a.covariance, b.covariance
-    overlap = torch.linalg.svdvals(factor(left).T @ factor(right)).sum()
-    distance = (a.mean - b.mean).square().sum() + left.trace() + right.trace() - 2 * overlap
+    overlap = torch.linalg.svdvals(a.root.T @ b.root).sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
     return max(0.0, distance.item())
-
-
-def factor(covariance: Tensor) -> Tensor:
-    """F [d, rank] with F Fᵀ = covariance [d, d]; eigenvalues that are rounding errors of the largest count as none."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(torch.float64).eps
-    return vectors[:, kept] * values[kept].sqrt()

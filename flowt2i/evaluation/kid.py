@@ -26,15 +26,20 @@ def kernel_distance(x: Tensor, y: Tensor) -> Estimate:
     n, m = len(x), len(y)
     if min(n, m) < 3:
         raise ValueError("the kernel distance needs at least three samples a side")
-    within_x, within_y = row_sums(x, x) - _diagonal(x), row_sums(y, y) - _diagonal(y)
-    across_x, across_y = row_sums(x, y), row_sums(y, x)
+    within_x, within_y = kernel_sums(x, x)[0] - _diagonal(x), kernel_sums(y, y)[0] - _diagonal(y)
+    across_x, across_y = kernel_sums(x, y)
     value = (within_x.sum() / (n * (n - 1)) + within_y.sum() / (m * (m - 1)) - 2 * across_x.sum() / (n * m)).item()
     return Estimate(value, math.sqrt(_jackknife(within_x, across_x, m) + _jackknife(within_y, across_y, n)))
 
 
-def row_sums(x: Tensor, y: Tensor) -> Tensor:
-    """Sums over y of the kernel: x [n, d], y [m, d] -> [n]."""
-    return torch.cat([((part @ y.T) / x.shape[1] + 1).pow(3).sum(1) for part in x.split(ROWS)])
+def kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the kernel of x [n, d] and y [m, d] over y, [n], and over x, [m]."""
+    rows, columns = [], torch.zeros(len(y), dtype=x.dtype)
+    for part in x.split(ROWS):
+        kernel = (part @ y.T / x.shape[1] + 1).pow_(3)
+        rows.append(kernel.sum(1))
+        columns += kernel.sum(0)
+    return torch.cat(rows), columns
 
 
 def _diagonal(x: Tensor) -> Tensor:

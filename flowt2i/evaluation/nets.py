@@ -75,7 +75,8 @@ class TorchNet:
 
     def _batch(self, images: np.ndarray) -> Tensor:
         pixels = torch.from_numpy(resize(images, self.size).copy()).to(self.device).permute(0, 3, 1, 2).float()
-        with torch.autocast(self.device.type, enabled=False):
+        # on a GPU: fp32 that is fp32 (convolutions would take TF32), and the same algorithm each time
+        with torch.autocast(self.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             features = self.net((pixels - self.mean) / self.std).float().cpu()
         if not torch.isfinite(features).all():
             raise UserError(f"feature net {self.name} gives numbers that are not finite: its weights are broken, choose another --net")

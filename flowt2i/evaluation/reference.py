@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.data.dataset import ImageTextDataset
@@ -135,7 +136,7 @@ def _of_folder(folder: Path, net: FeatureNet, resolution: int, data: Path | None
     files = [files[k] for k in spread(len(files))]
     identity = Identity(
         net=net.name, net_fingerprint=net.fingerprint, resize=RESIZE, resolution=resolution, count=len(files), source="folder",
-        source_hash=hash_files(files), made=f"centre crop, bicubic antialiased to {resolution}",
+        source_hash=hash_files(files, progress and world.main), made=f"centre crop, bicubic antialiased to {resolution}",
     )  # fmt: skip
     originals = lambda part: pictures.read_squares(files[part.start : part.stop], resolution)
     return _kept_or_made(identity, originals, net, data / "references" if data else folder / ".references", world, progress, originals)
@@ -170,10 +171,10 @@ def decoded(dataset: ImageTextDataset, rows: np.ndarray, decoder: Any) -> np.nda
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def hash_files(files: list[Path]) -> str:
+def hash_files(files: list[Path], progress: bool = False) -> str:
     """sha256 over the bytes of files, in order."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in tqdm(files, desc="looking at the reference", unit="image", disable=not progress, leave=False):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
