@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from flowt2i import __version__, flow, guidance, solvers
+from flowt2i import __version__, flow, guidance, hub, solvers
 from flowt2i.config import Config, load_config
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError, nearest
@@ -27,6 +27,7 @@ from flowt2i.text import CaptionTokenizer, FrozenEncoder, load_encoder, load_tok
 from flowt2i.training import checkpoint
 from flowt2i.training.distributed import best_device
 
+NESTED_VAE, NESTED_ENCODER = "vae", "text_encoder"  # folders of an exported model that hold the nets it takes along
 Preview = Callable[[int, int, np.ndarray], None]  # (step, steps, images uint8 [B, H, W, 3] of the predicted clean pictures)
 
 
@@ -81,19 +82,16 @@ class Pipeline:
         codec: str | None = None,
         text: str | None = None,
     ) -> "Pipeline":
-        """Load a run folder (its newest good checkpoint), a checkpoint, or an exported model.
+        """Load a run folder (its newest good checkpoint), a checkpoint, an exported model, or one from the hub by its id ("owner/name").
 
         weights: "ema", "raw", or "auto" (EMA where there is one). codec, text: folders to load VAE and text encoder from, where
         they are not where they were when the data was prepared. UserError where anything is missing or does not fit.
         """
-        folder = checkpoint.find(Path(path))
+        folder = checkpoint.find(hub.local(path))
         config = load_config(folder / "config.json")
         description = DatasetDescription.load(folder)
-        stem = {"auto": "ema" if (folder / "ema.safetensors").exists() else "model", "ema": "ema", "raw": "model"}.get(weights)
-        if stem is None:
-            raise UserError(f"no weights {weights!r}: choose ema, raw or auto")
-        if not (folder / f"{stem}.safetensors").exists():
-            raise UserError(f"{folder} has no {weights} weights: choose {'raw' if stem == 'ema' else 'ema'}")
+        stem, kind = weights_file(folder, weights)
+        codec, text = codec or nested(folder, NESTED_VAE), text or nested(folder, NESTED_ENCODER)
         model = build_model(config, description)
         checkpoint.load_into(model, folder / f"{stem}.safetensors")
         try:
@@ -103,7 +101,7 @@ class Pipeline:
             raise UserError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}): leave it out, or choose cpu") from error
         tokenizer = load_tokenizer(description.text, folder)
         encoder = load_encoder(description.text, compute_dtype(config), text).to(target) if description.text.kind == "hf" else None
-        return cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if stem == "ema" else "raw")
+        return cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if kind == "ema" else "raw")
 
     @property
     def codec(self) -> Any:
@@ -215,6 +213,25 @@ class Pipeline:
         if not torch.isfinite(z).all():
             raise UserError("the model put out numbers that are not finite: its training diverged, or guidance is too high for it")
         return self.to_images(z)
+
+
+def weights_file(folder: Path, wanted: str) -> tuple[str, str]:
+    """Stem and kind ("ema" or "raw") of the weights to load: a checkpoint holds both, an exported model one of them. UserError where they are not there."""
+    stems = {"ema": "ema", "raw": "model"}
+    if (folder / checkpoint.EXPORTED).exists():
+        stems = {checkpoint.exported_weights(folder): "model"}
+    if wanted not in ("auto", "ema", "raw"):
+        raise UserError(f"no weights {wanted!r}: choose ema, raw or auto")
+    there = [kind for kind, stem in stems.items() if (folder / f"{stem}.safetensors").exists()]
+    if wanted != "auto" and wanted not in there:
+        raise UserError(f"{folder} has no {wanted} weights: choose {' or '.join(there)}")
+    kind = there[0] if wanted == "auto" else wanted
+    return stems[kind], kind
+
+
+def nested(folder: Path, name: str) -> str | None:
+    """The net that an exported model took along under this name, or None."""
+    return str(folder / name) if (folder / name / "config.json").exists() else None
 
 
 def compute_dtype(config: Config) -> torch.dtype:

@@ -29,6 +29,7 @@ from flowt2i.human import size
 from flowt2i.training.parallel import share_like
 
 MANIFEST = "manifest.json"
+EXPORTED = "export.json"  # `flowt2i export` leaves it; see `export.folder`
 
 
 def folder(run: Path, step: int) -> Path:
@@ -110,10 +111,10 @@ def recover(run: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_manifest(path: Path) -> None:
-    """Sync every file under a folder and record its size and sha256, the manifest itself last."""
+def write_manifest(path: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Sync every file under a folder and record its size and sha256, the manifest itself last. leave_out: names that may change later."""
     entries = {}
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (MANIFEST, *leave_out)):
         entries[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -176,6 +177,8 @@ def find(path: Path) -> Path:
         raise UserError(f"no model at {path}: give a run folder, a checkpoint or an exported model")
     if path.is_file():
         raise UserError(f"{path} is a file: give a run folder, a checkpoint or an exported model (pickled .pt files are never loaded)")
+    if (path / EXPORTED).exists() and exported_format(path) != "flowt2i":
+        raise UserError(f"{path} was exported for {exported_format(path)}: load it as its README.md says, or export the run once more with --format flowt2i")
     if (path / "config.json").exists() and ((path / "model.safetensors").exists() or (path / "ema.safetensors").exists()):
         problem = damage(path)
         if problem:
@@ -185,6 +188,23 @@ def find(path: Path) -> Path:
     if newest is None:
         raise UserError(f"{path} holds no checkpoint yet: train longer, or give another folder")
     return newest
+
+
+def exported_format(path: Path) -> str:
+    """"flowt2i", "diffusers" or "onnx" of an exported folder; UserError where its mark cannot be read."""
+    return _mark(path, "format")
+
+
+def exported_weights(path: Path) -> str:
+    """Which weights an exported model holds: "ema" or "raw"."""
+    return _mark(path, "weights")
+
+
+def _mark(path: Path, entry: str) -> str:
+    try:
+        return str(json.loads((path / EXPORTED).read_text())[entry])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / EXPORTED} cannot be read: copy or fetch the exported folder again") from error
 
 
 def prune(run: Path, keep_recent: int, keep_every: int) -> None:
