@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from flowt2i import Pipeline
 from flowt2i.config import resolve
 from flowt2i.data import scenes
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.prepare import prepare
+from flowt2i.training import checkpoint
 from flowt2i.training.loop import train
 
 
@@ -52,7 +54,19 @@ def train_on_latents(folder: Path, tiny: list[str]) -> Path:
     prepare(PrepareOptions(out=folder / "data", **options), progress=False)
     words = [*tiny, "--train.steps", "2", "--optim.lr", "1e-2", "--optim.schedule", "constant", "--optim.warmup", "0"]
     train(resolve("stability", words), folder / "data", folder / "run", progress=False)
-    return folder / "run"
+    return enliven(folder / "run")
+
+
+def enliven(run: Path) -> Path:
+    """Give the weights of a run's newest checkpoint random values of a trained model's size: captions and times then matter to every pixel."""
+    folder = checkpoint.newest_good(run)
+    assert folder is not None
+    generator = torch.Generator().manual_seed(0)
+    for file in (folder / "model.safetensors", folder / "ema.safetensors"):
+        state = {name: tensor + torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5 for name, tensor in load_file(file).items()}
+        save_file(state, file)
+    checkpoint.write_manifest(folder)
+    return run
 
 
 def drawn(pipeline: Pipeline, prompts: list[str], seed: int = 3, **settings) -> np.ndarray:

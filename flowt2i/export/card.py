@@ -71,7 +71,7 @@ def write_card(
         datasets=on_hub or None,
         language="en" if description.is_scenes else None,
     )
-    example = prompts[0] if prompts else "a small red circle"
+    example = min(prompts, key=len) if prompts else "a small red circle"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}",
@@ -86,7 +86,7 @@ def write_card(
     if format == "onnx":
         shown["encoder"] = _onnx_use(description.text.kind, description.codec.kind)
     parts += ["## Use", USE[format].format(**shown), "## Data", _data(pipeline, source), "## Training", _training(pipeline, facts, dtype)]
-    if scores := _scores(facts.get("scores") or {}, description.is_scenes):
+    if scores := _scores(facts.get("scores") or {}):
         parts += ["## Scores", scores]
     parts += ["## Limits", _limits(size, description.is_scenes), "## Licence", _licence(pipeline, licence, source)]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n")
@@ -128,14 +128,17 @@ def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
     return f"| | |\n|---|---|\n{table}\n\nEvery setting is in the configuration that travels with the weights."
 
 
-def _scores(scores: dict[str, Any], scenes: bool) -> str:
-    """A table of what the run's last evaluation says, under the names it uses."""
-    names = [name for name in scores if name != "step"]
+def _scores(scores: dict[str, Any]) -> str:
+    """A table of what the run's last evaluation says, under the names it uses, without the losses by time."""
+    meaning = {
+        "score": "share of pictures that show all their prompt says (training's own small check)",
+        "validation/loss": "loss on held-out pictures, raw weights",
+        "validation_ema/loss": "loss on held-out pictures, averaged weights",
+    }
+    names = sorted((name for name in scores if name != "step" and "/t0." not in name), key=lambda name: name.startswith("validation"))
     if not names:
         return ""
-    meaning = {"score": "share of pictures that show all their prompt says (training's own small check)", "validation/loss": "held-out loss, raw weights"}
-    meaning |= {"validation_ema/loss": "held-out loss, averaged weights"}
-    rows = [f"| {name} | {scores[name]:.4g} | {meaning.get(name, 'at times ' + name.rpartition('/t')[2] if '/t0.' in name else '')} |" for name in names]
+    rows = [f"| {name} | {scores[name]:.4g} | {meaning.get(name, '')} |" for name in names]
     return f"At step {scores['step']:,}, as the run recorded them:\n\n| score | value | |\n|---|---|---|\n" + "\n".join(rows)
 
 

@@ -52,8 +52,9 @@ def as_diffusers(pipeline: Pipeline, dtype: torch.dtype = torch.float32) -> Flow
         latent_std=list(description.latent_std),
     )
     transformer.net.load_state_dict(net.state_dict())
+    transformer.net.to(dtype)
     return FlowT2IPipeline(
-        transformer=transformer.to(dtype).eval(),
+        transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=own["shift"]),
         tokenizer=_tokenizer(pipeline),
         text_encoder=_text_encoder(pipeline),

@@ -36,7 +36,7 @@ def write(pipeline: Pipeline, folder: Path, dtype: torch.dtype, nets: bool, vae:
     if description.text.kind == "hf":
         description = _take_along(description, "text", "model", text, folder / NESTED_ENCODER, nets)
     description.save(folder)
-    for file in (f for f in folder.rglob("*") if f.is_file() and f.suffix not in TRAVELS):
+    for file in (f for f in (folder / "tokenizer").rglob("*") if f.is_file() and f.suffix not in TRAVELS):
         file.unlink()  # some tokenizers write their vocabulary a second time, in a form of their own
 
 
