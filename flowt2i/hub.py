@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from flowt2i.errors import UserError
+from flowt2i.exported import MARK, format_of
 from flowt2i.pretrained import hub_told, looks_like_path, quiet
-from flowt2i.training.checkpoint import EXPORTED, exported_format
 
 # A README is not fetched: nothing reads it. A pickle never is.
 PATTERNS = ["*.safetensors", "*.json", "*.txt"]
@@ -23,10 +23,10 @@ def local(model: str | Path) -> Path:
     ways = f"give a run folder, a checkpoint or an exported model, or download {id} on another machine and pass its folder"
     with hub_told(f"model {id!r}", ways), quiet():
         # the mark of an export first: nobody waits for gigabytes of another program's model only to hear that it is not one of ours
-        folder = Path(snapshot_download(id, allow_patterns=[EXPORTED], etag_timeout=5))
-        if not (folder / EXPORTED).exists():
-            raise UserError(f"model {id!r} on the hub was not written by `flowt2i export` (it has no {EXPORTED}): give another id")
-        if exported_format(folder) == "flowt2i":
+        folder = Path(snapshot_download(id, allow_patterns=[MARK], etag_timeout=5))
+        if not (folder / MARK).exists():
+            raise UserError(f"model {id!r} on the hub was not written by `flowt2i export` (it has no {MARK}): give another id")
+        if format_of(folder) == "flowt2i":
             folder = Path(snapshot_download(id, allow_patterns=PATTERNS, etag_timeout=5))
     return folder
 

@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from flowt2i import __version__, flow, guidance, hub, solvers
+from flowt2i import __version__, exported, flow, guidance, hub, solvers
 from flowt2i.config import Config, load_config
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError, nearest
@@ -27,7 +27,6 @@ from flowt2i.text import CaptionTokenizer, FrozenEncoder, load_encoder, load_tok
 from flowt2i.training import checkpoint
 from flowt2i.training.distributed import best_device
 
-NESTED_VAE, NESTED_ENCODER = "vae", "text_encoder"  # folders of an exported model that hold the nets it takes along
 Preview = Callable[[int, int, np.ndarray], None]  # (step, steps, images uint8 [B, H, W, 3] of the predicted clean pictures)
 
 
@@ -90,8 +89,8 @@ class Pipeline:
         folder = checkpoint.find(hub.local(path))
         config = load_config(folder / "config.json")
         description = DatasetDescription.load(folder)
-        stem, kind = weights_file(folder, weights)
-        codec, text = codec or nested(folder, NESTED_VAE), text or nested(folder, NESTED_ENCODER)
+        stem, kind = exported.weights_file(folder, weights)
+        codec, text = codec or exported.taken_along(folder, exported.VAE), text or exported.taken_along(folder, exported.ENCODER)
         model = build_model(config, description)
         checkpoint.load_into(model, folder / f"{stem}.safetensors")
         try:
@@ -213,25 +212,6 @@ class Pipeline:
         if not torch.isfinite(z).all():
             raise UserError("the model put out numbers that are not finite: its training diverged, or guidance is too high for it")
         return self.to_images(z)
-
-
-def weights_file(folder: Path, wanted: str) -> tuple[str, str]:
-    """Stem and kind ("ema" or "raw") of the weights to load: a checkpoint holds both, an exported model one of them. UserError where they are not there."""
-    stems = {"ema": "ema", "raw": "model"}
-    if (folder / checkpoint.EXPORTED).exists():
-        stems = {checkpoint.exported_weights(folder): "model"}
-    if wanted not in ("auto", "ema", "raw"):
-        raise UserError(f"no weights {wanted!r}: choose ema, raw or auto")
-    there = [kind for kind, stem in stems.items() if (folder / f"{stem}.safetensors").exists()]
-    if wanted != "auto" and wanted not in there:
-        raise UserError(f"{folder} has no {wanted} weights: choose {' or '.join(there)}")
-    kind = there[0] if wanted == "auto" else wanted
-    return stems[kind], kind
-
-
-def nested(folder: Path, name: str) -> str | None:
-    """The net that an exported model took along under this name, or None."""
-    return str(folder / name) if (folder / name / "config.json").exists() else None
 
 
 def compute_dtype(config: Config) -> torch.dtype:

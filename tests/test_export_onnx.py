@@ -45,7 +45,7 @@ def test_any_batch_and_caption_length(run, exported):
 
     pipeline = Pipeline.from_pretrained(run, device="cpu")
     session = onnxruntime.InferenceSession(str(exported / "velocity.onnx"), providers=["CPUExecutionProvider"])
-    assert [i.shape for i in session.get_inputs()][0][1:] == [3, 64, 64]
+    assert next(iter(session.get_inputs())).shape[1:] == [3, 64, 64]
     for batch, tokens in ((1, 1), (1, 128), (5, 9)):
         z, text, mask = torch.randn(batch, 3, 64, 64), torch.randn(batch, tokens, 32), torch.ones(batch, tokens, dtype=torch.bool)
         mask[0, tokens // 2 + 1 :] = False

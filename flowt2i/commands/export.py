@@ -28,9 +28,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--format", default="flowt2i", help="flowt2i, diffusers or onnx (default flowt2i)")
     parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
     parser.add_argument("--dtype", default="fp32", help="of the weights: fp32, or bf16 at half the size (default fp32)")
-    parser.add_argument("--license", default="", metavar="ID", help="licence of the weights, as the hub writes it: apache-2.0, mit, cc-by-4.0, … (default: none stated)")
+    parser.add_argument(
+        "--license", default="", metavar="ID", help="licence of the weights, as the hub writes it: apache-2.0, mit, cc-by-4.0, … (default: none stated)"
+    )
     parser.add_argument("--samples", type=int, default=16, help="pictures in the card, not picked (default 16; 0: none)")
-    parser.add_argument("--take-nets", action="store_true", help="copy VAE and text encoder too where the hub has them; those in folders here are always copied")
+    parser.add_argument(
+        "--take-nets", action="store_true", help="copy VAE and text encoder too where the hub has them; those in folders here are always copied"
+    )
     parser.add_argument("--force", action="store_true", help="replace an earlier export at DIR")
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="send the folder to the Hugging Face hub under this name")
     parser.add_argument("--private", action="store_true", help="with --push: only you see it")

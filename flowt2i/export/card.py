@@ -29,8 +29,9 @@ pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}",
 pipeline([{prompt!r}], generator=torch.Generator().manual_seed(0)).images[0].save("picture.png")
 ```
 
-A folder works in place of the name. The code that runs is `pipeline.py` and `transformer/flowt2i_transformer.py` in this folder: read them before you trust them.
-`FlowMatchEulerDiscreteScheduler` runs from sigma = 1 (noise) to 0; flowt2i's time is t = 1 - sigma, and the shift is the same number.""",
+A folder works in place of the name. The code that runs is `pipeline.py` and `transformer/flowt2i_transformer.py` in this folder: read them
+before you trust them. 
+Its `FlowMatchEulerDiscreteScheduler` runs from sigma = 1 (noise) to 0; flowt2i's time is t = 1 - sigma, and the shift is the same number.""",
     "onnx": """`velocity.onnx` is the velocity net: `z` [B, C, H, W], `t` [B] from 0 (noise) to 1, `text` [B, T, D], `mask` [B, T] (True: a real token) to
 `dz/dt` [B, C, H, W]; B is free, T up to {longest}. `sampling.json` holds latent statistics and defaults. {encoder}""",
 }
@@ -51,7 +52,7 @@ def draw_samples(pipeline: Pipeline, prompts: list[str], path: Path, progress: A
     """A captioned grid of seeds 0, 1, … at the model's own settings; returns these settings."""
     samples = pipeline.sample(prompts, progress=progress)
     save_png(grid(samples.images, samples.prompts, columns=min(8, math.ceil(math.sqrt(len(prompts))))), path)
-    return samples.settings
+    return pipeline.settings()
 
 
 def write_card(
@@ -79,8 +80,8 @@ def write_card(
     ]
     if drawn:
         parts.append(
-            f"![{len(prompts)} pictures under their captions](samples.png)\n\n*{_which(config, description.is_scenes)}, seeds 0 to {len(prompts) - 1}, not picked. "
-            f"{drawn['solver'].capitalize()}, {drawn['steps']} steps, guidance {drawn['guidance']:g}.*"
+            f"![{len(prompts)} pictures under their captions](samples.png)\n\n*{_which(config, description.is_scenes)}, seeds 0 to {len(prompts) - 1}, "
+            f"not picked. {drawn['solver'].capitalize()}, {drawn['steps']} steps, guidance {drawn['guidance']:g}.*"
         )
     shown = {"name": name, "prompt": example, "quoted": '"' + example.replace('"', "'") + '"', "longest": description.text.max_tokens, "encoder": ""}
     if format == "onnx":
@@ -143,13 +144,15 @@ def _scores(scores: dict[str, Any]) -> str:
 
 
 def _limits(size: int, scenes: bool) -> str:
-    nothing_else = "It knows coloured shapes and nothing else." if scenes else "It knows what its training pictures show, and reads captions as theirs are written."
-    return f"Pictures are {size}×{size} pixels. {nothing_else} What it draws may resemble its training pictures, and carries over what is one-sided in them."
+    nothing_else = (
+        "It knows coloured shapes and nothing else." if scenes else "It knows what its training pictures show, and reads captions as theirs are written."
+    )
+    return f"{nothing_else} Pictures are {size}×{size} pixels. What it draws may resemble its training pictures, and carries over what is one-sided in them."
 
 
 def _licence(pipeline: Pipeline, licence: str, source: str) -> str:
     description = pipeline.description
-    stated = f"The weights are under `{licence}`." if licence else "No licence was stated for these weights: ask whoever trained them before you use or pass them on."
+    stated = f"The weights are under `{licence}`." if licence else "No licence was stated for these weights: ask whoever trained them before you use them."
     data = (
         "The training pictures were drawn by flowt2i itself; nobody else has rights in them."
         if description.is_scenes
@@ -162,7 +165,7 @@ def _licence(pipeline: Pipeline, licence: str, source: str) -> str:
 
 def _onnx_use(text: str, codec: str) -> str:
     if text == "builtin" and codec == "pixels":
-        return "`sample.py` draws pictures with onnxruntime, numpy and tokenizers alone:\n`python sample.py \"a small red circle\" picture.png`."
+        return '`sample.py` draws pictures with onnxruntime, numpy and tokenizers alone:\n`python sample.py "a small red circle" picture.png`.'
     missing = ["`text` are the last hidden states of the text encoder named below, zero where padded"] if text == "hf" else []
     missing += ["latents times `latent_std` plus `latent_mean` go to the VAE's decoder"] if codec == "vae" else []
     return "Its text encoder is `text_encoder.onnx`. " * (text == "builtin") + "; ".join(missing).capitalize() + "."

@@ -1,8 +1,8 @@
 """A folder that `diffusers.DiffusionPipeline` loads and runs, where flowt2i is not installed too.
 
-    DIR/model_index.json  pipeline.py              the pipeline
-        transformer/                               weights, configuration, and the model's own code in flowt2i_transformer.py
-        scheduler/  tokenizer/  text_encoder/  vae/    diffusers' and transformers' own formats
+DIR/model_index.json  pipeline.py              the pipeline
+    transformer/                               weights, configuration, and the model's own code in flowt2i_transformer.py
+    scheduler/  tokenizer/  text_encoder/  vae/    diffusers' and transformers' own formats
 """
 
 import json
@@ -17,6 +17,7 @@ from flowt2i.export import diffusers_model, diffusers_pipeline
 from flowt2i.export.carry import self_contained
 from flowt2i.export.diffusers_model import FlowT2ITransformer
 from flowt2i.export.diffusers_pipeline import FlowT2IPipeline
+from flowt2i.export.facts import plain_euler
 from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import quiet
 
@@ -61,7 +62,7 @@ def as_diffusers(pipeline: Pipeline, dtype: torch.dtype = torch.float32) -> Flow
         vae=pipeline.codec.net if description.codec.kind == "vae" else None,
         max_tokens=text.max_tokens,
         caption_tokens=max(description.longest_caption, 1),
-        steps=own["steps"] if own["solver"] == "euler" else 50,  # the scheduler is Euler's, which needs more steps than the others
+        steps=own["steps"] if plain_euler(own) else 50,  # the scheduler is Euler's, which needs more steps than the others
         guidance=own["guidance"],
     )
 

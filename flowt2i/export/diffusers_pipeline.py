@@ -1,8 +1,8 @@
 """A diffusers pipeline of our models. `flowt2i export --format diffusers` writes it as `pipeline.py` into the folder; it runs without flowt2i:
 
-    from diffusers import DiffusionPipeline
-    pipeline = DiffusionPipeline.from_pretrained("DIR or owner/name", custom_pipeline="DIR or owner/name", trust_remote_code=True)
-    pipeline("a small red circle").images[0]
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("DIR or owner/name", custom_pipeline="DIR or owner/name", trust_remote_code=True)
+pipeline("a small red circle").images[0]
 """
 
 from collections.abc import Callable
@@ -64,7 +64,9 @@ class FlowT2IPipeline(DiffusionPipeline):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents [B, C, H, W] -> pictures [B, 3, S, S] in [0, 1]."""
-        mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (self.transformer.config.latent_mean, self.transformer.config.latent_std))
+        mean, std = (
+            torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (self.transformer.config.latent_mean, self.transformer.config.latent_std)
+        )
         raw = latents.float() * std + mean
         pixels = raw if self.vae is None else self.vae.decode(raw.to(self.vae.dtype)).sample.float()
         return (pixels.clamp(-1, 1) + 1) / 2

@@ -39,6 +39,11 @@ def public_source(description: DatasetDescription) -> str:
     return ", ".join(_public(part) for part in description.source.split(", "))
 
 
+def plain_euler(settings: dict[str, Any]) -> bool:
+    """Are these sampling settings Euler's method on even (or shifted) times, as other programs have it?"""
+    return settings["solver"] == "euler" and settings.get("schedule", "uniform") == "uniform"
+
+
 def _public(source: str) -> str:
     path = Path(source)
     if not (source.startswith((".", "/", "~")) or path.exists() or source.count("/") > 1):

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from flowt2i import __version__
 from flowt2i.errors import UserError
-from flowt2i.training.checkpoint import EXPORTED as MARK
-
-
+from flowt2i.exported import MARK
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:
@@ -48,23 +47,28 @@ def check_target(target: Path, force: bool) -> None:
 def aside(target: Path, force: bool) -> Iterator[Path]:
     """A hidden folder beside the target; renamed to it when all went well, removed otherwise. What a killed export left is cleared up first."""
     target = target.absolute()
-    beside, old = (target.with_name(f".{target.name}.{what}") for what in ("tmp", "old"))
-    _restore(target, old)
-    check_target(target, force)
+    beside, old, lock = (target.with_name(f".{target.name}.{what}") for what in ("tmp", "old", "lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        yield beside
-        check_target(target, force)  # it took a while
-        if target.exists() and any(target.iterdir()):
-            os.replace(target, old)
-        os.replace(beside, target)
+        with FileLock(lock, timeout=0):
+            try:
+                _restore(target, old)
+                check_target(target, force)
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+                yield beside
+                check_target(target, force)  # it took a while
+                if target.exists() and any(target.iterdir()):
+                    os.replace(target, old)
+                os.replace(beside, target)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+                _restore(target, old)
+                lock.unlink(missing_ok=True)
+    except Timeout as error:
+        raise UserError(f"another export is writing --to {target}: wait for it, or give another folder") from error
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a disk that is full
         raise UserError(f"cannot write --to {target}: {getattr(error, 'strerror', None) or error}; nothing was exported") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        _restore(target, old)
 
 
 def _restore(target: Path, old: Path) -> None:

@@ -1,10 +1,10 @@
 """Our own format: what `Pipeline.from_pretrained` reads, in a folder or on the hub.
 
-    DIR/model.safetensors                    the weights, EMA unless raw ones were asked for
-        config.json  dataset.json            configuration and description, as in a checkpoint
-        tokenizer/  vae/  text_encoder/      the nets where they lie in folders of this machine, or where asked for; else they are named by hub id
-        export.json  manifest.json           format, training, scores · size and sha256 of every file above
-        README.md  samples.png               the model card; not in the manifest, so that it may be edited
+DIR/model.safetensors                    the weights, EMA unless raw ones were asked for
+    config.json  dataset.json            configuration and description, as in a checkpoint
+    tokenizer/  vae/  text_encoder/      the nets where they lie in folders of this machine, or where asked for; else they are named by hub id
+    export.json  manifest.json           format, training, scores · size and sha256 of every file above
+    README.md  samples.png               the model card; not in the manifest, so that it may be edited
 """
 
 import shutil
@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from flowt2i import exported
 from flowt2i.description import DatasetDescription
 from flowt2i.export.facts import public_source
-from flowt2i.pipeline import NESTED_ENCODER, NESTED_VAE, Pipeline
+from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import find_pretrained, weight_files
 
 TRAVELS = {".safetensors", ".json", ".txt"}  # and nothing else: what `hub.PATTERNS` fetches
@@ -32,9 +33,9 @@ def write(pipeline: Pipeline, folder: Path, dtype: torch.dtype, nets: bool, vae:
     pipeline.tokenizer.save(folder)
     description = pipeline.description.model_copy(update={"source": public_source(pipeline.description)})
     if description.codec.kind == "vae":
-        description = _take_along(description, "codec", "diffusion_pytorch_model", vae, folder / NESTED_VAE, nets)
+        description = _take_along(description, "codec", "diffusion_pytorch_model", vae, folder / exported.VAE, nets)
     if description.text.kind == "hf":
-        description = _take_along(description, "text", "model", text, folder / NESTED_ENCODER, nets)
+        description = _take_along(description, "text", "model", text, folder / exported.ENCODER, nets)
     description.save(folder)
     for file in (f for f in (folder / "tokenizer").rglob("*") if f.is_file() and f.suffix not in TRAVELS):
         file.unlink()  # some tokenizers write their vocabulary a second time, in a form of their own

@@ -1,9 +1,9 @@
 """The velocity net, and the built-in caption encoder where the model has one, as ONNX graphs that onnxruntime was seen to agree on with torch.
 
-    DIR/velocity.onnx        z [B, C, H, W], t [B], text [B, T, D], mask [B, T] -> dz/dt [B, C, H, W]; B and T are free
-        text_encoder.onnx    ids [B, T], mask [B, T] -> [B, T, D]; built-in text encoder only
-        sampling.json  tokenizer/    latent statistics, defaults, tokenizer
-        sample.py            draws with onnxruntime, numpy and tokenizers alone; pixels and built-in text encoder only
+DIR/velocity.onnx        z [B, C, H, W], t [B], text [B, T, D], mask [B, T] -> dz/dt [B, C, H, W]; B and T are free
+    text_encoder.onnx    ids [B, T], mask [B, T] -> [B, T, D]; built-in text encoder only
+    sampling.json  tokenizer/    latent statistics, defaults, tokenizer
+    sample.py            draws with onnxruntime, numpy and tokenizers alone; pixels and built-in text encoder only
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from flowt2i import flow
 from flowt2i.errors import UserError
 from flowt2i.export import onnx_sample
 from flowt2i.export.carry import self_contained
+from flowt2i.export.facts import plain_euler
 from flowt2i.model import FlowTransformer
 from flowt2i.pipeline import Pipeline
 
@@ -127,7 +128,7 @@ def _write_sampling(pipeline: Pipeline, folder: Path, longest: int) -> None:
         "max_tokens": min(text.max_tokens, longest),
         "caption_tokens": min(max(description.longest_caption, 1), longest),
         "pad_id": text.pad_id,
-        "steps": own["steps"] if own["solver"] == "euler" else 50,  # sample.py steps as Euler does
+        "steps": own["steps"] if plain_euler(own) else 50,  # sample.py steps as Euler does
         "guidance": own["guidance"],
         "shift": own["shift"],
     }

@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flowt2i import exported
 from flowt2i.errors import UserError
 from flowt2i.human import size
 from flowt2i.training.parallel import share_like
 
 MANIFEST = "manifest.json"
-EXPORTED = "export.json"  # `flowt2i export` leaves it; see `export.folder`
 
 
 def folder(run: Path, step: int) -> Path:
@@ -177,8 +177,8 @@ def find(path: Path) -> Path:
         raise UserError(f"no model at {path}: give a run folder, a checkpoint or an exported model")
     if path.is_file():
         raise UserError(f"{path} is a file: give a run folder, a checkpoint or an exported model (pickled .pt files are never loaded)")
-    if (path / EXPORTED).exists() and exported_format(path) != "flowt2i":
-        raise UserError(f"{path} was exported for {exported_format(path)}: load it as its README.md says, or export the run once more with --format flowt2i")
+    if exported.format_of(path) not in ("", "flowt2i"):
+        raise UserError(f"{path} was exported for {exported.format_of(path)}: load it as its README.md says, or export the run once more with --format flowt2i")
     if (path / "config.json").exists() and ((path / "model.safetensors").exists() or (path / "ema.safetensors").exists()):
         problem = damage(path)
         if problem:
@@ -188,23 +188,6 @@ def find(path: Path) -> Path:
     if newest is None:
         raise UserError(f"{path} holds no checkpoint yet: train longer, or give another folder")
     return newest
-
-
-def exported_format(path: Path) -> str:
-    """"flowt2i", "diffusers" or "onnx" of an exported folder; UserError where its mark cannot be read."""
-    return _mark(path, "format")
-
-
-def exported_weights(path: Path) -> str:
-    """Which weights an exported model holds: "ema" or "raw"."""
-    return _mark(path, "weights")
-
-
-def _mark(path: Path, entry: str) -> str:
-    try:
-        return str(json.loads((path / EXPORTED).read_text())[entry])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / EXPORTED} cannot be read: copy or fetch the exported folder again") from error
 
 
 def prune(run: Path, keep_recent: int, keep_every: int) -> None:
