@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ pipeline([{prompt!r}], generator=torch.Generator().manual_seed(0)).images[0].sav
 ```
 
 A folder works in place of the name. The code that runs is `pipeline.py` and `transformer/flowt2i_transformer.py` in this folder: read them
-before you trust them. 
+before you trust them.
 Its `FlowMatchEulerDiscreteScheduler` runs from sigma = 1 (noise) to 0; flowt2i's time is t = 1 - sigma, and the shift is the same number.""",
     "onnx": """`velocity.onnx` is the velocity net: `z` [B, C, H, W], `t` [B] from 0 (noise) to 1, `text` [B, T, D], `mask` [B, T] (True: a real token) to
 `dz/dt` [B, C, H, W]; B is free, T up to {longest}. `sampling.json` holds latent statistics and defaults. {encoder}""",
@@ -83,7 +84,7 @@ def write_card(
             f"![{len(prompts)} pictures under their captions](samples.png)\n\n*{_which(config, description.is_scenes)}, seeds 0 to {len(prompts) - 1}, "
             f"not picked. {drawn['solver'].capitalize()}, {drawn['steps']} steps, guidance {drawn['guidance']:g}.*"
         )
-    shown = {"name": name, "prompt": example, "quoted": '"' + example.replace('"', "'") + '"', "longest": description.text.max_tokens, "encoder": ""}
+    shown = {"name": name, "prompt": example, "quoted": shlex.quote(example), "longest": description.text.max_tokens, "encoder": ""}
     if format == "onnx":
         shown["encoder"] = _onnx_use(description.text.kind, description.codec.kind)
     parts += ["## Use", USE[format].format(**shown), "## Data", _data(pipeline, source), "## Training", _training(pipeline, facts, dtype)]
