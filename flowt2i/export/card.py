@@ -13,6 +13,8 @@ from flowt2i.grid import grid
 from flowt2i.human import duration
 from flowt2i.pipeline import Pipeline, save_png
 
+SAMPLING = ("solver", "steps", "schedule", "shift", "guidance")  # settings that the card names
+
 USE = {
     "flowt2i": """```python
 from flowt2i import Pipeline
@@ -111,7 +113,7 @@ def _data(pipeline: Pipeline, source: str) -> str:
 
 def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
     config = pipeline.config
-    model = config.model
+    model, own = config.model, pipeline.settings()
     device = f"{facts['ranks'] or 1} × {facts['device']}" if facts.get("device") else ""
     rows = [
         ("steps", f"{facts['step']:,}"),
@@ -124,7 +126,7 @@ def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
         ("compute", config.train.precision),
         ("seed", f"{config.train.seed}"),
         ("weights here", f"{pipeline.weights}, {dtype}"),
-        ("sampling", ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in pipeline.settings().items())),
+        ("sampling", ", ".join(f"{key} {own[key]:g}" if isinstance(own[key], float) else f"{key} {own[key]}" for key in SAMPLING if key in own)),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value.strip())
     return f"| | |\n|---|---|\n{table}\n\nEvery setting is in the configuration that travels with the weights."
