@@ -16,7 +16,7 @@ from flowt2i.config import ModelConfig
 from flowt2i.model import FlowTransformer
 
 
-class FlowT2ITransformer(ModelMixin, ConfigMixin):
+class FlowT2ITransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own way of mixing them
     """Our transformer, told in diffusers' time.
 
     model: the fields of its configuration; shape: (C, H, W) of the latents; text_dim: width of a frozen encoder's features, 0 for the
@@ -44,7 +44,7 @@ class FlowT2ITransformer(ModelMixin, ConfigMixin):
         sigma = timestep.float() / 1000
         with self._half():
             output = self.net(hidden_states, 1 - sigma, encoder_hidden_states, encoder_attention_mask.bool()).float()
-        velocity = -output if self.config.model["prediction"] == "v" else (hidden_states - output) / sigma.view(-1, 1, 1, 1)
+        velocity = -output if self.config["model"]["prediction"] == "v" else (hidden_states - output) / sigma.view(-1, 1, 1, 1)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _half(self) -> torch.autocast:

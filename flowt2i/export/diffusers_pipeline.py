@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,8 +26,13 @@ class FlowT2IPipeline(DiffusionPipeline):
     caption read; caption_tokens: captions are padded to this many (a picture must not depend on its neighbours). steps, guidance: defaults.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
     _optional_components = ["text_encoder", "vae"]  # noqa: RUF012 (the name and form diffusers reads)
+    transformer: Any  # set by register_modules
+    scheduler: Any
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
 
     def __init__(
         self,
@@ -51,8 +56,8 @@ class FlowT2IPipeline(DiffusionPipeline):
         if self.text_encoder is None:
             backend = self.tokenizer.backend_tokenizer
             backend.encode_special_tokens = True  # "<end>" written in a caption is text, not the end
-        rows, _ = token_ids(backend, prompts, self.config.max_tokens)
-        width = max(self.config.caption_tokens, *(len(row) for row in rows))
+        rows, _ = token_ids(backend, prompts, self.config["max_tokens"])
+        width = max(self.config["caption_tokens"], *(len(row) for row in rows))
         pad = self.tokenizer.pad_token_id or 0
         device = self._execution_device
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
@@ -92,8 +97,8 @@ class FlowT2IPipeline(DiffusionPipeline):
         "pt" ([B, 3, H, W]) or "latent" (normalised). The scheduler's shift s takes sigma to `s sigma / (1 + (s - 1) sigma)`, which is
         flowt2i's `t / (t + s (1 - t))` with t = 1 - sigma: the same s.
         """
-        steps = self.config.steps if num_inference_steps is None else num_inference_steps
-        guidance = self.config.guidance if guidance_scale is None else guidance_scale
+        steps = self.config["steps"] if num_inference_steps is None else num_inference_steps
+        guidance = self.config["guidance"] if guidance_scale is None else guidance_scale
         if steps < 1:
             raise ValueError(f"num_inference_steps {steps} must be at least 1")
         if output_type not in ("pil", "np", "pt", "latent"):

@@ -65,9 +65,13 @@ def export(
         if format == "onnx":
             from flowt2i.export import onnx_format
 
-            with tqdm(total=4, leave=False, disable=None if progress else True) as bar:
-                errors = onnx_format.write(pipeline, aside, lambda what: (bar.set_description(what), bar.update()))
-            result["errors"] = errors
+            with tqdm(total=onnx_format.STAGES, leave=False, disable=None if progress else True) as bar:
+
+                def stage(what: str) -> None:
+                    bar.set_description(what)
+                    bar.update()
+
+                result["errors"] = onnx_format.write(pipeline, aside, stage)
         elif format == "diffusers":
             from flowt2i.export import diffusers_format
 

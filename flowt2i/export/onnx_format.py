@@ -28,6 +28,7 @@ from flowt2i.model import FlowTransformer
 from flowt2i.pipeline import Pipeline
 
 TOLERANCE = 1e-4  # of the largest value; fp32 sums in another order stay far below it
+STAGES = 4  # `progress` calls of `write`, at most
 SWITCH = 512  # keys from which on `model.attend` takes another path on a CPU: a graph has to stay on one side of it
 
 
