@@ -5,11 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from flowt2i import Pipeline
 from flowt2i.cli import main
 from flowt2i.config import resolve
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.export import native
 from flowt2i.export.export import export
@@ -116,7 +118,12 @@ def test_other_peoples_files_are_never_replaced(run, tmp_path):
         export(run, tmp_path / "mine", samples=0, force=True, device="cpu")
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
+    (tmp_path / ".empty.tmp").mkdir()  # of an export that was killed
     export(run, tmp_path / "empty", samples=0, device="cpu")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "mine"]
+    assert DatasetDescription.load(tmp_path / "empty").prompts == ()  # no caption travels that the card does not show
+    with FileLock(tmp_path / ".empty.lock"), pytest.raises(UserError, match="another export is writing"):
+        export(run, tmp_path / "empty", samples=0, force=True, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,8 @@ def test_latent_models_take_their_nets_along(latents, tmp_path):
     moved = (latents.parent / "nets").rename(latents.parent / "gone")
     try:
         assert np.array_equal(Pipeline.from_pretrained(tmp_path / "model", device="cpu").sample(PROMPTS, steps=2).images, wanted)
+        export(tmp_path / "model", tmp_path / "again", samples=0, device="cpu")
+        assert np.array_equal(Pipeline.from_pretrained(tmp_path / "again", device="cpu").sample(PROMPTS, steps=2).images, wanted)
         with pytest.raises(UserError, match="no such folder"):
             export(latents, tmp_path / "other", samples=0, device="cpu")
         export(latents, tmp_path / "other", samples=0, device="cpu", codec=str(moved / "vae"), text=str(moved / "t5"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from flowt2i import hub
+from flowt2i import exported, hub
 from flowt2i.errors import UserError, nearest
 from flowt2i.export import card, folder, native
 from flowt2i.export.facts import training_facts
@@ -51,6 +51,7 @@ def export(
     from tqdm import tqdm
 
     source = checkpoint.find(hub.local(model))
+    codec, text = codec or exported.taken_along(source, exported.VAE), text or exported.taken_along(source, exported.ENCODER)
     pipeline = Pipeline.from_pretrained(source, weights=weights, device=device, codec=codec, text=text)
     facts = training_facts(source, pipeline)
     for parameter in pipeline.model.parameters():
@@ -77,7 +78,7 @@ def export(
 
             diffusers_format.write(pipeline, aside, DTYPES[dtype])
         else:
-            native.write(pipeline, aside, DTYPES[dtype], nets, codec, text)
+            native.write(pipeline, aside, DTYPES[dtype], samples, nets, codec, text)
         folder.write_mark(aside, format, weights=result["weights"], dtype=dtype, training=facts)
         card.write_card(aside, format, push or to.resolve().name, pipeline, facts, licence, dtype, prompts, drawn)
         checkpoint.write_manifest(aside, leave_out=("README.md", "samples.png"))  # people may edit these

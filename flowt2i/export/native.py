@@ -22,16 +22,18 @@ from flowt2i.pretrained import find_pretrained, weight_files
 TRAVELS = {".safetensors", ".json", ".txt"}  # and nothing else: what `hub.PATTERNS` fetches
 
 
-def write(pipeline: Pipeline, folder: Path, dtype: torch.dtype, nets: bool, vae: str | None, text: str | None) -> None:
+def write(pipeline: Pipeline, folder: Path, dtype: torch.dtype, captions: int, nets: bool, vae: str | None, text: str | None) -> None:
     """Write weights, configuration, description and tokenizer of a pipeline on any device.
 
-    nets: copy VAE and text encoder too where the hub has them. vae, text: where they are, if they moved. UserError where they cannot be had.
+    captions: how many captions of held-out pictures may travel. nets: copy VAE and text encoder too where the hub has them. vae, text: where
+    they are, if they moved. UserError where they cannot be had.
     """
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in pipeline.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(pipeline.config.model_dump_json(indent=2) + "\n")
     pipeline.tokenizer.save(folder)
-    description = pipeline.description.model_copy(update={"source": public_source(pipeline.description)})
+    kept = {"source": public_source(pipeline.description), "prompts": pipeline.description.prompts[:captions]}
+    description = pipeline.description.model_copy(update=kept)
     if description.codec.kind == "vae":
         description = _take_along(description, "codec", "diffusion_pytorch_model", vae, folder / exported.VAE, nets)
     if description.text.kind == "hf":
