@@ -20,7 +20,11 @@ def add(commands: Any) -> None:
         description="Scores that say how they were taken.\n\n"
         "  scenes            do pictures of the built-in scenes show what the prompt says? by an exact checker\n"
         "  fid frechet kid   how far are drawn pictures from real ones? beside what real ones score\n"
-        "  loss              on held-out images, by time, of raw and averaged weights\n\n"
+        "  loss              on held-out images, by time, of raw and averaged weights\n"
+        "  clip              how well pictures fit their captions in the eyes of a CLIP, and retrieval of the right one of 100 captions\n"
+        "  memorisation      the nearest training picture of every sample, and the share of near copies\n"
+        "  scenes-heldout    as scenes, with pairs of colour and shape that training never showed\n\n"
+        "--out DIR writes a report with pictures, --compare A B sets two models side by side. "
         "Pictures are kept under RUN/evaluation/: an evaluation that was stopped goes on where it was.",
         **examples(
             "flowt2i evaluate --model runs/quickstart --num 500",
