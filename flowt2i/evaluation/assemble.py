@@ -170,7 +170,7 @@ def set_side_by_side(first: Context, second: Context, models: tuple[Path, Path])
     prompts = prompts_of(first)
     if a.description.is_scenes:
         drawn = first.images(prompts, seed=noise_seed(first)), second.images(prompts, seed=noise_seed(first))
-        rows = compare.of_scenes(*drawn, prompts)
+        rows = compare.of_scenes(list(drawn[0]), list(drawn[1]), prompts)
     elif first.clip_name:
         net = clip.Clip.load(first.clip_name, first.world.device)
         drawn = first.images(prompts, seed=noise_seed(first)), second.images(prompts, seed=noise_seed(first))

@@ -53,9 +53,10 @@ class Clip:
                 options: dict[str, Any] = {"local_files_only": True}
                 tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
                 preprocess = CLIPImageProcessorPil.from_pretrained(str(folder), **options)
-                net, info = CLIPModel.from_pretrained(str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options)
+                loaded: Any = CLIPModel.from_pretrained(str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options)
             except LOAD_ERRORS as error:
                 raise UserError(f"CLIP {id!r} cannot be loaded ({first_line(error)}): fetch or save it again") from error
+        net, info = loaded
         missing = sorted(key for key in info["missing_keys"] if "position_ids" not in key)
         if missing:
             raise UserError(f"CLIP {id!r} lacks {len(missing)} weights (first: {missing[0]}): fetch or save it again")

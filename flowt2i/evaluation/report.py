@@ -157,8 +157,8 @@ def _training(report: Report) -> str:
         if own:
             x, y = _xy(own)
             n = found.get("score_prompts") if is_share else None
-            band = list(zip(*(wilson(round(value * n), n) for value in y))) if n else [(), ()]
-            lines.append(Series("this run", x, y, *band, style="a"))
+            band = [wilson(round(value * n), n) for value in y] if n else []
+            lines.append(Series("this run", x, y, [low for low, _ in band], [high for _, high in band]))
             svg = line_chart(
                 lines, x_label=f"images seen ({found['batch_size']} a step)", y_label=label, y_format=percent if is_share else short,
                 from_zero=is_share, y_log=not is_share, name=title,
