@@ -1,6 +1,5 @@
 """Faults 19 to 26 and their kin at the border of the data, each really injected. Units of the same: test_sources, test_images, test_prepare, test_workers."""
 
-
 import json
 import os
 import pickle
