@@ -29,7 +29,7 @@ def with_free(monkeypatch, free):
 @pytest.mark.parametrize("words", [["--optim.name", "muon"], ["--optim.name", "adamw"], ["--train.ema", "0", "--model.block", "seed"]])
 def test_the_estimate_is_the_size_of_a_checkpoint(words, scenes_data, tiny, tmp_path):
     it = trainer(scenes_data, tmp_path / "run", *tiny, *QUIET, *words, "--train.steps", "1")
-    estimate = dryrun.checkpoint_space(it).each
+    estimate = dryrun.checkpoint_space(it, 1).each
     it.train()
     it.close()
     real = sum(file.stat().st_size for file in checkpoint.folder(tmp_path / "run", 1).glob("*.safetensors"))

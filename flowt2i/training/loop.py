@@ -7,6 +7,7 @@ A step: fetch, draw noise and times, forward and backward (gradients are summed 
 the other ranks that all is finite and whether to stop, optimizer, EMA, counters; then log, evaluate, save. State is counted in optimizer steps.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -44,7 +45,7 @@ from flowt2i.training.features import CaptionFeatures
 from flowt2i.training.fit_memory import fitting_micro_batch
 from flowt2i.training.objective import Objective, Terms, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
-from flowt2i.training.saver import Saver
+from flowt2i.training.saver import Contents, Saver
 from flowt2i.training.tracking import Tracker
 
 WARM, TIMED = 5, 20  # `train.minutes`: the first steps (compilation) do not count; the speed is first known after so many
@@ -122,6 +123,7 @@ class Trainer:
         self.wrapped: nn.Module = parallel.replicate(self.objective) if world.size > 1 and not self.sharded else self.objective
         self.saver = Saver(world, self.run_folder, config.train.keep_recent, config.train.keep_every)
         self.logged_saves = 0
+        self.forecast = dryrun.Forecast(self)
         self.budget = seconds(config.train.stop_after)
         self.stop_signal: int | None = None
 
@@ -141,6 +143,7 @@ class Trainer:
     def _find_resume(self, resume: str | None) -> Path | None:
         """Where to continue from, or None for a new run. Never silently starts over. Rank 0 looks, for all."""
         checkpoint.recover(self.run_folder)
+        dryrun.clear(self.run_folder)
         steps = checkpoint.list_steps(self.run_folder)
         if resume is None:
             if steps:
@@ -243,23 +246,31 @@ class Trainer:
         """Train to the end. Returns a summary; raises Stopped after saving when a signal came or the time was up."""
         if self.steps and self.step >= self.steps and self.world.main:
             print(f"{self.run_folder} is complete at step {self.step}: raise --train.steps to go on, or choose another --out", file=sys.stderr)
+        with self._signals():
+            self._make_ready()
+            return self._run()
+
+    def _make_ready(self) -> None:
+        """What comes before the first step: all that could fail later is tried, and the micro-batch fitted to the memory."""
         dryrun.check(self)
         if self.resumed_from and self.world.main:
             for moved in checkpoint.set_aside(self.run_folder, self.step):
                 print(f"a later checkpoint of the branch that is left now lies in {moved}", file=sys.stderr)
         if self.world.device.type == "cuda":  # a CPU's memory is virtual: it does not say when it is full
             self.fit_memory()
-        self._write_config()
-        tracker = Tracker(self.run_folder, self.config, self.step) if self.world.main else None
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        if self.world.main and self.progress:
+        if self.progress:
             print(self.headline(), file=sys.stderr)
+        dryrun.rehearse(self)
+        self._write_config()
+
+    def _run(self) -> dict[str, Any]:
+        """The steps that are left, with what is logged, shown and saved between them."""
+        tracker = Tracker(self.run_folder, self.config, self.step) if self.world.main else None
         bar = tqdm(total=self.steps or None, initial=self.step, unit="step", desc="training", disable=not self.progress, smoothing=0.05)
         batches: Any = iter(self._loader())
         batch_size, every = self.config.data.batch_size, self.config.train
         since, since_step = time.perf_counter(), self.step
         evaluation: dict[str, Any] = {}
-        forecast = dryrun.Forecast(self)
         try:
             while not self.steps or self.step < self.steps:
                 logging = (self.step + 1) % every.log_every == 0
@@ -267,10 +278,10 @@ class Trainer:
                 outcome = self._step(batches, factor, logging)
                 self.step += 1
                 if self.step == self.first + 1:  # the optimizer has its state now
-                    self.saver.reserve(self._tensors())
+                    self.saver.reserve(self._tensors())  # what a dry run has not got ready
                 self._set_budget(bar)
                 bar.update()
-                forecast.after_step()
+                self.forecast.after_step()
                 if logging and tracker:
                     now = time.perf_counter()
                     rate = (self.step - since_step) * batch_size / max(1e-9, now - since)
@@ -299,8 +310,6 @@ class Trainer:
             self.saver.settle()  # whatever ended the run, a checkpoint that was begun is finished
             if self.saver.failed and sys.exc_info()[1] is not self.saver.error and self.world.main:
                 warnings.warn(str(self.saver.error), stacklevel=2)
-            for which, handler in handlers.items():
-                signal.signal(which, handler)
             batches.close()  # loader processes end here, not when a traceback is dropped
             bar.close()
             if tracker:
@@ -311,6 +320,21 @@ class Trainer:
 
     def _step(self, batches: Any, factor: float, logging: bool) -> Outcome:
         """One optimizer step over the global batch. UserError, before anything is updated, where a loss or the gradient is not finite."""
+        outcome = self._gradient(batches, logging)
+        self.optimizer.step(factor)
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update()
+        return outcome
+
+    def rehearse_step(self) -> None:
+        """The step to come, with its own samples and noise, at a learning rate of 0: the weights stay, the optimizer has a state."""
+        self._gradient(self._fetched(), logging=False)
+        self.optimizer.step(0.0)
+        self.optimizer.zero_grad()
+
+    def _gradient(self, batches: Any, logging: bool) -> Outcome:
+        """Forward and backward over the global batch: the gradient, clipped. UserError on all ranks where it or a loss is not finite."""
         draw, t = self._draw(self.step)
         total = torch.zeros((), device=self.world.device)
         statistics: dict[str, float] = {}
@@ -327,15 +351,16 @@ class Trainer:
                 statistics = self._statistics(data, draw.noise[part], t[part], terms.output.detach())
         norm = clip_gradients(self.model, self.config.optim.clip)
         loss_value, norm_value, stop = self._agree(total, norm)
-        self.optimizer.step(factor)
-        self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.update()
         return Outcome(loss_value, norm_value, stop, statistics)
 
     def _rows(self) -> list[slice]:
         """Rows of the global batch that this rank works through, one slice a micro-batch."""
         return stream.micro_rows(self.config.data.batch_size, self.micro, self.world.rank, self.world.size)
+
+    def _fetched(self) -> Iterator[Batch]:
+        """The micro-batches of the step at hand, without the loader."""
+        indices = stream.sample_indices(self.config.train.seed, self.step, self.config.data.batch_size, self.count)
+        return (self.dataset.fetch(indices[part]) for part in self._rows())
 
     def _draw(self, step: int) -> tuple[stream.Draw, Tensor]:
         """The randomness of a step's global batch, and its times."""
@@ -392,9 +417,8 @@ class Trainer:
         """Whether this rank's rows of the step at hand, by themselves, have a finite gradient."""
         self.optimizer.zero_grad()
         draw, t = self._draw(self.step)
-        indices = stream.sample_indices(self.config.train.seed, self.step, self.config.data.batch_size, self.count)
-        for part in self._rows():
-            self._forward(self.objective, self.dataset.fetch(indices[part]), draw, t, part)[1].losses.mean().backward()
+        for part, batch in zip(self._rows(), self._fetched()):
+            self._forward(self.objective, batch, draw, t, part)[1].losses.mean().backward()
         finite = all(bool(torch.isfinite(p.grad).all()) for p in self.model.parameters() if p.grad is not None)
         self.optimizer.zero_grad()
         return finite
@@ -495,6 +519,16 @@ class Trainer:
             bar.refresh()
             self._write_config()
 
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT are only noted within: the step at work is finished first."""
+        handlers = {which: signal.signal(which, self._on_signal) for which in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for which, handler in handlers.items():
+                signal.signal(which, handler)
+
     def _on_signal(self, number: int, frame: Any) -> None:
         self.stop_signal = number
 
@@ -507,14 +541,18 @@ class Trainer:
 
     def save(self) -> None:
         """Have a checkpoint written (by rank 0, beside the training) and superseded ones dropped; `saver.wait` says when it stands."""
+        self.saver.save(self.step, *self.contents())
+
+    def contents(self) -> Contents:
+        """What a checkpoint holds now: tensors, texts and folders."""
         state = {"step": self.step, "images_seen": self.step * self.config.data.batch_size, "steps": self.steps}
         state["ema_updates"] = self.ema.updates if self.ema else 0
         texts = {"state.json": json.dumps(state), "config.json": self.config.model_dump_json(indent=2)}
         texts["dataset.json"] = self.description.model_dump_json(indent=2)
-        self.saver.save(self.step, self._tensors(), texts, {"tokenizer": self.data / "tokenizer"})
+        return self._tensors(), texts, {"tokenizer": self.data / "tokenizer"}
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by file and name."""
+        """The tensors of a checkpoint, by file and name."""
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
         return tensors | ({"ema": self.ema.model.state_dict()} if self.ema else {})
 
