@@ -50,23 +50,30 @@ def _try(trainer: "Trainer") -> None:
     draw_one(trainer)
 
 
-def rehearse(trainer: "Trainer") -> None:
-    """The first step of a new run and a whole checkpoint, on all ranks; UserError on all where one fails. The run is as it was afterwards."""
+def rehearse(trainer: "Trainer") -> bool:
+    """The first step of a new run and a whole checkpoint, on all ranks; UserError on all where one fails. The run is as it was afterwards.
+
+    False where there was nothing to rehearse.
+    """
     if not trainer.config.train.dry_run or trainer.resumed_from:
-        return
-    try:
-        seconds = _timed_step(trainer)
-        if trainer.compiled or seconds < QUICK:  # the first one compiles or warms up, the second shows the speed
+        return False
+    with tqdm(desc="dry run", total=2, unit="part", leave=False, disable=not trainer.progress) as bar:
+        try:
             seconds = _timed_step(trainer)
-        if trainer.stopping():  # a signal came meanwhile: the run takes one step, saves and stops
-            return
-        trainer.saver.rehearse(trainer.run_folder / FOLDER, *trainer.contents())
-    finally:
-        trainer.optimizer.forget()
+            if trainer.compiled or seconds < QUICK:  # the first one compiles or warms up, the second shows the speed
+                seconds = _timed_step(trainer)
+            bar.update()
+            if trainer.stopping():  # a signal came meanwhile: the run takes one step, saves and stops
+                return True
+            trainer.saver.rehearse(trainer.run_folder / FOLDER, *trainer.contents())
+            bar.update()
+        finally:
+            trainer.optimizer.forget()
     if trainer.progress:
         written, took = trainer.saver.rehearsed
         print(f"dry run: a step, a checkpoint of {size(written)} in {took:.1f} s and a picture: all work", file=sys.stderr)
         trainer.forecast.tell(seconds)
+    return True
 
 
 def _timed_step(trainer: "Trainer") -> float:

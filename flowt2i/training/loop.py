@@ -10,6 +10,7 @@ the other ranks that all is finite and whether to stop, optimizer, EMA, counters
 import contextlib
 import errno
 import fcntl
+import gc
 import json
 import math
 import signal
@@ -42,11 +43,11 @@ from flowt2i.training.compiling import compile_blocks, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
-from flowt2i.training.fit_memory import fitting_micro_batch
+from flowt2i.training.fit_memory import StartAgain, fitting_micro_batch, smaller
 from flowt2i.training.objective import Objective, Terms, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
 from flowt2i.training.saver import Contents, Saver
-from flowt2i.training.tracking import Tracker
+from flowt2i.training.tracking import Tracker, picture_name
 
 WARM, TIMED = 5, 20  # `train.minutes`: the first steps (compilation) do not count; the speed is first known after so many
 
@@ -244,11 +245,15 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Train to the end. Returns a summary; raises Stopped after saving when a signal came or the time was up."""
-        if self.steps and self.step >= self.steps and self.world.main:
+        if self.complete and self.world.main:
             print(f"{self.run_folder} is complete at step {self.step}: raise --train.steps to go on, or choose another --out", file=sys.stderr)
         with self._signals():
             self._make_ready()
             return self._run()
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.steps) and self.step >= self.steps
 
     def _make_ready(self) -> None:
         """What comes before the first step: all that could fail later is tried, and the micro-batch fitted to the memory."""
@@ -256,12 +261,20 @@ class Trainer:
         if self.resumed_from and self.world.main:
             for moved in checkpoint.set_aside(self.run_folder, self.step):
                 print(f"a later checkpoint of the branch that is left now lies in {moved}", file=sys.stderr)
-        if self.world.device.type == "cuda":  # a CPU's memory is virtual: it does not say when it is full
+        if self.world.device.type == "cuda" and not self.complete:  # a CPU's memory is virtual: it does not say when it is full
             self.fit_memory()
         if self.progress:
             print(self.headline(), file=sys.stderr)
-        dryrun.rehearse(self)
+        if not dryrun.rehearse(self) and self.world.size > 2 and not self.sharded and not self.complete:
+            self._settle_buckets()
         self._write_config()
+
+    def _settle_buckets(self) -> None:
+        """A gradient that is thrown away: DDP lays its buckets anew after its first one, and the sum of three ranks or more rounds by where a
+        number lies in a bucket. Without this a resume's first step would round otherwise than the uninterrupted run's.
+        """
+        self._gradient(self._fetched(), logging=False)
+        self.optimizer.zero_grad()
 
     def _run(self) -> dict[str, Any]:
         """The steps that are left, with what is logged, shown and saved between them."""
@@ -272,7 +285,9 @@ class Trainer:
         since, since_step = time.perf_counter(), self.step
         evaluation: dict[str, Any] = {}
         try:
-            while not self.steps or self.step < self.steps:
+            if self.complete and not self.world.on_main(self._was_shown):  # it was stopped between its last checkpoint and its last evaluation
+                evaluation = evaluate(self, tracker, last=True)
+            while not self.complete:
                 logging = (self.step + 1) % every.log_every == 0
                 factor = learning_rate(self.config.optim, self.step, self._schedule_steps())
                 outcome = self._step(batches, factor, logging)
@@ -296,11 +311,11 @@ class Trainer:
                         line["muon_lr"] = self.config.optim.muon_lr * factor
                     tracker.scalars(self.step, line | {"images_per_s": rate, "statistics": outcome.statistics} | self._last_save())
                     bar.set_postfix_str(f"loss {outcome.loss:.3f}, {rate:.0f} images/s")
-                last = self.steps and self.step >= self.steps
+                last = self.complete
                 if last or outcome.stop or self.step % every.checkpoint_every == 0:
                     self.save()
                 if last or (every.eval_every and self.step % every.eval_every == 0 and not outcome.stop):
-                    evaluation = evaluate(self, tracker, last=bool(last))
+                    evaluation = evaluate(self, tracker, last=last)
                     since, since_step = time.perf_counter(), self.step
                 if last or outcome.stop:
                     self.saver.wait()
@@ -434,13 +449,17 @@ class Trainer:
     def fit_memory(self) -> None:
         """Halve the micro-batch, on all ranks alike, until a forward and backward pass at it fits; said in one line.
 
-        Nothing of the training changes but the micro-batch: what a step draws is a function of its number.
+        Nothing of the training changes but the micro-batch: what a step draws is a function of its number. Raises StartAgain where a
+        sharded pass did not fit: see there.
         """
         asked, share = self.micro, self.config.data.batch_size // self.world.size
-        self.micro = fitting_micro_batch(asked, share, self._fits)
-        if self.micro == asked:
+        if self.sharded:
+            micro = asked if self._fits(asked) else smaller(asked, share)
+        else:
+            micro = fitting_micro_batch(asked, share, self._fits)
+        if micro == asked:
             return
-        self.accumulate = share // self.micro
+        self.micro, self.accumulate = micro, share // micro
         if self.compiled:
             torch.compiler.reset()
         if self.world.main:
@@ -448,25 +467,39 @@ class Trainer:
                 f"out of memory with a micro-batch of {asked}: going on with {self.micro} x {self.accumulate} accumulation, the same effective batch",
                 stacklevel=2,
             )
+        if self.sharded:
+            raise StartAgain(micro)
 
     def _fits(self, micro: int) -> bool:
-        """Whether a forward and backward pass of this many images fits on every rank.
-
-        A sharded pass that broke off leaves the other ranks waiting for this one: then the user must choose.
-        """
+        """Whether a forward and backward pass of this many images fits on every rank."""
         fits = True
         try:
             self._probe(micro)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if self.sharded:
-                raise UserError(f"out of memory with a micro-batch of {micro}: choose a smaller --train.micro_batch") from None
             fits = False
         self.optimizer.zero_grad()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        return not self.world.any(not fits)
+        return self._fits_shares(micro, fits) if self.sharded else not self.world.any(not fits)
+
+    def _fits_shares(self, micro: int, fits: bool) -> bool:
+        """The same where the model is sharded: a rank whose pass went on may wait in it for one whose pass broke off, so no collective can ask it.
+
+        UserError from the first rank that was short, where another gives no answer.
+        """
+        patience = min(60.0, self.config.train.timeout_s / 2)
+        answers = distributed.votes(self.world, f"micro-batch {micro}", "fits" if fits else "short", patience)
+        silent = [rank for rank in range(self.world.size) if rank not in answers]
+        if silent:
+            if self.world.rank != min(rank for rank, answer in answers.items() if rank == self.world.rank or answer == "short"):
+                raise distributed.ToldElsewhere("out of memory")
+            raise UserError(
+                f"rank {self.world.rank} ran out of memory with a micro-batch of {micro}, rank {silent[0]} did not: "
+                f"choose a smaller --train.micro_batch, or free what else uses rank {self.world.rank}'s memory"
+            )
+        return all(answer == "fits" for answer in answers.values())
 
     def _probe(self, micro: int) -> None:
         """The pass that takes most: over the samples with the longest captions, beside an optimizer's state."""
@@ -556,6 +589,12 @@ class Trainer:
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
         return tensors | ({"ema": self.ema.model.state_dict()} if self.ema else {})
 
+    def _was_shown(self) -> bool:
+        """Whether the evaluation at this step and its pictures are there."""
+        log = self.run_folder / "eval.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []  # whole ones: a `Tracker` was here
+        return any(json.loads(line)["step"] == self.step for line in lines) and (self.run_folder / picture_name(self.step, "samples")).exists()
+
     def _last_save(self) -> dict[str, Any]:
         """What the newest finished write took, once, for the log."""
         new = self.saver.reports[self.logged_saves :]
@@ -590,6 +629,22 @@ def train(config: Config, data: Path, run: Path, resume: str | None = None, prog
 
     UserError for what the user can mend, Stopped after a signal (all saved).
     """
+    try:
+        while True:
+            try:
+                return _train(config, data, run, resume, progress, **where)
+            except StartAgain as again:
+                config = config.model_copy(deep=True)
+                config.train.micro_batch = again.micro
+            gc.collect()  # what is left of the model that was too large
+            distributed.restart(config.train.timeout_s)
+    except UserError as error:
+        raise distributed.said_once(error) from error
+    finally:
+        distributed.stop()
+
+
+def _train(config: Config, data: Path, run: Path, resume: str | None, progress: bool, **where: str | None) -> dict[str, Any]:
     trainer = None
     try:
         trainer = Trainer(config, data, run, resume, progress, **where)
@@ -605,4 +660,3 @@ def train(config: Config, data: Path, run: Path, resume: str | None = None, prog
     finally:
         if trainer:
             trainer.close()
-        distributed.stop()
