@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET
 from safetensors.torch import save_file
 
 from flowt2i.cli import main
@@ -29,7 +30,6 @@ from flowt2i.training.loop import Stopped, Trainer, train
 from flowt2i.verify_resume import compare, losses
 
 ROOT = Path(__file__).parents[1]
-QUIET = ["--train.eval_every", "0", "--train.eval_images", "8", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1"]
 LONG = 300  # seconds after which a wait has failed; nothing here is timed
 
 

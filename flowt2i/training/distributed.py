@@ -106,7 +106,7 @@ def peak_memory(device: torch.device) -> float:
 
 _store: Any = None  # of the process group at work: where ranks leave each other word without a collective
 _rendezvous: Any = None  # where the ranks met, and this one's number
-_groups = 0  # process groups so far
+_groups = _questions = 0  # process groups so far, and votes
 
 
 def start(timeout_s: float = 600) -> World:
@@ -129,9 +129,11 @@ def start(timeout_s: float = 600) -> World:
     return World(int(os.environ.get("RANK", 0)), size, device)
 
 
-def votes(world: World, question: str, answer: str, patience_s: float) -> dict[int, str]:
-    """What the ranks answer, asked without a collective: a rank that hangs in one is missing after so many seconds. Once for each question."""
-    key = lambda rank: f"votes/{question}/{rank}"
+def votes(world: World, answer: str, patience_s: float) -> dict[int, str]:
+    """What the ranks answer, asked without a collective: a rank that hangs in one is missing after so many seconds."""
+    global _questions
+    _questions += 1
+    key = lambda rank, question=_questions: f"votes/{question}/{rank}"
     _store.set(key(world.rank), answer)
     end = time.monotonic() + patience_s
     found: dict[int, str] = {}
@@ -170,17 +172,22 @@ _ended: list[Any] = []  # process groups that are over
 
 
 def stop() -> None:
-    """Leave the ranks. The groups are kept: a thread of one that its destructor meets at work aborts the process (seen with gloo, torch 2.13)."""
-    if dist.is_initialized():
-        _ended.extend(dist.distributed_c10d._world.pg_map)
-        dist.destroy_process_group()
+    """Leave the ranks."""
+    _leave()
 
 
 def restart(timeout_s: float) -> None:
     """A process group of its own for what follows: collectives that broke off stay behind in the old one. For all ranks."""
     if dist.is_initialized():
-        stop()
+        _leave()
         start(timeout_s)
+
+
+def _leave() -> None:
+    """Groups are kept: a thread of one that its destructor meets at work aborts the process (seen with gloo, torch 2.13)."""
+    if dist.is_initialized():
+        _ended.extend(dist.distributed_c10d._world.pg_map)
+        dist.destroy_process_group()
 
 
 def accumulation(batch: int, micro: int, world: int) -> tuple[int, int]:

@@ -490,7 +490,7 @@ class Trainer:
         UserError from the first rank that was short, where another gives no answer.
         """
         patience = min(60.0, self.config.train.timeout_s / 2)
-        answers = distributed.votes(self.world, f"micro-batch {micro}", "fits" if fits else "short", patience)
+        answers = distributed.votes(self.world, "fits" if fits else "short", patience)
         silent = [rank for rank in range(self.world.size) if rank not in answers]
         if silent:
             if self.world.rank != min(rank for rank, answer in answers.items() if rank == self.world.rank or answer == "short"):
