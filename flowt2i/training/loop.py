@@ -493,11 +493,14 @@ class Trainer:
         answers = distributed.votes(self.world, "fits" if fits else "short", patience)
         silent = [rank for rank in range(self.world.size) if rank not in answers]
         if silent:
-            if self.world.rank != min(rank for rank, answer in answers.items() if rank == self.world.rank or answer == "short"):
+            short = min((rank for rank, answer in answers.items() if answer == "short"), default=None)
+            if short is None:
+                raise UserError(f"rank {silent[0]} gave no answer for {patience:.0f} s: it was lost, or hangs")
+            if self.world.rank != short:
                 raise distributed.ToldElsewhere("out of memory")
             raise UserError(
-                f"rank {self.world.rank} ran out of memory with a micro-batch of {micro}, rank {silent[0]} did not: "
-                f"choose a smaller --train.micro_batch, or free what else uses rank {self.world.rank}'s memory"
+                f"rank {short} ran out of memory with a micro-batch of {micro}, rank {silent[0]} did not: "
+                f"choose a smaller --train.micro_batch, or free what else uses rank {short}'s memory"
             )
         return all(answer == "fits" for answer in answers.values())
 
