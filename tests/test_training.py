@@ -317,6 +317,24 @@ def test_a_run_killed_before_its_last_evaluation_makes_it_up(scenes_data, tiny, 
     assert fit("quickstart", scenes_data, run, *words, resume="latest")["step"] == 2
 
 
+def test_a_signal_during_the_last_evaluation(scenes_data, tiny, tmp_path, monkeypatch):
+    """All steps are saved, the evaluation is broken off: status 3, and the same command makes it."""
+    run, words = tmp_path / "run", [*tiny, "--train.steps", "2"]
+    trainer = Trainer(resolve("quickstart", words), scenes_data, run, progress=False)
+    real = loop.evaluate
+
+    def late(trainer, *args, **kwargs):
+        trainer.stop_signal = signal.SIGTERM
+        return real(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="after the last step, 2, before its evaluation"):
+        patch.setattr(loop, "evaluate", late)
+        trainer.train()
+    trainer.close()
+    assert checkpoint.list_steps(run) == [2] and not (run / "samples").exists()
+    assert "score" in fit("quickstart", scenes_data, run, *words, resume="latest") and len(list((run / "samples").iterdir())) == 1
+
+
 def test_stopped_is_raised_after_saving(scenes_data, tiny, tmp_path):
     trainer = Trainer(resolve("quickstart", [*tiny, "--train.steps", "5"]), scenes_data, tmp_path / "run", progress=False)
     trainer.stop_signal = signal.SIGTERM

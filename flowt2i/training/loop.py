@@ -127,6 +127,7 @@ class Trainer:
         self.forecast = dryrun.Forecast(self)
         self.budget = seconds(config.train.stop_after)
         self.stop_signal: int | None = None
+        self.stop_reason = "by a signal"  # to another rank
 
     # ---- set-up -------------------------------------------------------------------------------------------------------
 
@@ -285,7 +286,8 @@ class Trainer:
         since, since_step = time.perf_counter(), self.step
         evaluation: dict[str, Any] = {}
         try:
-            if self.complete and not self.world.on_main(self._was_shown):  # it was stopped between its last checkpoint and its last evaluation
+            shown = self.complete and self.world.on_main(self._was_shown)
+            if self.complete and not shown:  # it was stopped between its last checkpoint and its last evaluation
                 evaluation = evaluate(self, tracker, last=True)
             while not self.complete:
                 logging = (self.step + 1) % every.log_every == 0
@@ -321,6 +323,8 @@ class Trainer:
                     self.saver.wait()
                 if outcome.stop and not last:
                     raise Stopped(f"stopped {self._why()} at step {self.step}; continue with --resume latest")
+            if not evaluation and not shown and self.stopping():
+                raise Stopped(f"stopped {self._why()} after the last step, {self.step}, before its evaluation; make that with --resume latest")
         finally:
             self.saver.settle()  # whatever ended the run, a checkpoint that was begun is finished
             if self.saver.failed and sys.exc_info()[1] is not self.saver.error and self.world.main:
@@ -400,8 +404,7 @@ class Trainer:
 
         Raises on all ranks alike where one of them has a loss that is not finite, or could not write a checkpoint.
         """
-        out_of_time = time.perf_counter() - self.started > self.budget
-        flags = [self.stop_signal is not None, out_of_time, self.saver.failed, *(rank == self.world.rank for rank in range(self.world.size))]
+        flags = [self.stop_signal is not None, self._is_late(), self.saver.failed, *(rank == self.world.rank for rank in range(self.world.size))]
         shared = torch.cat([total[None], torch.tensor(flags, dtype=total.dtype).to(total.device, non_blocking=True)])
         shared[4:] *= ~torch.isfinite(total)  # each rank marks its own place
         loss, signalled, late, failed, *bad, norm_value = torch.cat([self.world.sum(shared), norm.detach()[None]]).tolist()
@@ -439,12 +442,17 @@ class Trainer:
         return finite
 
     def stopping(self) -> bool:
-        """Whether a signal reached any rank: asked between the parts of what takes long (by all ranks)."""
-        return self.world.any(self.stop_signal is not None)
+        """Whether a signal reached any rank, or the time is up: asked between the parts of what takes long (by all ranks)."""
+        return self.world.any(self.stop_signal is not None or self._is_late())
+
+    def _is_late(self) -> bool:
+        return time.perf_counter() - self.started > self.budget
 
     def _why(self) -> str:
         """Why the run stops before its end."""
-        return f"by signal {self.stop_signal}" if self.stop_signal is not None else self.stop_reason
+        if self.stop_signal is not None:
+            return f"by signal {self.stop_signal}"
+        return f"after {self.config.train.stop_after}" if self._is_late() else self.stop_reason
 
     def fit_memory(self) -> None:
         """Halve the micro-batch, on all ranks alike, until a forward and backward pass at it fits; said in one line.
