@@ -158,6 +158,7 @@ def pictures(run: str, data: str, words: list[str]) -> dict[str, Any]:
         return images
 
     with mock.patch.object(evaluation, "AT_ONCE", 1), torch.no_grad():
+        evaluation.loss_on_heldout(trainer, trainer.ema_objective or trainer.objective)  # as before all pictures: it makes the objective FSDP2's root
         said = []
         for texts in (prompts, ["a", "b", "c", " "]):
             with mock.patch.object(pipeline, "_batch", failing):
