@@ -9,6 +9,7 @@ training is repeated: if even that differs from the first, it is the device's ke
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def _train(command: Sequence[str], run: Path, ranks: int, stop_at: int = 0) -> N
     if done.returncode != 0 and not (stop_at and (done.returncode == INTERRUPTED or ranks > 1)):
         lines = done.stderr.splitlines()
         said = next((line for line in lines if line.startswith("flowt2i train: error:")), None)  # under torchrun its own lines follow
-        said = said or next((line for line in reversed(lines) if "error" in line.lower()), done.stderr[-300:])
+        said = said or next((line for line in reversed(lines) if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b", line)), done.stderr[-300:])
         full = str(run) in said and ("no room" in said or "write" in said)
         raise UserError(f"the training itself failed: {said}" + ("; here: set TMPDIR to a folder on a disk with room" if full else ""))
 
