@@ -189,8 +189,10 @@ class Pipeline:
         return flow.to_velocity(output, z, times, self.model.config.target)
 
     def to_images(self, z: Tensor) -> np.ndarray:
-        """Normalised latents [B, C, H, W] -> uint8 [B, H, W, 3]."""
+        """Normalised latents [B, C, H, W] -> uint8 [B, H, W, 3]. UserError where pixels are not finite."""
         pixels = self.codec.decode(z.float() * self.std + self.mean)
+        if not torch.isfinite(pixels).all():
+            raise UserError("the image codec put out numbers that are not finite: the model's training diverged, or guidance is too high for it")
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def _batch(self, prompts: list[str], seeds: list[int], settings: dict[str, Any], preview: Preview | None, preview_every: int) -> np.ndarray:
