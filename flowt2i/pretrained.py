@@ -55,12 +55,12 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     return files if all(file.is_file() for file in files) else []
 
 
-def find_pretrained(id: str, *, stem: str, what: str, instead: str, tokenizer: bool = False) -> Path:
+def find_pretrained(id: str, *, stem: str, what: str, instead: str, tokenizer: bool = False, also: str = "") -> Path:
     """Folder that holds `config.json` and safetensors `stem` of a pretrained net.
 
     `id` is a folder or a hub id; what the hub cache already holds is used without asking the network.
     `what` names the thing in messages, `instead` the choice that needs no download.
-    `tokenizer`: a hub copy must also have tokenizer files. UserError, one line, where it cannot be had.
+    `tokenizer`: a hub copy must also have tokenizer files; `also`: and this file. UserError, one line, where it cannot be had.
     """
     path = Path(id).expanduser()
     if not id:
@@ -69,7 +69,7 @@ def find_pretrained(id: str, *, stem: str, what: str, instead: str, tokenizer: b
         if looks_like_path(id):
             lack = "not a folder" if path.exists() else "no such folder"
             raise UserError(f"{what}: {lack}: {id}; pass the folder that holds config.json and {stem}.safetensors")
-        return _from_hub(id, stem=stem, what=what, instead=instead, tokenizer=tokenizer)
+        return _from_hub(id, stem=stem, what=what, instead=instead, tokenizer=tokenizer, also=also)
     folder = path.resolve()
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file() and stem.startswith("diffusion"):
         folder = folder / "vae"  # a whole diffusers pipeline was given
@@ -117,7 +117,7 @@ def _no_weights(what: str, id: str, stem: str, names: set[str]) -> str:
     return f"{what} {id!r} has only pickled weights ({pickled[0]}), which are never opened: convert them to safetensors with save_pretrained"
 
 
-def _from_hub(id: str, *, stem: str, what: str, instead: str, tokenizer: bool) -> Path:
+def _from_hub(id: str, *, stem: str, what: str, instead: str, tokenizer: bool, also: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -126,11 +126,12 @@ def _from_hub(id: str, *, stem: str, what: str, instead: str, tokenizer: bool) -
     with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
         folder = Path(snapshot_download(id, allow_patterns=patterns, local_files_only=True))
         has_tokenizer = any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
-        if (folder / "config.json").is_file() and weight_files(folder, stem) and (has_tokenizer or not tokenizer):
+        complete = (folder / "config.json").is_file() and weight_files(folder, stem) and (folder / also).exists()
+        if complete and (has_tokenizer or not tokenizer):
             return folder
     guess = nearest(id, [instead, *ALIASES]) if "/" not in id else ""
     guess = guess if "did you mean" in guess else ""
-    files = f"config.json, *.safetensors{', tokenizer files' if tokenizer else ''}"
+    files = f"config.json, *.safetensors{', tokenizer files' if tokenizer else ''}{f', {also}' if also else ''}"
     ways = f"download {id} ({files}) on another machine and pass the folder, or use {instead!r}, which needs no download"
     with hub_told(f"{what} {id!r}", ways, guess), quiet():
         names = {file.rfilename for file in HfApi().model_info(id, timeout=5).siblings or []}

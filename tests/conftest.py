@@ -49,6 +49,29 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """A CLIPModel of random weights with a real tokenizer (byte-level BPE, learned here) and CLIP's own preprocessing, saved as from the hub."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from flowt2i.data import scenes
+    from flowt2i.text import learn_tokenizer
+
+    folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=learn_tokenizer(scenes.prompts(0, 200), 400), pad_token="<pad>", eos_token="<end>", model_max_length=77
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = shape | {"vocab_size": 400, "max_position_embeddings": 77, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=shape | {"image_size": 32, "patch_size": 8}, projection_dim=16)).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def torch_fidelity(monkeypatch):
     """torch-fidelity without its `__init__`, which asks for torchvision: enough for its Inception, and for torchmetrics to load."""

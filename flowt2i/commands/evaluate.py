@@ -20,7 +20,11 @@ def add(commands: Any) -> None:
         description="Scores that say how they were taken.\n\n"
         "  scenes            do pictures of the built-in scenes show what the prompt says? by an exact checker\n"
         "  fid frechet kid   how far are drawn pictures from real ones? beside what real ones score\n"
-        "  loss              on held-out images, by time, of raw and averaged weights\n\n"
+        "  loss              on held-out images, by time, of raw and averaged weights\n"
+        "  clip              how well pictures fit their captions in the eyes of a CLIP, and retrieval of the right one of 100 captions\n"
+        "  memorisation      the nearest training picture of every sample, and the share of near copies\n"
+        "  scenes-heldout    as scenes, with pairs of colour and shape that training never showed\n\n"
+        "--out DIR writes a report with pictures, --compare A B sets two models side by side. "
         "Pictures are kept under RUN/evaluation/: an evaluation that was stopped goes on where it was.",
         **examples(
             "flowt2i evaluate --model runs/quickstart --num 500",
@@ -29,18 +33,26 @@ def add(commands: Any) -> None:
             "flowt2i evaluate --model runs/mine --data data/mine --metrics fid,kid --net inception --reference train --num 5000",
             "flowt2i evaluate --images pictures/ --reference real_pictures/ --metrics frechet,kid --net facebook/dinov2-small",
             "torchrun --nproc-per-node 2 -m -- flowt2i evaluate --model runs/mine --metrics frechet --num 50000",
+            "flowt2i evaluate --model runs/mine --metrics clip --clip openai/clip-vit-base-patch32",
+            "flowt2i evaluate --model runs/quickstart --metrics scenes,scenes-heldout,memorisation --out report",
+            "flowt2i evaluate --compare runs/quickstart runs/quickstart-seed1 --num 500 --out comparison",
         ),
     )
     add_model(parser)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="score these finished pictures (or .npy of uint8 [N, S, S, 3]) instead of a model")
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset to score on (default: the one the model was trained on, where it still is)")
-    parser.add_argument("--metrics", help="which scores, with commas between: scenes, fid, frechet, kid, loss (default: scenes for a scenes model, else kid)")
-    parser.add_argument("--num", type=int, help="pictures (default 500; 2048 where fid or frechet are asked for; with --images all)")
+    parser.add_argument("--metrics", help="which scores, with commas between: scenes, scenes-heldout, clip, memorisation, fid, frechet, kid, loss "
+                        "(default: scenes for a scenes model, else kid)")  # fmt: skip
+    parser.add_argument("--num", type=int, help="pictures (default 2000 for scenes, 2048 where fid or frechet are asked for, else 500; with --images all)")
     parser.add_argument("--net", default="efficientnet-lite0", help="feature net of frechet and kid: efficientnet-lite0 (default), inception, or a "
                         "Hugging Face image model by id or folder, such as facebook/dinov2-small")  # fmt: skip
     parser.add_argument("--net-weights", type=Path, metavar="FILE", help="weights of inception, where they are not in torch's cache")
     parser.add_argument("--reference", default="heldout", help="real pictures: heldout (default) or train (of the data), or a folder of images")
     parser.add_argument("--heldout-pairs", action="store_true", help="scenes: ask for pairs of colour and shape that training never showed")
+    parser.add_argument("--clip", default="", metavar="ID", help="CLIP of the clip score: Hugging Face id or folder, such as openai/clip-vit-base-patch32")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html and report.json there: scores, samples, curves, closest training pictures")
+    parser.add_argument("--curve-num", type=int, default=256, help="report: prompts at each point of the curves over steps and guidance (default 256; 0: none)")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two models on the same prompts and noise, with paired intervals")
     add_sampling(parser, seed="scenes: of the prompts, with the noise of picture k always that of seed 1000000 + k; else the noise is that of "
                  "(seed + 1) * 1000000 + k (default 0)")  # fmt: skip
     parser.set_defaults(run=run)
@@ -74,20 +86,69 @@ def evaluate(args: argparse.Namespace, world: "World") -> int:
         raise UserError("--net-weights goes with inception (--metrics fid, or --net inception): for another net give the folder of the model itself")
     if not 0 <= args.seed < 10**9:
         raise UserError("--seed must be between 0 and 10^9")
+    if args.curve_num < 0:
+        raise UserError("--curve-num must be at least 0")
+    if args.images and (args.out or args.compare):
+        raise UserError("the report and the comparison need models: leave out --images")
+    if args.compare:
+        return compare(args, world)
+    model = None if args.images else args.model or newest_run()
     context = build_context(args, world, names)
     if not names:
         names = ["scenes"] if context.pipeline and context.pipeline.description.is_scenes else ["kid"]
     found, skipped = score([name for name in METRICS if name in names], context)
+    written = write_report(args, context, found, skipped, model) if args.out and model else []
     if not world.main:
         return 0
     if args.json:
-        print(json.dumps(as_json(found, skipped)))
+        print(json.dumps(as_json(found, skipped) | ({"report": written} if written else {})))
         return 0
     for scores in found.values():
         print(scores.protocol)
         print("\n".join(f"  {line}" for line in scores.lines))
     for name, why in skipped.items():
         print(f"{name} was left out: {why}")
+    print("\n".join(written), end="\n" if written else "")
+    return 0
+
+
+def write_report(args: argparse.Namespace, context: "Context", found: "dict[str, Scores]", skipped: dict[str, str], model: Path) -> list[str]:
+    """Measure what the report shows beside the scores, and write it; the files."""
+    from flowt2i.evaluation.assemble import assemble
+    from flowt2i.evaluation.report import write
+
+    report, pictures = assemble(context, found, model, skipped, args.curve_num)
+    return [str(path) for path in write(report, pictures, args.out)] if context.world.main else []
+
+
+def compare(args: argparse.Namespace, world: "World") -> int:
+    """Two models on the same prompts and noise."""
+    if args.model or args.metrics is not None:
+        raise UserError("--compare A B names both models and what is measured (scenes, or --clip): leave out --model and --metrics")
+    from flowt2i.evaluation.assemble import set_side_by_side
+    from flowt2i.evaluation.report import write
+
+    contexts = []
+    for model in args.compare:
+        args.model = model
+        contexts.append(build_context(args, world, ["scenes"]))
+    report, pictures = set_side_by_side(contexts[0], contexts[1], tuple(args.compare))
+    if not world.main:
+        return 0
+    found: dict[str, Any] = dict(report.comparison)
+    if args.out:
+        found["report"] = [str(path) for path in write(report, pictures, args.out)]
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print(f"A: {found['a']}\nB: {found['b']}\n{found['n']} prompts, the same noise for both; A, B, and B - A with its paired 95% interval")
+    for name, row in found["scores"].items():
+        d = row["difference"]
+        plain, signed = ("{:6.1%}", "{:+.1%}") if row["share"] else ("{:6.2f}", "{:+.2f}")
+        p = f"   p={d['p']:.2g}" if "p" in d else ""
+        values = f"{plain.format(row['a'])} {plain.format(row['b'])}   {signed.format(d['difference'])}"
+        print(f"  {name:22s} {values} [{signed.format(d['low'])}, {signed.format(d['high'])}]   n={d['n']}{p}")
+    print("\n".join(found.get("report", [])), end="\n" if args.out else "")
     return 0
 
 
@@ -98,9 +159,10 @@ def build_context(args: argparse.Namespace, world: "World", names: list[str]) ->
     import torch
 
     from flowt2i.evaluation.metrics import Context
+    from flowt2i.evaluation.scenes import PUBLISHED
     from flowt2i.training import checkpoint
 
-    common: dict[str, Any] = {"net_name": args.net, "net_weights": args.net_weights, "real": args.reference, "seed": args.seed}
+    common: dict[str, Any] = {"clip_name": args.clip, "net_name": args.net, "net_weights": args.net_weights, "real": args.reference, "seed": args.seed}
     if args.images:
         if args.device:
             world = replace(world, device=torch.device(args.device))
@@ -111,7 +173,8 @@ def build_context(args: argparse.Namespace, world: "World", names: list[str]) ->
     pipeline.name = str(model)
     settings = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "shift": args.shift}
     pipeline.settings(**settings)
-    num = args.num or (2048 if {"fid", "frechet"} & set(names) else 500)
+    scenes = pipeline.description.is_scenes and (not names or any(name.startswith("scenes") for name in names))
+    num = args.num or (2048 if {"fid", "frechet"} & set(names) else PUBLISHED if scenes else 500)
     return Context(
         replace(world, device=pipeline.device), num, pipeline, args.data or trained_on(pipeline), settings=settings, heldout_pairs=args.heldout_pairs,
         run=source.parents[1] if source.parent.name == "checkpoints" else source, source=source, **common,

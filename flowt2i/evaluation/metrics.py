@@ -20,10 +20,13 @@ from flowt2i.training.distributed import World
 
 METRICS = {  # name: module and function
     "scenes": "flowt2i.evaluation.scenes:metric",
+    "scenes-heldout": "flowt2i.evaluation.scenes:heldout_metric",
     "fid": "flowt2i.evaluation.distribution:fid",
     "frechet": "flowt2i.evaluation.distribution:frechet",
     "kid": "flowt2i.evaluation.distribution:kid",
     "loss": "flowt2i.evaluation.loss:metric",
+    "clip": "flowt2i.evaluation.clip:metric",
+    "memorisation": "flowt2i.evaluation.memorisation:metric",
 }
 
 
@@ -39,6 +42,7 @@ class Scores:
     protocol: str  # one line: all that has to be equal for two numbers to be comparable
     lines: list[str]  # the same for people, without the protocol
     details: dict[str, dict[str, Any]] = field(default_factory=dict)  # more for programs, such as {"intervals": {name: …}}
+    pictures: dict[str, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)  # pairs that the report shows
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Context:
     settings: dict[str, Any] = field(default_factory=dict)  # of `Pipeline.sample`: steps, solver, guidance, shift
     net_name: str = "efficientnet-lite0"
     net_weights: Path | None = None
+    clip_name: str = ""  # CLIP of the clip score: id or folder
     real: str = "heldout"  # heldout, train, a folder of images, or a finished reference
     heldout_pairs: bool = False  # scenes: ask for pairs that training never showed
     run: Path | None = None  # pictures are kept under it

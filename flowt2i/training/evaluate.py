@@ -4,13 +4,16 @@ All ranks compute: images and prompts are divided over them. Rank 0 writes. A si
 """
 
 import math
+import sys
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from flowt2i.errors import UserError
+from flowt2i.evaluation import on_track
 from flowt2i.evaluation.validation import heldout_loss
 from flowt2i.grid import grid
 from flowt2i.pipeline import Pipeline, Samples
@@ -25,7 +28,7 @@ AT_ONCE = 64  # pictures drawn together on a rank
 
 
 def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
-    """Validation loss of raw and EMA weights by time bin, a preview grid, and on scenes data the prompt-following score."""
+    """Validation loss of raw and EMA weights by time bin, a preview grid, on scenes data the prompt-following score; a line on how these stand."""
     values: dict[str, Any] = {}
     try:
         values = _evaluate(trainer, tracker, last)
@@ -59,6 +62,10 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
     elif not trainer.description.is_scenes and not trainer.config.data.subset and trainer.config.train.score_images:
         values |= trainer.kernel_score(trainer, pipeline)
     memorised = side_by_side(trainer, pipeline) if trainer.config.data.subset and last else None
+    if trainer.world.main and trainer.progress:
+        seen = {"images_seen": trainer.step * trainer.config.data.batch_size}
+        if held := on_track.standing(seen | values, trainer.config, trainer.description):
+            tqdm.write(held.line, file=sys.stderr)
     if tracker:
         tracker.evaluation(trainer.step, {"images_seen": trainer.step * trainer.config.data.batch_size, **values})
         tracker.image(trainer.step, "samples", picture)

@@ -1,0 +1,203 @@
+"""Does a model repeat its training pictures? The nearest training picture of every sample, held against how near real pictures lie that were never trained on.
+
+A distance by itself says nothing: of two pictures of a star on white, both real, one may all but cover the other. So the near-copy distance is measured: the
+1st percentile of the distances from held-out pictures to their nearest training picture. By definition one held-out picture in a hundred lies within it; a
+model that samples what it learned should do the same, one that copies lies within it far more often. (Near pictures of real data as the yardstick: as in
+Somepalli et al. 2212.03860, who hold nearest samples against nearest training pictures of training pictures.) Beside it the test of Meehan, Chaudhuri and
+Dasgupta 2004.05675 over one cell: the z-score of Mann and Whitney's U that samples lie farther from the training set than held-out pictures do; they
+call a model under -3 copying.
+
+Ask with held-out captions: then samples and held-out pictures show things of one kind. Training captions show whether a caption calls its own picture back, but
+a good model, too, is nearer to the training set there.
+
+The training set is read once, in chunks; of each only features are made, and only the nearest is kept.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+from tqdm import tqdm
+
+from flowt2i.codec import stored_to_latents
+from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.description import DatasetDescription
+from flowt2i.errors import UserError
+from flowt2i.evaluation.intervals import tally
+from flowt2i.evaluation.metrics import Context, Scores
+from flowt2i.evaluation.nets import EFFICIENTNET, has_efficientnet
+from flowt2i.grid import grid
+
+PERCENTILE = 1.0  # of the held-out distances: the near-copy distance
+MOST_HELDOUT = 2_000  # held-out pictures that the near-copy distance is measured on
+TRAINING_CAPTIONS = 500  # captions of training pictures that are asked for besides
+MOST_ON_CPU = 10_000  # training pictures whose features a CPU makes (some minutes); beyond it only pixels are compared there
+PAIRS = 8  # closest pairs that are shown
+CHUNK = 1024  # training pictures at a time
+PIXEL_SIDE = 16  # pixels are compared at this size: blur, noise and a shift by a pixel do not hide a copy
+
+METHOD = (
+    f"nearest training picture, pixels at {PIXEL_SIDE}x{PIXEL_SIDE} less mean brightness, features as unit vectors; near copies lie within percentile "
+    f"{PERCENTILE:g} of the distances of up to {MOST_HELDOUT} held-out pictures"
+)
+
+Features = Callable[[np.ndarray], np.ndarray]  # uint8 [N, H, W, 3] -> float32 [N, D], compared by Euclidean distance
+
+
+@dataclass
+class Nearest:
+    """The nearest training picture of each query, in one kind of feature."""
+
+    distance: np.ndarray  # float64 [N]
+    index: np.ndarray  # int64 [N], into the training split
+
+
+def metric(context: Context) -> Scores:
+    """`memorisation`: asked with held-out captions, and with captions of training pictures; in pixels, and in a net's features where one is at hand."""
+    pipeline, data = context.need_pipeline("memorisation"), context.need_data("memorisation")
+    if not pipeline.description.heldout_count:
+        raise UserError(f"memorisation is measured against held-out pictures, and {data} has none: prepare it with --heldout")
+    if DatasetDescription.load(data).fingerprint != pipeline.description.fingerprint:
+        raise UserError(f"memorisation is about the data that a model was trained on, and {data} is other data: give the model's own with --data")
+    train, heldout = ImageTextDataset(data, "train"), ImageTextDataset(data, "heldout")
+    trained = min(pipeline.config.data.subset or len(train), len(train))
+    kinds: dict[str, Features] = {"pixels": pixel_features}
+    affordable = trained <= MOST_ON_CPU or context.world.device.type != "cpu"
+    if affordable and (context.net_name != EFFICIENTNET or has_efficientnet()):
+        net = context.net()
+        kinds[net.name] = net_features(net)
+    asked = {
+        "held-out captions": context.prompts,
+        "training captions": _spread(train.captions()[:trained], min(context.num, TRAINING_CAPTIONS)),
+    }
+    drawn = {whose: context.images(captions) for whose, captions in asked.items()}
+    real = real_images(heldout, pipeline.codec, np.arange(min(MOST_HELDOUT, len(heldout))))
+    queries = np.concatenate([real, *drawn.values()])
+    show = context.progress and context.world.main
+    found = nearest(queries, chunks_of(train, pipeline.codec, trained, show), kinds)
+    ends = np.cumsum([len(real), *map(len, drawn.values())])
+    title = f"memorised-{context.count}@{context.resolution}"
+    scores = Scores({}, f"{title}: {METHOD}; {trained} training pictures; {context.protocol()}", [], {"intervals": {}, "memorisation": {}})
+    for kind, near in found.items():
+        for whose, (start, end) in zip(asked, zip(ends, ends[1:])):
+            name, part = f"{title}/{kind}, {whose}", Nearest(near.distance[start:end], near.index[start:end])
+            judged = judge(part.distance, near.distance[: len(real)])
+            order, pairs = closest_pairs(drawn[whose], part, PAIRS, lambda index: real_images(train, pipeline.codec, index))
+            judged["pairs"] = [
+                {"sample": int(k), "prompt": asked[whose][k], "training": int(part.index[k]), "caption": train.caption(int(part.index[k])),
+                 "distance": float(part.distance[k]), "near_copy": bool(part.distance[k] <= judged["threshold"])}
+                for k in order
+            ]  # fmt: skip
+            share = judged["near_copies"]
+            scores.values[name], scores.details["intervals"][name] = share["accuracy"], share
+            scores.details["memorisation"][f"{kind}, {whose}"] = judged
+            scores.pictures[f"{kind}, {whose}"] = [(a, b) for a, b in pairs]
+            interval = f"[{share['low']:.1%}, {share['high']:.1%}]"
+            expected = f"held-out pictures {judged['expected']:.1%}; z {judged['z']:+.1f}"
+            scores.lines.append(f"{kind + ', ' + whose:38s} {share['accuracy']:6.1%} near copies {interval}   n={share['n']}   {expected}")
+    return scores
+
+
+def _spread(captions: Sequence[str], count: int) -> list[str]:
+    """`count` captions (or all there are), evenly spaced; empty ones left out."""
+    said = [caption for caption in captions if caption.strip()]
+    return [said[k * len(said) // min(count, len(said))] for k in range(min(count, len(said)))]
+
+
+def pixel_features(images: np.ndarray) -> np.ndarray:
+    """Pictures at 16 x 16, less their mean brightness, so that brightness alone does not part a copy from its original (colour does).
+
+    uint8 [N, H, W, 3] -> float32 [N, 768], scaled so that the Euclidean distance is the root mean square difference in grey levels of 255.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+    small = torch.nn.functional.interpolate(pixels, (PIXEL_SIDE, PIXEL_SIDE), mode="area")
+    free = (small - small.mean((1, 2, 3), keepdim=True)).flatten(1)
+    return (free / math.sqrt(free.shape[1])).numpy()
+
+
+def net_features(net: Callable[[np.ndarray], torch.Tensor]) -> Features:
+    """Features of a net as unit vectors: their Euclidean distance is 0 for the same direction, 2 for the opposite one."""
+    return lambda images: torch.nn.functional.normalize(net(images).float(), dim=-1).numpy()
+
+
+def real_images(dataset: ImageTextDataset, codec: Any, rows: np.ndarray) -> np.ndarray:
+    """Pictures of a prepared dataset, a VAE's decoded from the mean of their latents: uint8 [N, H, W, 3]."""
+    stored = dataset.fetch(rows).stored
+    decoded = [codec.decode(stored_to_latents(dataset.description.codec.kind, part, None)).float().cpu() for part in stored.split(64)]
+    return ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def chunks_of(dataset: ImageTextDataset, codec: Any, limit: int = 0, progress: bool = False) -> Iterator[np.ndarray]:
+    """All pictures of a dataset (or its first `limit`), `CHUNK` at a time."""
+    count = min(limit or len(dataset), len(dataset))
+    for start in tqdm(range(0, count, CHUNK), desc="training pictures", unit="chunk", disable=not progress, leave=False):
+        yield real_images(dataset, codec, np.arange(start, min(start + CHUNK, count)))
+
+
+def nearest(queries: np.ndarray, chunks: Iterator[np.ndarray], features: dict[str, Features]) -> dict[str, Nearest]:
+    """The nearest picture of all chunks to each of the queries (uint8 [N, H, W, 3]), by every kind of feature."""
+    asked = {name: torch.from_numpy(make(queries)) for name, make in features.items()}
+    best = {name: (torch.full((len(queries),), math.inf, dtype=torch.float64), torch.zeros(len(queries), dtype=torch.int64)) for name in features}
+    start = 0
+    for chunk in chunks:
+        for name, make in features.items():
+            known, query = torch.from_numpy(make(chunk)), asked[name]
+            rough = (known * known).sum(-1) - 2 * query @ known.T  # squared distance less |query|^2: one matrix product, the same order
+            place = rough.argmin(-1)
+            exact = (query.double() - known[place].double()).norm(dim=-1)  # a product of fp32 says 0.01 where a copy's distance is 0
+            distance, index = best[name]
+            nearer = exact < distance
+            best[name] = torch.where(nearer, exact, distance), torch.where(nearer, place + start, index)
+        start += len(chunk)
+    if not start:
+        raise UserError("no training pictures to compare with: prepare more samples")
+    return {name: Nearest(distance.numpy(), index.numpy()) for name, (distance, index) in best.items()}
+
+
+def judge(samples: np.ndarray, heldout: np.ndarray) -> dict[str, Any]:
+    """Distances to the nearest training picture, of samples [N] and of held-out pictures [M] -> what the module's head describes.
+
+    `near_copies`: a tally (share, interval) of samples within `threshold`; `expected`: the share of the held-out pictures within it; `z`: Meehan's test.
+    """
+    threshold = float(np.percentile(heldout, PERCENTILE, method="inverted_cdf"))
+    return {
+        "near_copies": tally(int((samples <= threshold).sum()), len(samples)), "expected": float((heldout <= threshold).mean()),
+        "threshold": threshold, "z": mann_whitney_z(samples, heldout), "median": float(np.median(samples)), "heldout_median": float(np.median(heldout)),
+        "heldout_n": len(heldout),
+    }  # fmt: skip
+
+
+def mann_whitney_z(first: np.ndarray, second: np.ndarray) -> float:
+    """z-score of U, the number of pairs in which the first is larger (ties half), with the variance corrected for ties; under 0 the first tend to be smaller.
+
+    Mann and Whitney 1947; no continuity correction. 0 where all values are alike.
+    """
+    n, m = len(first), len(second)
+    both = np.concatenate([first, second])
+    _, inverse, counts = np.unique(both, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    u = ranks[:n].sum() - n * (n + 1) / 2
+    total = n + m
+    variance = n * m / 12 * (total + 1 - (counts.astype(np.float64) ** 3 - counts).sum() / (total * (total - 1)))
+    return float((u - n * m / 2) / math.sqrt(variance)) if variance > 0 else 0.0
+
+
+def closest_pairs(samples: np.ndarray, found: Nearest, count: int, real: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The samples nearest to a training picture, nearest first: their numbers [K] and [K, 2, H, W, 3] sample and training picture, K <= count.
+
+    real(index) gives the training pictures of these numbers.
+    """
+    order = np.argsort(found.distance, kind="stable")[:count]
+    return order, np.stack([samples[order], real(found.index[order])], axis=1)
+
+
+def pairs_sheet(pairs: np.ndarray, distances: np.ndarray, threshold: float, captions: Sequence[str]) -> PillowImage.Image:
+    """Pairs [K, 2, H, W, 3] side by side, sample left and training picture right, with the distance under the one and its caption under the other."""
+    labels = []
+    for distance, caption in zip(distances, captions):
+        labels += [f"sample, distance {distance:.3g}{' (near copy)' if distance <= threshold else ''}", f"training: {caption}"]
+    return grid(pairs.reshape(-1, *pairs.shape[2:]), labels, columns=min(8, 2 * len(pairs)))

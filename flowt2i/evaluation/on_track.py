@@ -1,0 +1,120 @@
+"""Am I on track? A run held against the curves that our own trainings of its preset drew: loss and score against images seen.
+
+The curves are package data, `reference_curves/PRESET.json`, written by `python benchmarks/reference_curve.py RUN…` from the log.jsonl and eval.jsonl of runs.
+They hold for the preset on the built-in scenes; a loss is compared only where it means the same (same flow settings, same prediction, same image size).
+The learning rate falls over the second half of a run, so a run that is laid out for far fewer or more images than ours is ahead or behind in between.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowt2i.config import PRESETS, Config
+from flowt2i.description import DatasetDescription
+from flowt2i.evaluation.intervals import wilson
+
+TOLERANCE = 0.1  # of a loss: the seeds of one preset differ by up to half of it
+REACH = 1.05  # a curve is still read this far past its ends
+Points = list[list[float]]  # [images seen, value], in order
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What our runs had after so many images."""
+
+    mean: float
+    low: float  # least and most over the runs
+    high: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands: `verdict` is "ahead", "on track" or "behind"; `line` says it with the numbers."""
+
+    verdict: str
+    line: str
+
+
+def load(preset: str) -> dict[str, Any] | None:
+    """The reference curves of a preset, or None where we have none."""
+    file = resources.files("flowt2i.evaluation") / "reference_curves" / f"{preset}.json"
+    return json.loads(file.read_text()) if preset in PRESETS and file.is_file() else None
+
+
+def comparable(config: Config, description: DatasetDescription) -> tuple[dict[str, Any] | None, set[str]]:
+    """The reference curves for this run (None: there are none), and which of `loss`, `validation`, `score` mean the same in it."""
+    reference = load(config.preset)
+    if reference is None or not description.is_scenes or config.data.subset:
+        return None, set()
+    if description.codec.kind != reference["codec"] or description.codec.image_size != reference["image_size"]:
+        return None, set()
+    same_loss = config.flow.model_dump() == reference["flow"] and config.model.prediction == reference["prediction"]
+    return reference, {"score", *({"loss", "validation"} if same_loss else ())}
+
+
+def expected(reference: dict[str, Any], what: str, images: float) -> Expected | None:
+    """`what` ("loss", "validation", "score") of our runs after so many images, by straight lines between points; None where no run reached there."""
+    values = []
+    for run in reference["runs"]:
+        points = np.asarray(run.get(what) or np.zeros((0, 2)), np.float64)
+        if len(points) and points[0, 0] / REACH <= images <= points[-1, 0] * REACH:
+            values.append(float(np.interp(images, points[:, 0], points[:, 1])))
+    return Expected(float(np.mean(values)), min(values), max(values), len(values)) if values else None
+
+
+def standing(evaluation: dict[str, Any], config: Config, description: DatasetDescription) -> Standing | None:
+    """How a line of eval.jsonl stands against our curves; None where there is nothing to hold it against."""
+    reference, means_the_same = comparable(config, description)
+    if reference is None:
+        return None
+    images = evaluation["images_seen"]
+    verdicts, said = [], []
+    score, ours = evaluation.get("score"), expected(reference, "score", images)
+    if score is not None and ours and config.train.score_prompts:
+        low, high = wilson(round(score * config.train.score_prompts), config.train.score_prompts)
+        verdicts.append(-1 if high < ours.low else 1 if low > ours.high else 0)
+        said.append(f"score {score:.0%} [{low:.0%}, {high:.0%}], ours {ours.mean:.0%}")
+    loss, ours = validation_of(evaluation), expected(reference, "validation", images)
+    if loss is not None and ours and "validation" in means_the_same:
+        verdicts.append(-1 if loss > ours.high * (1 + TOLERANCE) else 1 if loss < ours.low * (1 - TOLERANCE) else 0)
+        said.append(f"validation loss {loss:.4f}, ours {ours.mean:.4f}")
+    if not verdicts:
+        return None
+    verdict = "behind" if min(verdicts) < 0 else "ahead" if max(verdicts) > 0 else "on track"
+    return Standing(verdict, f"{verdict} at {images:,} images: {'; '.join(said)} ({config.preset} on scenes)")
+
+
+def validation_of(evaluation: dict[str, Any]) -> float | None:
+    """The validation loss of a line of eval.jsonl: of the averaged weights where there are some."""
+    found = evaluation.get("validation_ema") or evaluation.get("validation") or {}
+    return found.get("loss")
+
+
+def curve_of(run: Path, bins: int = 60) -> dict[str, Points]:
+    """`loss` (means of `bins` equal stretches of log.jsonl), `validation`, `score` and `kid` of a run against images seen; empty where not logged."""
+    log = [(line["images_seen"], line["loss"]) for line in read_lines(run / "log.jsonl") if "loss" in line]
+    stretches = [part for part in np.array_split(np.asarray(log, np.float64).reshape(-1, 2), min(bins, max(1, len(log)))) if len(part)]
+    evaluations = read_lines(run / "eval.jsonl")
+    return {
+        "loss": [[float(x), round(float(y), 6)] for x, y in (part.mean(0) for part in stretches)],
+        "validation": [[line["images_seen"], round(value, 6)] for line in evaluations if (value := validation_of(line)) is not None],
+        **{name: [[line["images_seen"], round(line[name], 6)] for line in evaluations if name in line] for name in ("score", "kid")},
+    }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl; a last one that a kill cut short is left out, and so is a file that is not there."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and "images_seen" in value:
+            found.append(value)
+    return found

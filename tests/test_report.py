@@ -1,0 +1,233 @@
+"""The report, two models against each other, and how a run stands: on a tiny trained model, through the command line."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowt2i.cli import main
+from flowt2i.config import resolve
+from flowt2i.description import DatasetDescription
+from flowt2i.evaluation import charts, on_track, page
+from flowt2i.evaluation.charts import Series, line_chart
+from flowt2i.evaluation.report import Pictures, Report, Score, html
+from flowt2i.training import checkpoint
+from flowt2i.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def runs(scenes_data, tiny, tmp_path_factory) -> list[Path]:
+    """Two tiny models of one preset and data, evaluated twice on their way."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in ("0", "1"):
+        words = [*tiny, "--train.steps", "4", "--train.eval_every", "2", "--train.seed", seed, "--train.dry_run", "false"]
+        train(resolve("quickstart", words), scenes_data, folder / seed, progress=False)
+    return [folder / "0", folder / "1"]
+
+
+def evaluate(*words) -> int:
+    return main(["evaluate", "--steps", "2", "--device", "cpu", *map(str, words)])
+
+
+class Checked(HTMLParser):
+    """Every element closed, nothing loaded from elsewhere."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        for name, value in attributes:
+            assert name not in ("src", "href") or value.startswith("data:image/png;base64,"), value
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def checked(text: str) -> list[str]:
+    parser = Checked()
+    parser.feed(text)
+    assert not parser.open and "http" not in text and "@import" not in text and "url(" not in text and "<script" not in text
+    return parser.seen
+
+
+def test_a_report_of_a_run(runs, scenes_data, tmp_path, capsys):
+    words = ["--model", runs[0], "--data", scenes_data, "--metrics", "scenes,scenes-heldout,memorisation", "--num", "12", "--curve-num", "3"]
+    assert evaluate(*words, "--out", tmp_path, "--json") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["report"] == [str(tmp_path / name) for name in ("report.json", "report.html")]
+    assert 0 <= result["scenes-prompts-12@64/all"] <= 1 and result["scenes-heldout-pairs-12@64/all"] >= 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {s["name"] for s in report["scores"]} >= {"scenes-prompts-12@64/all", "scenes-heldout-pairs-12@64/all"}
+    assert all(s["protocol"] and "euler 2 steps, guidance 3" in s["protocol"] and "EMA weights" in s["protocol"] for s in report["scores"])
+    assert [p["x"] for p in report["curves"]["evaluations"]] == [1, 2, 4, 8, 16, 50] and report["curves"]["n"] == 3
+    assert [p["evaluations"] for p in report["curves"]["evaluations"]] == [2, 4, 8, 16, 32, 100]  # guided: two passes a step
+    assert [p["evaluations"] for p in report["curves"]["guidance"]][:2] == [2, 4]  # guidance 1 needs one pass
+    assert [x for x, _ in report["training"]["validation"]] == [16, 32] and len(report["training"]["loss"]) == 4
+    kinds = {name.partition(",")[0] for name in report["memorisation"]}
+    assert "pixels" in kinds and all(len(m["pairs"]) == 8 and 0 <= m["near_copies"]["accuracy"] <= 1 for m in report["memorisation"].values())
+    assert len(report["samples"]) == 12 and report["samples"][3]["seed"] == 1_000_003
+    text = (tmp_path / "report.html").read_text()
+    seen = checked(text)
+    assert seen.count("svg") == 5 and seen.count("img") == 12 + 2 * 8 * len(report["memorisation"])
+    assert "prefers-color-scheme" in text and "width=device-width" in text and report["samples"][0]["prompt"] in text
+
+
+def test_two_models_side_by_side(runs, tmp_path, capsys):
+    assert evaluate("--compare", *runs, "--num", "12", "--out", tmp_path, "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    row = found["scores"]["all"]
+    assert row["difference"]["low"] <= row["b"] - row["a"] <= row["difference"]["high"] and row["difference"]["n"] == 12
+    assert found["scores"]["relation"]["difference"]["n"] < 12
+    assert checked((tmp_path / "report.html").read_text()).count("img") == 24
+    assert evaluate("--compare", runs[0], runs[0], "--num", "6", "--json") == 0  # a model against itself: no difference anywhere
+    same = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    assert all(row["difference"]["difference"] == 0 and row["difference"]["p"] == 1 for row in same.values())
+    assert evaluate("--compare", *runs, "--num", "6") == 0
+    assert re.search(r"all .* \[.*\] +n=6 +p=", capsys.readouterr().out)
+
+
+def test_the_clip_score_of_a_model(runs, scenes_data, tmp_path, capsys, tiny_clip):
+    words = ["--model", runs[0], "--data", scenes_data, "--metrics", "clip", "--num", "6", "--clip", tiny_clip]
+    assert evaluate(*words, "--json") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"clip-tiny-clip-6@64", "clip-tiny-clip-6@64/real pictures"} <= set(result) and any("retrieval-among-" in name for name in result)
+    assert evaluate(*words[:-2]) == 2 and "--clip" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--model", "/nowhere"], "no model at /nowhere"), (["--data", "/nowhere"], "no dataset at /nowhere"), (["--metrics", "scens"], "'scenes'"),
+    (["--curve-num", "-1"], "--curve-num"), (["--images", "/nowhere"], "leave out"),
+    (["--metrics", "clip"], "--clip"), (["--num", "0"], "--num"), (["--steps", "0"], "steps 0"),
+    (["--compare", "/nowhere", "/nowhere"], "no model at /nowhere"), (["--clip", "openai/clip-vit-base-patch32", "--metrics", "clip"], "HF_HUB_OFFLINE"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_exit_2(runs, words, told, capsys):
+    if "--model" not in words and "--compare" not in words:
+        words = ["--model", runs[0], *words]
+    assert evaluate(*words) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1, said
+
+
+def test_a_model_of_other_data_and_one_that_diverged(runs, scenes_data, tmp_path, capsys):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = checkpoint.newest_good(runs[0])
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    description = json.loads((other / "dataset.json").read_text()) | {"source": "emoji", "fingerprint": "other"}
+    (other / "dataset.json").write_text(json.dumps(description))
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    tensors = {name: torch.full_like(value, float("nan")) for name, value in load_file(broken / "ema.safetensors").items()}
+    save_file(tensors, broken / "ema.safetensors")
+    for folder in (other, broken):
+        checkpoint.write_manifest(folder)
+    for words, told in (
+        (["--model", other, "--metrics", "scenes"], "trained on other data"),
+        (["--model", other, "--data", scenes_data, "--metrics", "memorisation"], "is other data"),
+        (["--model", other], "--data"),
+        (["--compare", runs[0], other], "no prompts are fair"),
+        (["--model", broken, "--metrics", "scenes", "--num", "2"], "not finite"),
+    ):
+        assert evaluate(*words) == 2, words
+        said = capsys.readouterr().err
+        assert told in said and said.strip().count("\n") == 0, said
+
+
+# ---- charts and page
+
+
+def test_a_chart_places_its_points():
+    line = Series("run", [0, 10], [0.0, 1.0], style="a")
+    text = line_chart([line], x_label="x", y_label="y", from_zero=True, name="growth")
+    (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in re.search(r'polyline class="line a" points="([^"]*)"', text)[1].split())
+    assert x0 < x1 and y0 > y1 and y0 == charts.HEIGHT - charts.BOTTOM and y1 == charts.TOP
+    assert ">growth" not in text and 'aria-label="growth"' in text and "<title>run: 1 at 10</title>" in text
+    holes = line_chart([Series("run", [1, 2, 3], [1.0, float("nan"), 2.0])], x_label="x", y_label="y")
+    assert "nan" not in holes.lower() and holes.count("<circle") == 2
+    with pytest.raises(ValueError):
+        line_chart([Series("run", [1], [float("nan")])], x_label="x", y_label="y")
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.31, 0.42), (-3, 1200), (5, 5), (0, 0), (1e-4, 2e-4)])
+def test_ticks_are_few_round_and_cover(low, high):
+    found = charts.ticks(low, high, 5)
+    assert 2 <= len(found) <= 8 and found[0] <= low and found[-1] >= high
+    assert len({round(b - a, 12) for a, b in zip(found, found[1:])}) == 1
+
+
+def test_what_people_wrote_is_text_not_html():
+    nasty = "<script>alert('x')</script> & \"quotes\""
+    report = Report(nasty, {}, nasty, [Score(nasty, 0.5, nasty, 0.4, 0.6, 10, True)], [{"prompt": nasty, "seed": 0}], notes=[nasty])
+    text = html(report, Pictures(samples=[np.zeros((8, 8, 3), np.uint8)]))
+    checked(text)
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert page.data_uri(np.zeros((8, 8, 3), np.uint8)).startswith("data:image/png;base64,iVBOR")
+
+
+# ---- on track
+
+
+@pytest.fixture
+def quickstart(scenes_data):
+    return resolve("quickstart"), DatasetDescription.load(scenes_data)
+
+
+def test_our_own_curve_is_on_track(quickstart):
+    reference, same = on_track.comparable(*quickstart)
+    assert reference and same == {"score", "loss", "validation"} and len(reference["runs"]) >= 3
+    for run in reference["runs"]:
+        for (images, loss), (_, score) in zip(run["validation"], run["score"]):
+            standing = on_track.standing({"images_seen": images, "validation_ema": {"loss": loss}, "score": score}, *quickstart)
+            assert standing and standing.verdict == "on track" and "\n" not in standing.line and "ours" in standing.line, standing
+
+
+def test_a_run_that_stays_behind_and_one_that_leads(quickstart):
+    reference, _ = on_track.comparable(*quickstart)
+    images = max(int(run["validation"][-1][0]) for run in reference["runs"])
+    ours = on_track.expected(reference, "validation", images)
+    of = lambda loss, score: on_track.standing({"images_seen": images, "validation": {"loss": loss}, "score": score}, *quickstart).verdict
+    assert of(ours.mean, 0.05) == "behind" and of(ours.mean * 1.5, 0.4) == "behind"
+    assert of(ours.mean, 0.9) == "ahead" and of(ours.mean * 0.6, 0.4) == "ahead"
+
+
+def test_nothing_is_said_where_nothing_compares(quickstart, scenes_data):
+    config, description = quickstart
+    line = {"images_seen": 113_000, "validation": {"loss": 0.05}, "score": 0.4}
+    assert on_track.standing(line, resolve("stability"), description) is None
+    assert on_track.standing(line, config, description.model_copy(update={"source": "emoji"})) is None
+    assert on_track.standing(line | {"images_seen": 10**9}, config, description) is None
+    other_flow = resolve("quickstart", ["--flow.floor", "0.1"])
+    assert on_track.comparable(other_flow, description)[1] == {"score"}
+    assert "validation" not in on_track.standing(line, other_flow, description).line
+
+
+def test_curves_survive_a_log_that_a_kill_cut_short(tmp_path):
+    lines = [json.dumps({"step": k, "images_seen": 32 * k, "loss": 1 / k}) for k in range(1, 201)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 201, "imag')
+    curve = on_track.curve_of(tmp_path)
+    assert len(curve["loss"]) == 60 and curve["validation"] == curve["score"] == []
+    assert curve["loss"] == sorted(curve["loss"]) and curve["loss"][0][1] > curve["loss"][-1][1]
+
+
+def test_training_says_how_it_stands(scenes_data, tiny, tmp_path, capsys, monkeypatch):
+    reference = on_track.load("quickstart")
+    monkeypatch.setattr(on_track, "load", lambda preset: reference | {"runs": [{"seed": 0, "validation": [[8, 9.0], [64, 9.0]], "score": []}]})
+    train(resolve("quickstart", [*tiny, "--train.steps", "2", "--train.dry_run", "false"]), scenes_data, tmp_path / "run", progress=True)
+    assert re.search(r"(ahead|behind|on track) at 16 images: validation loss [\d.]+, ours 9.0000 \(quickstart on scenes\)", capsys.readouterr().err)
