@@ -3,14 +3,22 @@
     solver(velocity, z, times, callback=None) -> z
 
 `velocity(z, t)` takes `z [B, C, H, W]` and a scalar tensor `t` and returns `[B, C, H, W]`; `times` is an increasing `[N + 1]`
-tensor; `callback(step, t, z, v)` is called after each of the N steps with the time and state *before* it and the velocity there,
-so that a preview of the clean image is `z + (1 - t) v`.
+tensor, however spaced; `callback(step, t, z, v)` is called once for each of the N intervals with the time and state *before* it and the
+velocity there, so that a preview of the clean image is `z + (1 - t) v`.
+
+No solver asks for the velocity at the last time: a field made of predicted data has none there (`flow.to_velocity`). A method that
+would ask takes its last step by another of one order less, whose single larger error leaves the order of the whole as it is
+(Karras et al. 2206.00364, alg. 1, do so for Heun).
+
+Orders and evaluations of N steps: euler 1, N; midpoint 2, 2N; heun 2, 2N - 1; rk4 4, 4N - 1; ab2 2, N; ab4 4, N + 6 (from N = 3).
+Elsewhere: `adaptive.dopri5` chooses its own steps, `stochastic.sde` solves an SDE with the same marginals.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
-import torch
+import numpy as np
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -21,45 +29,105 @@ class Solver(Protocol):
     def __call__(self, velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor: ...
 
 
-def uniform_times(steps: int, device: torch.device | str = "cpu") -> Tensor:
-    """`steps + 1` equally spaced times from 0 to 1."""
-    return torch.linspace(0, 1, steps + 1, device=device)
+class Tableau(NamedTuple):
+    """An explicit Runge-Kutta method (Hairer, Nørsett & Wanner, Solving ODEs I, sec. II.1): stage i asks at `t + c_i h`."""
+
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]  # row i: weights of the stages before stage i
+    b: tuple[float, ...]
 
 
-def shift_times(times: Tensor, shift: float) -> Tensor:
-    """Move times in [0, 1] towards the noise: `t / (t + shift (1 - t))` (Esser et al. 2403.03206, eq. 23, written for our direction of t).
-
-    The larger the picture for what it says, the more of it is decided next to the noise: a flat background shows through all but the
-    strongest noise. shift 1 changes nothing.
-    """
-    return times / (times + shift * (1 - times))
+EULER = Tableau((0,), ((),), (1,))
+MIDPOINT = Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1))
+HEUN = Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2))
+HEUN3 = Tableau((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4))  # order 3, never asks at the end of the step
+RK4 = Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 
 
 def euler(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor:
     """Euler's method: order 1, one evaluation a step."""
-    for step in range(len(times) - 1):
-        t, h = times[step], times[step + 1] - times[step]
-        v = velocity(z, t)
-        if callback:
-            callback(step, t, z, v)
-        z = z + h * v
-    return z
+    return _one_step(velocity, z, times, callback, EULER, last=EULER)
+
+
+def midpoint(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor:
+    """The midpoint rule: order 2, two evaluations a step."""
+    return _one_step(velocity, z, times, callback, MIDPOINT, last=MIDPOINT)
 
 
 def heun(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor:
-    """Heun's method (the trapezoid rule with Euler's predictor): order 2, two evaluations a step.
+    """Heun's method (the trapezoid rule with Euler's predictor): order 2, two evaluations a step; the last step is Euler's."""
+    return _one_step(velocity, z, times, callback, HEUN, last=EULER)
 
-    The last step is Euler's (Karras et al. 2206.00364, alg. 1, line 6): a field made of predicted data has no velocity at t = 1.
-    """
-    last = len(times) - 2
-    for step in range(len(times) - 1):
-        t, h = times[step], times[step + 1] - times[step]
-        v = velocity(z, t)
-        if callback:
-            callback(step, t, z, v)
-        z = z + h * v if step == last else z + h / 2 * (v + velocity(z + h * v, times[step + 1]))
+
+def rk4(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor:
+    """The classical Runge-Kutta method: order 4, four evaluations a step; the last step is Heun's method of order 3."""
+    return _one_step(velocity, z, times, callback, RK4, last=HEUN3)
+
+
+def ab2(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor:
+    """Adams-Bashforth of order 2 for any spacing: one evaluation a step. The first step is Euler's."""
+    return _adams_bashforth(velocity, z, times, callback, order=2, start=EULER)
+
+
+def ab4(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor:
+    """Adams-Bashforth of order 4 for any spacing: one evaluation a step. The first three steps are Heun's of order 3, three evaluations each."""
+    return _adams_bashforth(velocity, z, times, callback, order=4, start=HEUN3)
+
+
+def intervals(times: Tensor) -> Iterator[tuple[int, Tensor, float]]:
+    """(step, time, length) of each interval; lengths are plain numbers, so that no step waits for a GPU."""
+    for step, (t, (a, b)) in enumerate(zip(times, itertools.pairwise(times.tolist()))):
+        yield step, t, b - a
+
+
+def runge_kutta_stages(velocity: Velocity, z: Tensor, t: Tensor, h: float, method: Tableau, first: Tensor) -> list[Tensor]:
+    """The velocities at the stages of one step, the first of which, at (z, t), is given."""
+    stages = [first]
+    for c, row in zip(method.c[1:], method.a[1:]):
+        stages.append(velocity(advance(z, h, row, stages), t + c * h))
+    return stages
+
+
+def advance(z: Tensor, h: float, weights: Sequence[float], velocities: Sequence[Tensor]) -> Tensor:
+    """`z + h sum_i w_i v_i`, without the terms of no weight."""
+    for weight, v in zip(weights, velocities):
+        if weight:
+            z = z + (h * weight) * v
     return z
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun}
-EVALUATIONS: dict[str, Callable[[int], int]] = {"euler": lambda steps: steps, "heun": lambda steps: 2 * steps - 1}  # of the velocity, by number of steps
+def _one_step(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None, method: Tableau, last: Tableau) -> Tensor:
+    for step, t, h in intervals(times):
+        v = velocity(z, t)
+        if callback:
+            callback(step, t, z, v)
+        used = last if step == len(times) - 2 else method
+        z = advance(z, h, used.b, runge_kutta_stages(velocity, z, t, h, used, v))
+    return z
+
+
+def _adams_bashforth(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | None, order: int, start: Tableau) -> Tensor:
+    """A start of order `order - 1` is enough: a fixed number of its steps, each wrong by O(h^order), leave an error of that order."""
+    known = times.tolist()
+    past: list[Tensor] = []  # velocities, the newest last
+    for step, t, h in intervals(times):
+        v = velocity(z, t)
+        if callback:
+            callback(step, t, z, v)
+        past = [*past[1 - order :], v]
+        if len(past) < order:
+            z = advance(z, h, start.b, runge_kutta_stages(velocity, z, t, h, start, v))
+        else:
+            z = advance(z, h, adams_weights(known[step + 1 - order : step + 1], known[step + 1]), past)
+    return z
+
+
+def adams_weights(times: Sequence[float], until: float) -> list[float]:
+    """Weights of the velocities at `times` (the newest last) in the mean velocity over [times[-1], until].
+
+    They integrate every polynomial of degree under `len(times)` exactly (Hairer, Nørsett & Wanner, Solving ODEs I, sec. III.5): with
+    `s_i = (t_i - t_n) / h`, `sum_i w_i s_i^m = 1 / (m + 1)`. Evenly spaced they are the textbook's, 3/2 and -1/2 at order 2.
+    """
+    places = (np.array(times) - times[-1]) / (until - times[-1])
+    powers = np.arange(len(times))
+    return np.linalg.solve(places[None, :] ** powers[:, None], 1 / (powers + 1)).tolist()
