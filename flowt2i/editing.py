@@ -1,10 +1,14 @@
-"""Drawing from more than a prompt: between two seeds or prompts, from a given picture, inside a mask. Tensors in, tensors out.
+"""Drawing from more than a prompt: between two seeds or prompts, from a given picture, inside a mask.
 
 Shapes: latents and noise are `[B, C, H, W]`, normalised; masks `[1, 1, H, W]`, 1 where the picture is to be drawn anew.
 """
 
+import hashlib
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +23,56 @@ from flowt2i.errors import UserError
 from flowt2i.solvers import Velocity
 
 Picture = Image.Image | str | Path  # what --init and --mask take
+LARGEST_SEED = 2**62
+
+
+@dataclass(frozen=True)
+class Start:
+    """What one picture is drawn from: a prompt and a seed, or a place between two of either."""
+
+    prompt: str
+    seed: int
+    to: str | None = None  # another prompt
+    to_seed: int | None = None  # another seed
+    mix: float = 0.0  # how far from the first to the second: 0 to 1
+
+    def way(self) -> dict[str, Any]:
+        """Where it leads and how far, for the picture's metadata; nothing where it leads nowhere."""
+        ends = {name: end for name, end in (("to", self.to), ("to_seed", self.to_seed)) if end is not None}
+        return ends | {"mix": self.mix} if ends else {}
+
+
+def starts(prompts: Sequence[str], seed: int, num: int, variation: float, to: str | None, to_seed: int | None, mix: float | None) -> list[Start]:
+    """`num` starts of each prompt, in order; UserError where the settings are out of range or contradict each other.
+
+    Picture k has seed `seed + k`. With `variation` above 0 all have the seed `seed`, each its noise moved by that share of the way towards the noise of
+    another seed. With `to` or `to_seed` the pictures of a prompt lead from it to there in even steps (or all stand at `mix`), all from one seed.
+    """
+    if not prompts:
+        raise UserError("no prompt: give at least one")
+    if any(not p.strip() for p in prompts):
+        raise UserError("an empty prompt: say what the picture should show")
+    if type(num) is not int or num < 1 or type(seed) is not int or not 0 <= seed < LARGEST_SEED or not 0 <= (to_seed or 0) < LARGEST_SEED:
+        raise UserError("num must be at least 1 and seeds between 0 and 2^62")
+    for name, share in (("variation", variation), ("mix", mix or 0.0)):
+        if not 0 <= share <= 1:  # NaN is not between anything
+            raise UserError(f"{name} {share} is out of range: choose 0 to 1")
+    if to is not None and not to.strip():
+        raise UserError("an empty prompt to go to: say what the last picture should show")
+    if to is None and to_seed is None:
+        if mix is not None:
+            raise UserError("a mix needs another prompt or seed to mix with: give `to` or `to_seed`")
+        if variation:
+            return [Start(p, seed, None, seed + 1 + i * num + k, variation) for i, p in enumerate(prompts) for k in range(num)]
+        return [Start(p, seed + i * num + k) for i, p in enumerate(prompts) for k in range(num)]
+    if variation:
+        raise UserError("a variation and a way to another prompt or seed cannot be had at once: leave one out")
+    places = [mix] * num if mix is not None else ([0.5] if num == 1 else [k / (num - 1) for k in range(num)])
+    return [Start(p, seed, to, to_seed, place) for p in prompts for place in places]
 
 
 def slerp(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    """Along the great circle from `first` to `second` (Shoemake 1985, sec. 3.3), picture by picture; share [B, 1, 1, 1].
+    """Along the great circle from `first` to `second` (Shoemake 1985), picture by picture; share [B, 1, 1, 1].
 
     Between two draws of Gaussian noise a straight line would run through noise that is too weak, which the network never saw.
     """
@@ -94,3 +144,8 @@ def load_init(init: Picture, mask: Picture | None, size: int) -> tuple[np.ndarra
     if not bright.any():
         raise UserError("the mask is black all over: paint white what is to be drawn anew")
     return original, bright
+
+
+def fingerprint(pixels: np.ndarray) -> str:
+    """The first half of the sha256 of a picture's pixels: whether it is the one that was used before."""
+    return hashlib.sha256(pixels.tobytes()).hexdigest()[:32]

@@ -51,12 +51,12 @@ def guided(pair: Branches, rule: Rule) -> Velocity:
 
 
 def extrapolate(good: Tensor, bad: Tensor, scale: float) -> Tensor:
-    """`bad + scale (good - bad)`: Ho & Salimans (2207.12598, eq. 6); with a weaker network as `bad`, autoguidance (Karras et al. 2406.02507, eq. 3)."""
+    """`bad + scale (good - bad)`: Ho & Salimans (2207.12598, eq. 6); with a weaker network as `bad`, autoguidance (Karras et al. 2406.02507, sec. 4)."""
     return bad + scale * (good - bad)
 
 
 def zero_star(good: Tensor, bad: Tensor, scale: float) -> Tensor:
-    """CFG-Zero*'s optimised scale (Fan et al. 2503.18886, eq. 10 and 12): `s bad + scale (good - s bad)` with `s = <good, bad> / |bad|^2`, per picture.
+    """CFG-Zero*'s optimised scale (Fan et al. 2503.18886, sec. 4): `s bad + scale (good - s bad)` with `s = <good, bad> / |bad|^2`, per picture.
 
     s bad is the part of `good` that `bad` already says, so where both are poor early on their common error is not amplified.
     """
@@ -80,7 +80,7 @@ def rescale(velocity: Tensor, good: Tensor, z: Tensor, t: Tensor, share: float) 
 
 
 def on_interval(inside: Velocity, outside: Velocity, start: float, end: float) -> Velocity:
-    """One field for `start <= t < end`, another elsewhere: guidance on an interval (Kynkäänniemi et al. 2404.07724, eq. 5, in our times).
+    """One field for `start <= t < end`, another elsewhere: guidance on an interval (Kynkäänniemi et al. 2404.07724, sec. 3, in our times).
 
     With the plain conditional field outside, a call there costs one evaluation instead of two.
     """
@@ -88,14 +88,14 @@ def on_interval(inside: Velocity, outside: Velocity, start: float, end: float) -
 
 
 def still_until(velocity: Velocity, end: float) -> Velocity:
-    """No motion and no evaluation before `end`: CFG-Zero*'s zero-init (2503.18886, sec. 4.2), for networks that are worse than nothing there."""
+    """No motion and no evaluation before `end`: CFG-Zero*'s zero-init (2503.18886, sec. 4), for networks that are worse than nothing there."""
     return lambda z, t: torch.zeros_like(z) if float(t) < end else velocity(z, t)
 
 
 def between(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
     """Velocities under two prompts mixed, `(1 - share) first + share second` with share [B, 1, 1, 1].
 
-    That is the field of the product `p_first^(1 - share) p_second^share` (composed diffusion, Liu et al. 2206.01714, eq. 11): it changes
+    That is the field of the product `p_first^(1 - share) p_second^share` (composed diffusion, Liu et al. 2206.01714: conjunction): it changes
     smoothly from one prompt to the other whatever their lengths, and is exact at both ends.
     """
     return torch.lerp(first, second, share)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowt2i.solvers import Callback, Velocity, intervals
+from flowt2i.solvers.fixed import Callback, Velocity, intervals
 
 
 def score(velocity: Tensor, z: Tensor, t: Tensor) -> Tensor:

@@ -1,18 +1,4 @@
-"""Solvers of `dz/dt = velocity(z, t)` from noise (t = 0) to data (t = 1): pure functions of one signature.
-
-    solver(velocity, z, times, callback=None) -> z
-
-`velocity(z, t)` takes `z [B, C, H, W]` and a scalar tensor `t` and returns `[B, C, H, W]`; `times` is an increasing `[N + 1]`
-tensor, however spaced; `callback(step, t, z, v)` is called once for each of the N intervals with the time and state *before* it and the
-velocity there, so that a preview of the clean image is `z + (1 - t) v`.
-
-No solver asks for the velocity at the last time: a field made of predicted data has none there (`flow.to_velocity`). A method that
-would ask takes its last step by another of one order less, whose single larger error leaves the order of the whole as it is
-(Karras et al. 2206.00364, alg. 1, do so for Heun).
-
-Orders and evaluations of N steps: euler 1, N; midpoint 2, 2N; heun 2, 2N - 1; rk4 4, 4N - 1; ab2 2, N; ab4 4, N + 6 (from N = 3).
-Elsewhere: `adaptive.dopri5` chooses its own steps, `stochastic.sde` solves an SDE with the same marginals.
-"""
+"""Solvers of a fixed grid: Runge-Kutta and Adams-Bashforth methods. What they have in common is told in `flowt2i/solvers/__init__.py`."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence

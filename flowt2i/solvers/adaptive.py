@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flowt2i.solvers import Callback, Tableau, Velocity, advance, runge_kutta_stages
+from flowt2i.solvers.fixed import Callback, Tableau, Velocity, advance, runge_kutta_stages
 
 # Dormand & Prince (1980), table 2; Hairer, Nørsett & Wanner, Solving ODEs I, table II.5.2. The last stage is the first of the next step.
 DOPRI5 = Tableau(
