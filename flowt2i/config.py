@@ -151,7 +151,7 @@ class SampleConfig(_Section):
     steps: int = Field(50, ge=1, le=1000, description="solver steps")
     solver: SolverName = Field("euler", description="how the ODE is solved; dopri5: adaptive; sde: stochastic (docs/sampling.md)")
     schedule: str = Field("uniform", description="solver times: uniform, a searched grid by name, or the times themselves, such as 0,0.02,0.1,0.4,1")
-    shift: float = Field(1.0, gt=0, le=100, description="solver times: above 1 steps are shorter next to the noise, where layout is decided; 1: as the schedule says")
+    shift: float = Field(1.0, gt=0, le=100, description="solver times: above 1 steps are shorter next to the noise, where layout is decided")
     tolerance: float = Field(1e-3, ge=1e-8, le=1, description="solver dopri5: relative and absolute tolerance of a step")
     guidance: float = Field(3.0, ge=0, le=100, description="guidance scale; 1: none")
     guidance_rule: Literal["cfg", "zero-star"] = Field("cfg", description="plain classifier-free guidance, or CFG-Zero*'s optimised scale")

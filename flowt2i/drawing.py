@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowt2i import editing, flow, settings as choices
+from flowt2i import editing, flow
+from flowt2i import settings as choices
 from flowt2i.codec import stored_to_latents
 from flowt2i.editing import Picture, Start
 from flowt2i.errors import UserError

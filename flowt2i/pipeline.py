@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowt2i import editing, flow, settings as choices
+from flowt2i import editing, flow
+from flowt2i import settings as choices
 from flowt2i.config import Config, load_config
 from flowt2i.description import DatasetDescription, require_same
 from flowt2i.drawing import Drawing, Noise, Preview, given_picture
@@ -105,8 +106,8 @@ class Pipeline:
         steps, solver, guidance, shift, and in `more` every other setting of `SampleConfig` (schedule, tolerance, guidance_rule, guidance_rescale,
         guidance_from, guidance_until, zero_init): None takes the model's own.
         negative: what guidance leads away from, instead of the empty caption. guide: a weaker model that guidance leads away from instead (autoguidance).
-        init: a picture to start from, by `strength` (0: nothing of it changes, 1: nothing of it is left; 0.6 if not given); with a `mask` (bright: draw anew) the
-        rest of it stays, and strength is 1 if not given. variation, to, to_seed, mix: see `editing.starts`.
+        init: a picture to start from, by `strength` (0: nothing of it changes, 1: nothing of it is left; 0.6 if not given); with a `mask` (bright: draw
+        anew) the rest of it stays, and strength is 1 if not given. variation, to, to_seed, mix: see `editing.starts`.
         preview(step, steps, images) is called every `preview_every` steps with the predicted clean pictures of the batch at work;
         progress(n) after each batch of n. UserError on settings out of range.
         """
