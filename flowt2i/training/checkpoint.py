@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flowt2i import exported
 from flowt2i.errors import UserError
 from flowt2i.human import size
 from flowt2i.training.parallel import share_like
@@ -59,7 +60,9 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
     aside, old = _beside(target, "tmp"), _beside(target, "old")
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values()) + (1 << 20)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.exists():
+            target.parent.mkdir(parents=True)
+            _sync_folder(run)
         shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free
         if free < needed:
@@ -110,10 +113,10 @@ def recover(run: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_manifest(path: Path) -> None:
-    """Sync every file under a folder and record its size and sha256, the manifest itself last."""
+def write_manifest(path: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Sync everything under a folder and record size and sha256 of its files, the manifest itself last. leave_out: names that may change later."""
     entries = {}
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (MANIFEST, *leave_out)):
         entries[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -121,6 +124,8 @@ def write_manifest(path: Path) -> None:
         json.dump(entries, handle, indent=1)
         handle.flush()
         os.fsync(handle.fileno())
+    for inner in sorted(p for p in path.rglob("*") if p.is_dir()):
+        _sync_folder(inner)
     _sync_folder(path)
 
 
@@ -176,6 +181,8 @@ def find(path: Path) -> Path:
         raise UserError(f"no model at {path}: give a run folder, a checkpoint or an exported model")
     if path.is_file():
         raise UserError(f"{path} is a file: give a run folder, a checkpoint or an exported model (pickled .pt files are never loaded)")
+    if exported.format_of(path) not in ("", "flowt2i"):
+        raise UserError(f"{path} was exported for {exported.format_of(path)}: load it as its README.md says, or export the run once more with --format flowt2i")
     if (path / "config.json").exists() and ((path / "model.safetensors").exists() or (path / "ema.safetensors").exists()):
         problem = damage(path)
         if problem:
