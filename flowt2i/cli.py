@@ -76,9 +76,9 @@ def run(words: Sequence[str] | None = None) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process. One of several training ranks ends at once: a thread of its process group that is still at work while C++ takes
+    """End the process. One of several ranks ends at once: a thread of its process group that is still at work while C++ takes
     its globals down would abort ("terminate called without an active exception") what is complete and closed."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "flowt2i.training.loop" in sys.modules:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "flowt2i.training.distributed" in sys.modules:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -139,6 +139,9 @@ class TrainConfig(_Section):
     eval_every: int = Field(1_000, ge=0, description="steps between validation loss and sample grid; 0: at the end only")
     eval_images: int = Field(512, ge=1, description="held-out images of the validation loss, at most")
     score_prompts: int = Field(64, ge=0, description="scenes data: prompts of the prompt-following score at each evaluation; 0: none")
+    score_images: int = Field(
+        64, ge=0, description="other data: pictures of the kernel distance (EfficientNet-lite0, where it is installed) at each evaluation; 0: none"
+    )
     checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
     keep_recent: int = Field(3, ge=1, description="newest checkpoints kept")
     keep_every: int = Field(10_000, ge=0, description="checkpoints at multiples of this are kept for good; 0: none")

@@ -108,17 +108,12 @@ class Pipeline:
         preview(step, steps, images) is called every `preview_every` steps with the predicted clean pictures of the batch at work;
         progress(n) after each batch of n. UserError on settings out of range.
         """
-        chosen = self.settings(steps, solver, guidance, shift, **more)
-        negative = negative if negative and negative.strip() else None
+        chosen = self.settings(steps, solver, guidance, shift, negative, guide, **more)
         starts = editing.starts([prompts] if isinstance(prompts, str) else list(prompts), seed, num, variation, to, to_seed, mix)
-        if (negative or guide is not None) and not choices.is_guided(chosen):
-            raise UserError("a negative prompt or a guide acts through guidance, which is off at 1: set another scale")
-        if negative and guide is not None:
-            raise UserError("guidance leads away from a negative prompt or from a weaker model, not from both: leave one out")
         if batch_size < 1 or preview_every < 1:
             raise UserError("batch_size and preview_every must be at least 1")
         started = time.perf_counter()
-        drawing = Drawing(self, chosen, negative, self._guide(guide), given_picture(self, init, strength, mask))
+        drawing = Drawing(self, chosen, chosen.get("negative"), self._guide(guide), given_picture(self, init, strength, mask))
         size = 1 if chosen["solver"] == "dopri5" else batch_size  # its steps follow the error of a batch, and a picture must not depend on its neighbours
         images = []
         for first in range(0, len(starts), size):
@@ -126,7 +121,6 @@ class Pipeline:
             if progress:
                 progress(len(images[-1]))
         told = dict(chosen)
-        told |= {name: value for name, value in (("negative", negative), ("guide", name_of(guide))) if value}
         if drawing.given:
             told |= {"init": name_of(init), "init_pixels": editing.fingerprint(drawing.given.original), "strength": drawing.given.strength}
             if drawing.given.pixels is not None:
@@ -138,10 +132,17 @@ class Pipeline:
         )  # fmt: skip
 
     def settings(
-        self, steps: int | None = None, solver: str | None = None, guidance: float | None = None, shift: float | None = None, **more: Any
-    ) -> dict[str, Any]:
-        """All settings of `SampleConfig` that will be used, checked; UserError says which is out of range."""
-        return choices.resolve(self.config.sample, {"steps": steps, "solver": solver, "guidance": guidance, "shift": shift, **more})
+        self, steps: int | None = None, solver: str | None = None, guidance: float | None = None, shift: float | None = None,
+        negative: str | None = None, guide: "Pipeline | str | Path | None" = None, **more: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """All settings of `SampleConfig` that will be used, checked, and what guidance leads away from where that is given; UserError says which is wrong."""
+        chosen = choices.resolve(self.config.sample, {"steps": steps, "solver": solver, "guidance": guidance, "shift": shift, **more})
+        negative = negative if negative and negative.strip() else None
+        if (negative or guide is not None) and not choices.is_guided(chosen):
+            raise UserError("a negative prompt or a guide acts through guidance, which is off at 1: set another scale")
+        if negative and guide is not None:
+            raise UserError("guidance leads away from a negative prompt or from a weaker model, not from both: leave one out")
+        return chosen | {name: value for name, value in (("negative", negative), ("guide", name_of(guide))) if value}
 
     def redraw(self, picture: Picture | dict[str, Any], **instead: Any) -> Samples:
         """The picture again that a PNG of ours (or its metadata) tells of; `instead` overrides settings of it. UserError where it tells nothing.
@@ -192,8 +193,10 @@ class Pipeline:
         return flow.to_velocity(output, z, times, self.model.config.target)
 
     def to_images(self, z: Tensor) -> np.ndarray:
-        """Normalised latents [B, C, H, W] -> uint8 [B, H, W, 3]."""
+        """Normalised latents [B, C, H, W] -> uint8 [B, H, W, 3]. UserError where pixels are not finite."""
         pixels = self.codec.decode(z.float() * self.std + self.mean)
+        if not torch.isfinite(pixels).all():
+            raise UserError("the image codec put out numbers that are not finite: the model's training diverged, or guidance is too high for it")
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def _guide(self, guide: "Pipeline | str | Path | None") -> "Pipeline | None":

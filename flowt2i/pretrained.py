@@ -122,7 +122,7 @@ def _from_hub(id: str, *, stem: str, what: str, instead: str, tokenizer: bool) -
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     weights = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"]
-    patterns = ["config.json", *weights, *(TOKENIZER_FILES if tokenizer else [])]
+    patterns = ["config.json", "preprocessor_config.json", *weights, *(TOKENIZER_FILES if tokenizer else [])]
     with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
         folder = Path(snapshot_download(id, allow_patterns=patterns, local_files_only=True))
         has_tokenizer = any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))

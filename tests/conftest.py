@@ -1,6 +1,9 @@
 """Shared: a small real dataset of scenes, tiny model settings, and the real data beside the checkout where it exists."""
 
+import importlib.util
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ TINY = [
     "--model.bottleneck", "16", "--data.batch_size", "8", "--train.micro_batch", "0", "--train.minutes", "0", "--train.precision", "fp32",
     "--train.compile", "off",
     "--train.log_every", "1", "--train.eval_images", "16", "--train.score_prompts", "4", "--sample.steps", "2", "--sample.images", "4",
-    "--train.checkpoint_every", "1000",
+    "--train.score_images", "0", "--train.checkpoint_every", "1000",
 ]  # fmt: skip
 
 # And little that is shown of a run besides its losses.
@@ -56,3 +59,15 @@ def shared() -> Path:
     if not path.exists():
         pytest.skip("no real data beside the checkout (FLOWT2I_SHARED)")
     return path
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch):
+    """torch-fidelity without its `__init__`, which asks for torchvision: enough for its Inception, and for torchmetrics to load."""
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None:
+        pytest.skip("torch-fidelity is not installed")
+    package = types.ModuleType("torch_fidelity")
+    package.__path__ = list(spec.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    return package

@@ -3,56 +3,142 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline, sampling
-from flowt2i.errors import UserError, nearest
+from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline, newest_run, sampling
+from flowt2i.errors import UserError
+
+if TYPE_CHECKING:
+    from flowt2i.evaluation.metrics import Context, Scores
+    from flowt2i.training.distributed import World
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a model",
-        description="Prompt following on the built-in scenes, judged by an exact checker, with 95% intervals.",
-        **examples("flowt2i evaluate --model runs/quickstart --num 500", "flowt2i evaluate --model runs/quickstart --heldout-pairs --json"),
+        description="Scores that say how they were taken.\n\n"
+        "  scenes            do pictures of the built-in scenes show what the prompt says? by an exact checker\n"
+        "  fid frechet kid   how far are drawn pictures from real ones? beside what real ones score\n"
+        "  loss              on held-out images, by time, of raw and averaged weights\n\n"
+        "Pictures are kept under RUN/evaluation/: an evaluation that was stopped goes on where it was.",
+        **examples(
+            "flowt2i evaluate --model runs/quickstart --num 500",
+            "flowt2i evaluate --model runs/quickstart --heldout-pairs --json",
+            "flowt2i evaluate --model runs/mine --data data/mine --metrics kid,loss --num 1000",
+            "flowt2i evaluate --model runs/mine --data data/mine --metrics fid,kid --net inception --reference train --num 5000",
+            "flowt2i evaluate --images pictures/ --reference real_pictures/ --metrics frechet,kid --net facebook/dinov2-small",
+            "torchrun --nproc-per-node 2 -m -- flowt2i evaluate --model runs/mine --metrics frechet --num 50000",
+        ),
     )
     add_model(parser)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset to score on; scenes need none, their prompts are drawn anew")
-    parser.add_argument("--metrics", default="scenes", help="which scores, with commas between: scenes")
-    parser.add_argument("--num", type=int, default=500, help="prompts (default 500)")
-    parser.add_argument("--heldout-pairs", action="store_true", help="ask for pairs of colour and shape that training never showed")
-    add_sampling(parser, seed="seed of the prompts; the noise of picture k is always that of seed 1000000 + k (default 0)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="score these finished pictures (or .npy of uint8 [N, S, S, 3]) instead of a model")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset to score on (default: the one the model was trained on, where it still is)")
+    parser.add_argument("--metrics", help="which scores, with commas between: scenes, fid, frechet, kid, loss (default: scenes for a scenes model, else kid)")
+    parser.add_argument("--num", type=int, help="pictures (default 500; 2048 where fid or frechet are asked for; with --images all)")
+    parser.add_argument("--net", default="efficientnet-lite0", help="feature net of frechet and kid: efficientnet-lite0 (default), inception, or a "
+                        "Hugging Face image model by id or folder, such as facebook/dinov2-small")  # fmt: skip
+    parser.add_argument("--net-weights", type=Path, metavar="FILE", help="weights of inception, where they are not in torch's cache")
+    parser.add_argument("--reference", default="heldout", help="real pictures: heldout (default) or train (of the data), or a folder of images")
+    parser.add_argument("--heldout-pairs", action="store_true", help="scenes: ask for pairs of colour and shape that training never showed")
+    add_sampling(parser, seed="scenes: of the prompts, with the noise of picture k always that of seed 1000000 + k; else the noise is that of "
+                 "(seed + 1) * 1000000 + k (default 0)")  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in args.metrics.split(","):
-        if name != "scenes":
-            raise UserError(f"no metric {name!r}{nearest(name, ['scenes'])}")
-    if args.num < 1:
+    from flowt2i.training import distributed
+
+    world = distributed.start()
+    try:
+        return evaluate(args, world)
+    except UserError:
+        if world.main:
+            raise
+        return 2  # rank 0 says it
+    finally:
+        distributed.stop()
+
+
+def evaluate(args: argparse.Namespace, world: "World") -> int:
+    from flowt2i.evaluation.metrics import METRICS, find, score
+
+    names = [name.strip() for name in args.metrics.split(",")] if args.metrics is not None else []
+    for name in names:  # before the work, not after it
+        find(name)
+    if args.num is not None and args.num < 1:
         raise UserError("--num must be at least 1")
+    if args.images and args.model:
+        raise UserError("--images scores pictures without a model: leave out --model or --images")
+    if args.net_weights and args.net != "inception" and "fid" not in names:
+        raise UserError("--net-weights goes with inception (--metrics fid, or --net inception): for another net give the folder of the model itself")
+    if not 0 <= args.seed < 10**9:
+        raise UserError("--seed must be between 0 and 10^9")
+    context = build_context(args, world, names)
+    if not names:
+        names = ["scenes"] if context.pipeline and context.pipeline.description.is_scenes else ["kid"]
+    found, skipped = score([name for name in METRICS if name in names], context)
+    if not world.main:
+        return 0
+    if args.json:
+        print(json.dumps(as_json(found, skipped)))
+        return 0
+    for scores in found.values():
+        print(scores.protocol)
+        print("\n".join(f"  {line}" for line in scores.lines))
+    for name, why in skipped.items():
+        print(f"{name} was left out: {why}")
+    return 0
+
+
+def build_context(args: argparse.Namespace, world: "World", names: list[str]) -> "Context":
+    """What there is to score, loaded."""
+    from dataclasses import replace
+
+    import torch
+
+    from flowt2i.evaluation.metrics import Context
+    from flowt2i.training import checkpoint
+
+    common: dict[str, Any] = {"net_name": args.net, "net_weights": args.net_weights, "real": args.reference, "seed": args.seed}
+    if args.images:
+        if args.device:
+            world = replace(world, device=torch.device(args.device))
+        return Context(world, args.num or 0, folder=args.images, data=args.data, **common)
+    model = args.model or newest_run()
+    args.model = source = checkpoint.find(model)  # the newest of now, should training go on
+    pipeline = load_pipeline(args)
+    pipeline.name = str(model)
+    settings = sampling(args)
+    pipeline.settings(**settings)
+    num = args.num or (2048 if {"fid", "frechet"} & set(names) else 500)
+    return Context(
+        replace(world, device=pipeline.device), num, pipeline, args.data or trained_on(pipeline), settings=settings, heldout_pairs=args.heldout_pairs,
+        run=source.parents[1] if source.parent.name == "checkpoints" else source, source=source, **common,
+    )  # fmt: skip
+
+
+def trained_on(pipeline: Any) -> Path | None:
+    """The dataset of a run, where it still lies there unchanged."""
     from flowt2i.description import DatasetDescription
 
-    if args.data and not DatasetDescription.load(args.data).is_scenes:
-        raise UserError(f"the scenes score is for the built-in data, and {args.data} is not: leave out --data, or prepare `scenes`")
-    pipeline = load_pipeline(args)
-    if not pipeline.description.is_scenes:
-        raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data")
-    from flowt2i.evaluation.scenes import score_pipeline
-    from flowt2i.settings import describe
+    try:
+        run = Path(pipeline.name)
+        home = next(folder for folder in (run, run.parent, run.parent.parent) if (folder / "config.json").exists() and (folder / "checkpoints").exists())
+        data = Path(json.loads((home / "config.json").read_text())["resolved"]["data"])
+        return data if DatasetDescription.load(data).fingerprint == pipeline.description.fingerprint else None
+    except (StopIteration, OSError, ValueError, KeyError, TypeError):
+        return None
 
-    asked = sampling(args)
-    scores = score_pipeline(pipeline, args.num, seed=args.seed, heldout=args.heldout_pairs, progress=True, **asked)
-    away = {name: str(asked.pop(name) or "") for name in ("negative", "guide")}
-    used = pipeline.settings(**asked) | {name: value for name, value in away.items() if value}
-    kind = "heldout-pairs" if args.heldout_pairs else "prompts"
-    title = f"scenes-{kind}-{args.num}@{pipeline.description.codec.image_size}"
-    protocol = f"{title}, {describe(used)}, prompt seed {args.seed}, {pipeline.weights} weights"
-    if args.json:
-        values = {f"{title}/{part}": score["accuracy"] for part, score in scores.items()}
-        print(json.dumps(values | {"intervals": {f"{title}/{part}": score for part, score in scores.items()}, "protocol": protocol}))
-    else:
-        print(protocol)
-        for part, score in scores.items():
-            print(f"  {part:14s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}")
-    return 0
+
+def as_json(found: "dict[str, Scores]", skipped: dict[str, str]) -> dict[str, Any]:
+    """One object: every score under its full name, then what belongs to them."""
+    values: dict[str, Any] = {}
+    for scores in found.values():
+        values |= scores.values
+    for scores in found.values():
+        for kind, entries in scores.details.items():
+            values[kind] = values.get(kind, {}) | entries
+    protocols = {name: scores.protocol for name, scores in found.items()}
+    values |= {"protocol": " | ".join(protocols.values()), "protocols": protocols}
+    return values | ({"skipped": skipped} if skipped else {})

@@ -8,10 +8,31 @@ import numpy as np
 from tqdm import tqdm
 
 from flowt2i.data import scenes, scenes_check
+from flowt2i.description import DatasetDescription
+from flowt2i.errors import UserError
+from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.pipeline import Pipeline
+from flowt2i.settings import describe
 
 FIRST_SEED = 1_000_000  # of the noise: picture k has seed FIRST_SEED + k
 ATOMS = ("shape", "colour", "size", "count", "relation", "background")
+
+
+def metric(context: Context) -> Scores:
+    """`evaluate --metrics scenes`: --seed is that of the prompts, and picture k has the noise of seed `FIRST_SEED + k` in any case."""
+    pipeline = context.need_pipeline("scenes")
+    if context.data and not DatasetDescription.load(context.data).is_scenes:
+        raise UserError(f"the scenes score is for the built-in data, and {context.data} is not: leave out --data, or prepare `scenes`")
+    if not pipeline.description.is_scenes:
+        raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data: take --metrics kid")
+    prompts = scenes.prompts(context.seed, context.num, heldout=context.heldout_pairs)
+    found = score_images(context.images(prompts, seed=0), prompts)
+    kind = "heldout-pairs" if context.heldout_pairs else "prompts"
+    title = f"scenes-{kind}-{context.num}@{pipeline.description.codec.image_size}"
+    protocol = f"{title}, {describe(pipeline.settings(**context.settings))}, prompt seed {context.seed}, {pipeline.weights} weights"
+    lines = [f"{part:14s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}" for part, score in found.items()]
+    values = {f"{title}/{part}": score["accuracy"] for part, score in found.items()}
+    return Scores(values, protocol, lines, {"intervals": {f"{title}/{part}": score for part, score in found.items()}})
 
 
 def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowt2i.data.dataset import Batch, ImageTextDataset
 from flowt2i.training import stream
 from flowt2i.training.distributed import World
+from flowt2i.training.objective import Objective
 
 BINS = 5
 SEED = 20_777  # not a run's seed: every run meets the same noise
@@ -16,6 +18,23 @@ SEED = 20_777  # not a run's seed: every run meets the same noise
 def fixed_times(count: int) -> Tensor:
     """`count` times that fill (0, 1) evenly in any prefix: the golden-ratio sequence. [count]."""
     return torch.from_numpy(((np.arange(count) + 0.5) * 0.6180339887498949) % 1.0).float()
+
+
+@torch.no_grad()
+def heldout_loss(
+    objective: Objective, dataset: ImageTextDataset, latents: Callable[[Batch, Tensor | None], Tensor], text_of: Callable[[Batch], Tensor],
+    count: int, most: int, world: World,
+) -> dict[str, float]:  # fmt: skip
+    """`validation_loss` of the first `count` images of a dataset. `most` is the number asked for: it decides the batches, and so the noise."""
+
+    def loss(rows: np.ndarray, t: Tensor, draw: stream.Draw) -> Tensor:
+        batch = dataset.fetch(rows)
+        n = len(rows)
+        data = latents(batch, None if draw.latent_noise is None else draw.latent_noise[:n])
+        return objective(data, draw.noise[:n], t, text_of(batch), batch.mask.to(world.device)).losses
+
+    codec = dataset.description.codec
+    return validation_loss(loss, count, min(64, most), codec.shape, codec.kind == "vae", world)
 
 
 def validation_loss(

@@ -9,14 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flowt2i.errors import UserError
-from flowt2i.evaluation.validation import validation_loss
+from flowt2i.evaluation.validation import heldout_loss
 from flowt2i.grid import grid
 from flowt2i.pipeline import Pipeline, Samples
-from flowt2i.training import stream
 from flowt2i.training.distributed import World
 from flowt2i.training.objective import Objective
 from flowt2i.training.tracking import Tracker
@@ -59,6 +56,8 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
         asked = scenes.prompts(trainer.config.train.seed, trainer.config.train.score_prompts, heldout=False)
         drawn = sample_over_ranks(trainer.world, pipeline, asked, seed=FIRST_SEED, steps=min(20, trainer.config.sample.steps))
         values["score"] = score_images(drawn.images, asked)["all"]["accuracy"]
+    elif not trainer.description.is_scenes and not trainer.config.data.subset and trainer.config.train.score_images:
+        values |= trainer.kernel_score(trainer, pipeline)
     memorised = side_by_side(trainer, pipeline) if trainer.config.data.subset and last else None
     if tracker:
         tracker.evaluation(trainer.step, {"images_seen": trainer.step * trainer.config.data.batch_size, **values})
@@ -90,21 +89,11 @@ def sample_over_ranks(world: World, pipeline: Pipeline, prompts: list[str], seed
     return replace(mine, images=images, prompts=list(prompts), seeds=[seed + k for k in range(len(prompts))])
 
 
-@torch.no_grad()
 def loss_on_heldout(trainer: "Trainer", objective: Objective) -> dict[str, float]:
     """On held-out images (or on the training subset, where memorising is the aim), see `evaluation.validation`."""
     dataset, text_of = (trainer.dataset, trainer.text_of) if trainer.config.data.subset else (trainer.heldout, trainer.heldout_text_of)
     count = min(trainer.config.train.eval_images, trainer.count if trainer.config.data.subset else len(dataset))
-
-    def loss(rows: np.ndarray, t: Tensor, draw: stream.Draw) -> Tensor:
-        batch = dataset.fetch(rows)
-        text = text_of(batch)
-        n = len(rows)
-        latents = trainer.latents(batch, None if draw.latent_noise is None else draw.latent_noise[:n])
-        return objective(latents, draw.noise[:n], t, text, batch.mask.to(trainer.world.device)).losses
-
-    codec = trainer.description.codec
-    return validation_loss(loss, count, min(64, trainer.config.train.eval_images), codec.shape, codec.kind == "vae", trainer.world)
+    return heldout_loss(objective, dataset, trainer.latents, text_of, count, trainer.config.train.eval_images, trainer.world)
 
 
 def preview_prompts(trainer: "Trainer") -> list[str]:

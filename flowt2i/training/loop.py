@@ -47,6 +47,7 @@ from flowt2i.training.fit_memory import StartAgain, fitting_micro_batch, smaller
 from flowt2i.training.objective import Objective, Terms, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
 from flowt2i.training.saver import Contents, Saver
+from flowt2i.training.score import KernelScore
 from flowt2i.training.tracking import Tracker, picture_name
 
 WARM, TIMED = 5, 20  # `train.minutes`: the first steps (compilation) do not count; the speed is first known after so many
@@ -122,6 +123,7 @@ class Trainer:
         if self.compiled:
             compile_blocks(self.model)
         self.wrapped: nn.Module = parallel.replicate(self.objective) if world.size > 1 and not self.sharded else self.objective
+        self.kernel_score = KernelScore()
         self.saver = Saver(world, self.run_folder, config.train.keep_recent, config.train.keep_every)
         self.logged_saves = 0
         self.forecast = dryrun.Forecast(self)

@@ -1,0 +1,167 @@
+"""The table of scores, and what a score is made from. A new one is a function `score(context) -> Scores` in a file of its own, and a line in `METRICS`."""
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.errors import UserError, nearest
+from flowt2i.evaluation import pictures, reference
+from flowt2i.evaluation.nets import FeatureNet, load_net
+from flowt2i.pipeline import Pipeline
+from flowt2i.settings import describe
+from flowt2i.training.distributed import World
+
+METRICS = {  # name: module and function
+    "scenes": "flowt2i.evaluation.scenes:metric",
+    "fid": "flowt2i.evaluation.distribution:fid",
+    "frechet": "flowt2i.evaluation.distribution:frechet",
+    "kid": "flowt2i.evaluation.distribution:kid",
+    "loss": "flowt2i.evaluation.loss:metric",
+}
+
+
+class Skipped(UserError):
+    """A score that cannot be had of these samples; the others can. The message says why and what to do."""
+
+
+@dataclass
+class Scores:
+    """What a metric found."""
+
+    values: dict[str, float]  # full name, `what-n@pixels[/part]` -> number
+    protocol: str  # one line: all that has to be equal for two numbers to be comparable
+    lines: list[str]  # the same for people, without the protocol
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)  # more for programs, such as {"intervals": {name: …}}
+
+
+@dataclass
+class Context:
+    """What there is to score: a model's pictures, or a folder of pictures (`folder`), against data."""
+
+    world: World
+    num: int
+    pipeline: Pipeline | None = None
+    data: Path | None = None  # prepared dataset
+    folder: Path | None = None  # of finished pictures
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)  # of `Pipeline.sample`: steps, solver, guidance, shift
+    net_name: str = "efficientnet-lite0"
+    net_weights: Path | None = None
+    real: str = "heldout"  # heldout, train, a folder of images, or a finished reference
+    heldout_pairs: bool = False  # scenes: ask for pairs that training never showed
+    run: Path | None = None  # pictures are kept under it
+    source: Path | None = None  # where the model was loaded from
+    progress: bool = True
+    nets: dict[str, FeatureNet] = field(default_factory=dict)
+    _features: dict[str, torch.Tensor] = field(default_factory=dict)
+    _references: dict[str, reference.Reference] = field(default_factory=dict)
+    _images: dict[str, np.ndarray] = field(default_factory=dict)  # the ones drawn last
+
+    def need_pipeline(self, metric: str) -> Pipeline:
+        if self.pipeline is None:
+            raise UserError(f"the {metric} score needs a model: give --model instead of --images")
+        return self.pipeline
+
+    def need_data(self, metric: str) -> Path:
+        if self.data is None:
+            raise UserError(f"the {metric} score needs the dataset: give --data DIR")
+        return self.data
+
+    def net(self, name: str | None = None) -> FeatureNet:
+        """A feature net, loaded once."""
+        name = name or self.net_name
+        if name not in self.nets:
+            self.nets[name] = load_net(name, self.world.device, self.net_weights if name == "inception" else None)
+        return self.nets[name]
+
+    def reference_of(self, name: str | None = None) -> reference.Reference:
+        """Features of real pictures by a net, made once."""
+        net = self.net(name)
+        if net.name not in self._references:
+            found = reference.get(self.real, net, self.resolution, self.data, self.world, self.progress, self.pipeline)
+            self._references[net.name] = found
+        return self._references[net.name]
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures that are scored."""
+        return int(self.finished.shape[1]) if self.pipeline is None else self.pipeline.description.codec.image_size
+
+    @cached_property
+    def finished(self) -> np.ndarray:
+        """Pictures of the folder, uint8 [N, S, S, 3], the first `num`."""
+        if self.folder is None:
+            raise UserError("nothing to score: give --model or --images")
+        return pictures.read_folder(self.folder, self.num, self.progress and self.world.main)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """Captions of the held-out images (of all, where none is held out), in order, over again where there are more pictures than captions."""
+        data = self.need_data("distribution")
+        split = "heldout" if ImageTextDataset(data).description.heldout_count else "train"
+        captions = [text for text in ImageTextDataset(data, split).captions() if text.strip()]
+        if not captions:
+            raise UserError(f"the {split} split of {data} has no captions to draw: prepare data with captions")
+        return [captions[k % len(captions)] for k in range(self.num)]
+
+    @property
+    def count(self) -> int:
+        """Number of pictures that are scored."""
+        return len(self.finished) if self.pipeline is None else self.num
+
+    def images(self, prompts: Sequence[str] | None = None, seed: int | None = None, settings: dict[str, Any] | None = None) -> np.ndarray:
+        """Pictures uint8 [N, S, S, 3], on every rank: of the folder, or drawn from `self.prompts` (or others, or with other seed and settings).
+
+        Picture k has seed (seed + 1) * 1,000,000 + k. They are drawn once, over all ranks, and kept under RUN/evaluation/.
+        """
+        if self.pipeline is None:
+            return self.finished
+        asked, seed, settings = list(prompts or self.prompts), self.seed if seed is None else seed, self.settings | (settings or {})
+        key = json.dumps([asked, seed, settings])
+        if key not in self._images:
+            self._images = {key: pictures.Drawing(self.pipeline, asked, seed, settings).images(self.world, self.run, self.progress)}
+        return self._images[key]
+
+    def features(self, name: str | None = None) -> torch.Tensor:
+        """Features float32 [N, dim] of `images()` by a net, on every rank."""
+        net = self.net(name)
+        if net.name not in self._features:
+            self._features[net.name] = pictures.features(net, self.images(), self.world, self.progress, f"features of {self.count} pictures")
+        return self._features[net.name]
+
+    def protocol(self) -> str:
+        """How the pictures came about."""
+        if self.pipeline is None:
+            return f"pictures of {self.folder}"
+        return f"{describe(self.pipeline.settings(**self.settings))}, seed {self.seed}, {self.pipeline.weights} weights"
+
+
+def find(name: str) -> Callable[[Context], Scores]:
+    """The function of a metric; UserError for an unknown name."""
+    if name not in METRICS:
+        raise UserError(f"no metric {name!r}{nearest(name, METRICS)}")
+    module, _, function = METRICS[name].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def score(names: Sequence[str], context: Context) -> tuple[dict[str, Scores], dict[str, str]]:
+    """Each metric's scores, and why others were left out. UserError where none is left."""
+    metrics = {name: find(name) for name in dict.fromkeys(names)}
+    found: dict[str, Scores] = {}
+    skipped: dict[str, str] = {}
+    for name, metric in metrics.items():
+        try:
+            found[name] = metric(context)
+        except Skipped as error:
+            skipped[name] = str(error)
+    if not found:
+        raise UserError(next(iter(skipped.values())))
+    return found, skipped

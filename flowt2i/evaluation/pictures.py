@@ -1,0 +1,198 @@
+"""The pictures that are scored: drawn in blocks over all ranks and kept, so that an evaluation goes on where it was stopped; or read from a folder."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from flowt2i.data.images import load_square, to_rgb
+from flowt2i.data.sample import IMAGE_SUFFIXES, Dropped
+from flowt2i.errors import UserError
+from flowt2i.evaluation.nets import FeatureNet
+from flowt2i.pipeline import Pipeline
+from flowt2i.training.distributed import World
+
+BLOCK = 64  # pictures drawn together; the same ones whatever the number of ranks, so that no picture depends on it
+STRIDE = 1_000_000  # of the seeds: --seed 0 draws with 1,000,000 and on, --seed 1 with 2,000,000 and on
+
+
+@dataclass
+class Drawing:
+    """Pictures of prompts by a model, with settings as in `Pipeline.sample`; picture k has seed (seed + 1) * STRIDE + k."""
+
+    pipeline: Pipeline
+    prompts: list[str]
+    seed: int
+    settings: dict[str, Any]
+
+    def fingerprint(self) -> str:
+        """sha256 of all that the pictures depend on, but their number: weights, settings, seed. Prompts are looked at block by block."""
+        digest = hashlib.sha256(b"pictures-1")
+        facts = [self.pipeline.settings(**self.settings), self.seed, BLOCK, self.pipeline.config.train.precision, self.pipeline.description.codec.fingerprint]
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        for name, tensor in sorted(self.pipeline.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def images(self, world: World, run: Path | None = None, progress: bool = True) -> np.ndarray:
+        """uint8 [N, S, S, 3], on every rank. UserError on every rank where one fails."""
+        self.pipeline.settings(**self.settings)
+        folder = keep_in(run, self.fingerprint()) if run else None
+        size = self.pipeline.description.codec.image_size
+        return over_ranks(world, len(self.prompts), lambda rows: self._block(rows, folder), (size, size, 3), np.uint8, progress, "drawing")
+
+    def _block(self, rows: range, folder: Path | None) -> np.ndarray:
+        prompts = [self.prompts[k] for k in rows]
+        path = folder / f"{rows.start // BLOCK:06d}-{hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]}.npy" if folder else None
+        if path and (found := _read(path, len(rows))) is not None:
+            return found
+        images = self.pipeline.sample(prompts, seed=(self.seed + 1) * STRIDE + rows.start, batch_size=BLOCK, **self.settings).images
+        if path:
+            _write(path, images)
+        return images
+
+
+def over_ranks(
+    world: World, count: int, work: Callable[[range], np.ndarray], shape: tuple[int, ...], dtype: Any, progress: bool, title: str
+) -> np.ndarray:  # fmt: skip
+    """Results [count, *shape] of `work` on blocks of rows, on every rank. Blocks are divided over the ranks, as many for each, padded and cut."""
+    blocks = -(-count // BLOCK)
+    share = world.share(blocks)
+    mine = np.zeros((len(share), BLOCK, *shape), dtype)
+    failure: Exception | None = None
+    bar = tqdm(total=count, desc=title, unit="image", disable=not (progress and world.main), leave=False)
+    try:
+        for place, number in enumerate(share.tolist()):
+            rows = range(number * BLOCK, min((number + 1) * BLOCK, count))
+            mine[place, : len(rows)] = work(rows)
+            bar.update(min(len(rows) * world.size, count - bar.n))
+    except Exception as error:  # the others must not wait for a rank that gave up
+        failure = error
+    bar.close()
+    _raise_everywhere(world, failure)
+    return world.collect(mine, blocks).reshape(-1, *shape)[:count]
+
+
+def _raise_everywhere(world: World, failure: Exception | None) -> None:
+    """Where any rank failed all ranks stop, each with the first message, or its own where that is no mistake of the user."""
+    if not world.any(failure is not None):
+        return
+    messages: list[Any] = [None] * world.size
+    if world.size > 1:
+        dist.all_gather_object(messages, str(failure) if failure else None)
+    if failure and (world.size == 1 or not isinstance(failure, UserError)):
+        raise failure
+    raise UserError(next(message for message in messages if message is not None))
+
+
+def features(net: FeatureNet, images: np.ndarray, world: World, progress: bool = True, title: str = "features") -> torch.Tensor:
+    """Features float32 [N, dim] of uint8 [N, H, W, 3] (the same on all ranks), over all ranks; the same for any number of them."""
+    found = over_ranks(world, len(images), lambda rows: net(images[rows.start : rows.stop]).numpy(), (net.dim,), np.float32, progress, title)
+    return torch.from_numpy(found)
+
+
+def keep_in(run: Path, fingerprint: str) -> Path | None:
+    """RUN/evaluation/HASH, made where it is not there; None, with a warning, where it cannot be written."""
+    folder = run / "evaluation" / fingerprint[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    warnings.warn(f"{folder} cannot be written: an evaluation that is stopped starts over", stacklevel=2)
+    return None
+
+
+def _read(path: Path, count: int) -> np.ndarray | None:
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
+
+
+def _write(path: Path, images: np.ndarray) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            np.save(file, images)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot keep pictures in {path.parent} ({error.strerror}): make room there") from error
+
+
+# ---- pictures from elsewhere -----------------------------------------------------------------------------------------
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files under a folder, sorted by path; what begins with a dot is left out. UserError where there are none."""
+    if not folder.is_dir():
+        raise UserError(f"no folder of images at {folder}")
+    inside = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    found = sorted(path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    if not found:
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+def read_folder(folder: Path, most: int = 0, progress: bool = False) -> np.ndarray:
+    """The first `most` (0: all) pictures of a folder as they are, uint8 [N, S, S, 3]. A `.npy` file of such an array is read too.
+
+    UserError for an empty folder, broken files, numbers that are not finite, pictures that are not square or not all of one size.
+    """
+    if folder.suffix == ".npy":
+        return _read_array(folder)[: most or None]
+    files = list_images(folder)[: most or None]
+    images: list[np.ndarray] = []
+    for file in tqdm(files, desc="reading pictures", unit="image", disable=not progress, leave=False):
+        try:
+            with Image.open(file) as image:
+                if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+                    raise UserError(f"{file} holds numbers that are not finite: its maker's model diverged")
+                images.append(np.asarray(to_rgb(image)))
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's plugins raise nearly anything on corrupt files
+            raise UserError(f"{file} cannot be read as an image ({type(error).__name__}): make it again or take it out") from error
+        if images[-1].shape != images[0].shape or images[0].shape[0] != images[0].shape[1]:
+            sides = [f"{image.shape[1]}x{image.shape[0]}" for image in (images[0], images[-1])]
+            what = f"not square ({sides[0]})" if sides[0] == sides[1] else f"of mixed sizes ({files[0].name} {sides[0]}, {file.name} {sides[1]})"
+            raise UserError(f"the pictures of {folder} are {what}: bring them to one square size, by one method, before they are scored")
+    return np.stack(images)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as an array (nothing is unpickled): save uint8 [N, S, S, 3] with numpy.save") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2] or not len(images):
+        broken = np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all()
+        what = "numbers that are not finite" if broken else f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"{path} holds {what}: pictures are uint8 [N, S, S, 3]")
+    return images
+
+
+def read_squares(files: Sequence[Path], size: int) -> np.ndarray:
+    """Image files of any size as `prepare` reads them: centre crop and antialiased bicubic resize to uint8 [N, size, size, 3]."""
+    squares = []
+    for file in files:
+        try:
+            squares.append(load_square(file.read_bytes(), size))
+        except (Dropped, OSError) as error:
+            raise UserError(f"{file} cannot be read as an image ({error}): take it out of the reference") from error
+    return np.stack(squares)

@@ -1,0 +1,188 @@
+"""Features of real pictures, made once and kept with the data: DATA/references/HASH/ with reference.safetensors and reference.json."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from flowt2i.codec import codec_from_spec, stored_to_latents
+from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.errors import UserError
+from flowt2i.evaluation import pictures
+from flowt2i.evaluation.nets import RESIZE, FeatureNet
+from flowt2i.pipeline import Pipeline
+from flowt2i.training.distributed import World
+
+MOST = 50_000  # pictures; of more, these many at even distances
+SPLITS = ("heldout", "train")
+
+
+class Identity(BaseModel):
+    """All that the features of a reference depend on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = 1
+    net: str  # name
+    net_fingerprint: str  # weights, size, scaling
+    resize: str  # to the net's size
+    resolution: int  # side of the pictures before that
+    count: int
+    source: Literal["heldout", "train", "folder"]
+    source_hash: str  # of the dataset, or of the pictures of a folder
+    made: str  # how the pictures came to their resolution
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+class Reference:
+    """Features float32 [count, dim] of real pictures in an order that is fixed and mixed, and what they are of.
+
+    originals(rows): those pictures, uint8 [B, S, S, 3], where they are at hand (not latents, and not a reference given by its folder).
+    """
+
+    def __init__(self, identity: Identity, features: Tensor, originals: Callable[[range], np.ndarray] | None = None):
+        self.identity, self.features, self.originals = identity, features, originals
+
+    def halves(self, n: int) -> tuple[Tensor, Tensor]:
+        """Two disjoint halves of real pictures, `n` each or as many as there are: [m, dim] twice."""
+        m = min(n, len(self.features) // 2)
+        return self.features[:m], self.features[m : 2 * m]
+
+    def save(self, folder: Path) -> None:
+        """Write FOLDER/HASH, whole or not at all."""
+        target = folder / self.identity.hash
+        aside = folder / f".{self.identity.hash}.{os.getpid()}"
+        try:
+            aside.mkdir(parents=True)
+            save_file({"features": self.features.contiguous()}, aside / "reference.safetensors")
+            (aside / "reference.json").write_text(self.identity.model_dump_json(indent=2) + "\n")
+            if not target.exists():
+                aside.rename(target)
+        except OSError as error:
+            warnings.warn(f"the reference could not be kept in {folder} ({error.strerror}) and is made anew each time", stacklevel=2)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Reference":
+        """UserError where it is not one, or was changed."""
+        try:
+            identity = Identity.model_validate_json((folder / "reference.json").read_text())
+            features = load_file(folder / "reference.safetensors")["features"]
+        except (OSError, ValidationError, ValueError, SafetensorError, KeyError) as error:
+            raise UserError(f"{folder} is not a reference this version reads: delete it, and it is made again") from error
+        if len(features) != identity.count:
+            raise UserError(f"{folder} is broken: count is {identity.count}, but it holds {len(features)} features; delete it, and it is made again")
+        return cls(identity, features)
+
+    def check(self, where: str, wanted: dict[str, Any]) -> None:
+        """Refuse by name what differs from `wanted`, fields of an identity."""
+        for name, want in wanted.items():
+            have = getattr(self.identity, name)
+            if have != want:
+                raise UserError(f"reference {where} has another {name}: {have!r}, and {want!r} is needed; give --reference heldout, or make one that fits")
+
+
+def get(where: str, net: FeatureNet, resolution: int, data: Path | None, world: World, progress: bool = True, pipeline: Pipeline | None = None) -> Reference:
+    """The reference `heldout` or `train` (of a prepared dataset), of a folder of images, or a finished one by its folder.
+
+    Found in DATA/references (FOLDER/.references without a dataset), or made, over all ranks, and kept there. A pipeline with the VAE of the data lends it.
+    """
+    if where not in SPLITS and (Path(where) / "reference.json").exists():
+        reference = Reference.load(Path(where))
+        reference.check(where, {"net": net.name, "net_fingerprint": net.fingerprint, "resize": RESIZE, "resolution": resolution})
+        return reference
+    if where in SPLITS:
+        if data is None:
+            raise UserError(f"the reference {where!r} needs the dataset: give --data DIR, or --reference FOLDER of images")
+        return _of_split(where, net, resolution, data, world, progress, pipeline)
+    return _of_folder(Path(where), net, resolution, data, world, progress)
+
+
+def _of_split(split: str, net: FeatureNet, resolution: int, data: Path, world: World, progress: bool, pipeline: Pipeline | None) -> Reference:
+    dataset = ImageTextDataset(data, split)
+    spec = dataset.description.codec
+    if spec.image_size != resolution:
+        raise UserError(f"reference {split} of {data} has another resolution: {spec.image_size} pixels, and the pictures that are scored have {resolution}")
+    rows = spread(len(dataset))
+    identity = Identity(
+        net=net.name, net_fingerprint=net.fingerprint, resize=RESIZE, resolution=resolution, count=len(rows), source=split,  # type: ignore[arg-type]
+        source_hash=dataset.description.fingerprint, made="as prepared" if spec.kind == "pixels" else f"decoded by VAE {spec.fingerprint[:12]}",
+    )  # fmt: skip
+    if spec.kind == "pixels":
+        originals = lambda part: dataset.fetch(rows[part.start : part.stop]).stored.permute(0, 2, 3, 1).contiguous().numpy()
+        return _kept_or_made(identity, originals, net, data / "references", world, progress, originals)
+    if (found := _kept(data / "references", identity)) is not None:
+        return found
+    same = pipeline is not None and pipeline.description.codec.fingerprint == spec.fingerprint
+    decoder = pipeline.codec if same and pipeline else codec_from_spec(spec).to(world.device)
+    return _kept_or_made(identity, lambda part: decoded(dataset, rows[part.start : part.stop], decoder), net, data / "references", world, progress)
+
+
+def _of_folder(folder: Path, net: FeatureNet, resolution: int, data: Path | None, world: World, progress: bool) -> Reference:
+    files = pictures.list_images(folder)
+    files = [files[k] for k in spread(len(files))]
+    identity = Identity(
+        net=net.name, net_fingerprint=net.fingerprint, resize=RESIZE, resolution=resolution, count=len(files), source="folder",
+        source_hash=hash_files(files, progress and world.main), made=f"centre crop, bicubic antialiased to {resolution}",
+    )  # fmt: skip
+    originals = lambda part: pictures.read_squares(files[part.start : part.stop], resolution)
+    return _kept_or_made(identity, originals, net, data / "references" if data else folder / ".references", world, progress, originals)
+
+
+def _kept_or_made(
+    identity: Identity, images: Callable[[range], np.ndarray], net: FeatureNet, home: Path, world: World, progress: bool,
+    originals: Callable[[range], np.ndarray] | None = None,
+) -> Reference:  # fmt: skip
+    """images(rows): the pictures of the reference, in its order."""
+    found = world.on_main(lambda: _kept(home, identity) is not None)
+    if found:
+        features = Reference.load(home / identity.hash).features
+        return Reference(identity, features, originals)
+    work = lambda part: net(images(part)).numpy()
+    made = pictures.over_ranks(world, identity.count, work, (net.dim,), np.float32, progress, f"reference of {identity.count:,} pictures")
+    reference = Reference(identity, torch.from_numpy(made), originals)
+    world.on_main(lambda: reference.save(home))
+    return reference
+
+
+def spread(count: int) -> np.ndarray:
+    """Which of `count` pictures a reference is made of, in a fixed mixed order: all, or `MOST` at even distances."""
+    chosen = np.arange(count) if count <= MOST else np.linspace(0, count - 1, MOST).round().astype(np.int64)
+    return np.random.Generator(np.random.Philox(0)).permutation(chosen)
+
+
+@torch.no_grad()
+def decoded(dataset: ImageTextDataset, rows: np.ndarray, decoder: Any) -> np.ndarray:
+    """Pictures uint8 [B, S, S, 3] of a dataset of latents, as its VAE shows them."""
+    images = decoder.decode(stored_to_latents("vae", dataset.fetch(rows).stored, None))
+    return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def hash_files(files: list[Path], progress: bool = False) -> str:
+    """sha256 over the bytes of files, in order."""
+    digest = hashlib.sha256()
+    for file in tqdm(files, desc="looking at the reference", unit="image", disable=not progress, leave=False):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _kept(home: Path, identity: Identity) -> Reference | None:
+    folder = home / identity.hash
+    if not (folder / "reference.json").exists():
+        return None
+    found = Reference.load(folder)
+    found.check(str(folder), json.loads(identity.model_dump_json()))
+    return found

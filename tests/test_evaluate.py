@@ -1,0 +1,359 @@
+"""`flowt2i evaluate`: distribution scores of a small real model and of folders, references, what is kept and gone on with, ranks, mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_nets import dinov2, images, inception_file  # noqa: F401
+
+from flowt2i.cli import main
+from flowt2i.config import resolve
+from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.evaluation import distribution, pictures
+from flowt2i.evaluation.frechet import Moments, frechet_distance
+from flowt2i.evaluation.kid import kernel_distance
+from flowt2i.evaluation.nets import load_net
+from flowt2i.evaluation.reference import spread
+from flowt2i.pipeline import Pipeline
+from flowt2i.training.loop import train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(scenes_data, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    words = [*tiny, "--train.steps", "4", "--optim.lr", "1e-2", "--train.ema", "0.5", "--train.score_prompts", "0"]
+    train(resolve("quickstart", words), scenes_data, folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def small_blocks():
+    with mock.patch.object(pictures, "BLOCK", 8):
+        yield
+
+
+def scores(words: list[str], capsys) -> dict:
+    assert main(["evaluate", *words, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def write(folder: Path, pictures_: np.ndarray) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, picture in enumerate(pictures_):
+        Image.fromarray(picture).save(folder / f"{k:04d}.png")
+    return folder
+
+
+def test_kernel_distance_of_a_model(run, dinov2, scenes_data, capsys, small_blocks):  # noqa: F811
+    """The number is what the formulas give on the pictures that the pipeline draws of the held-out captions."""
+    words = ["--model", str(run), "--metrics", "kid", "--net", str(dinov2), "--num", "30", "--steps", "2"]
+    found = scores(words, capsys)
+    name = "kid-dinov2-tiny-30@64"
+    assert found["protocol"].startswith(f"{name}, reference ") and "euler 2 steps, guidance 3, shift 1, seed 0, EMA weights" in found["protocol"]
+    heldout = ImageTextDataset(scenes_data, "heldout")
+    prompts = [heldout.caption(k % len(heldout)) for k in range(30)]
+    drawn = Pipeline.from_pretrained(run, device="cpu").sample(prompts, seed=1_000_000, steps=2, batch_size=8).images
+    net = load_net(str(dinov2))
+    real = heldout.fetch(range(len(heldout))).stored.permute(0, 2, 3, 1).numpy()
+    assert found[name] == pytest.approx(kernel_distance(net(drawn), net(real)).value, rel=1e-6)
+    a, b = net(real)[torch.from_numpy(spread(len(real)))][:34].split(17)
+    assert found[f"{name}/floor"] == pytest.approx(kernel_distance(a, b).value, rel=1e-6) and found["errors"][name] > 0
+    assert len(list((scenes_data / "references").iterdir())) == 1
+    assert scores(words, capsys) == found
+    assert len(list((run / "evaluation").iterdir())) == 1
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(run, dinov2, tmp_path, capsys, small_blocks):  # noqa: F811
+    """Stopped after two blocks of four: these are not drawn again, a broken one is, and the score is that of an undisturbed evaluation."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "evaluation", ignore_errors=True)
+    words = ["--model", str(copy), "--metrics", "kid", "--net", str(dinov2), "--num", "30", "--steps", "2", "--seed", "3"]
+    sample, drawn = Pipeline.sample, []
+
+    def stopped(self, *args, **settings):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(settings["seed"])
+        return sample(self, *args, **settings)
+
+    with mock.patch.object(Pipeline, "sample", stopped):
+        assert main(["evaluate", *words, "--json"]) == 130
+    assert drawn == [4_000_000, 4_000_008]
+    kept = sorted((copy / "evaluation").glob("*/*.npy"))
+    assert len(kept) == 2
+    kept[0].write_bytes(kept[0].read_bytes()[:500])  # a disk that was full
+    again = []
+
+    def noting(self, *args, **settings):
+        again.append(settings["seed"])
+        return sample(self, *args, **settings)
+
+    capsys.readouterr()
+    with mock.patch.object(Pipeline, "sample", noting):
+        found = scores(words, capsys)
+    assert again == [4_000_000, 4_000_016, 4_000_024]
+    shutil.rmtree(copy / "evaluation")
+    assert scores(words, capsys) == found
+    with mock.patch.object(Pipeline, "sample", noting):  # other settings, other pictures
+        scores([*words, "--guidance", "1"], capsys)
+    assert len(again) == 3 + 4
+
+
+def test_folders_against_closed_form(dinov2, tmp_path, capsys, small_blocks):  # noqa: F811
+    """Without a model and data: the Fréchet and kernel distances of two folders."""
+    made, real = write(tmp_path / "made", images(40, seed=1)), write(tmp_path / "real", images(50, seed=2))
+    words = ["--images", str(made), "--reference", str(real), "--metrics", "frechet,kid", "--net", str(dinov2)]
+    with mock.patch.object(distribution, "LEAST", 32):
+        found = scores(words, capsys)
+    net = load_net(str(dinov2))
+    a, b = net(images(40, seed=1)), net(images(50, seed=2))
+    assert found["frechet-dinov2-tiny-40@40"] == pytest.approx(frechet_distance(Moments.of(a), Moments.of(b)), rel=1e-6)
+    assert found["kid-dinov2-tiny-40@40"] == pytest.approx(kernel_distance(a, b).value, rel=1e-6)
+    assert f"pictures of {made}" in found["protocols"]["kid"]
+    assert main(["evaluate", *words]) == 0  # few pictures: only the kernel distance, and why
+    text = capsys.readouterr().out
+    assert "frechet was left out: a Fréchet distance of fewer than 2,048" in text and "25 each, for want of more" in text
+    assert (real / ".references").is_dir() and main(["evaluate", *words[:4], "--metrics", "kid", "--net", str(dinov2), "--num", "20", "--json"]) == 0
+    array = tmp_path / "made.npy"
+    np.save(array, images(40, seed=1))
+    capsys.readouterr()
+    assert scores(["--images", str(array), *words[2:]], capsys)["kid-dinov2-tiny-40@40"] == found["kid-dinov2-tiny-40@40"]
+
+
+def test_fid_is_only_of_inception(inception_file, tmp_path, capsys):  # noqa: F811
+    made, real = write(tmp_path / "made", images(4, seed=1)), write(tmp_path / "real", images(4, seed=2))
+    words = ["--images", str(made), "--reference", str(real), "--metrics", "fid", "--net-weights", str(inception_file)]
+    apart = lambda a, b: (a.mean - b.mean).square().sum().item()  # eigenvalues of 2,048 dimensions take their time
+    with mock.patch.object(distribution, "LEAST", 4), mock.patch.object(distribution, "frechet_distance", apart):
+        found = scores(words, capsys)
+    net = load_net("inception", weights=inception_file)
+    expected = apart(*(Moments.of(net(images(4, seed=seed))) for seed in (1, 2)))
+    assert found["fid-inception-4@40"] == pytest.approx(expected, rel=1e-5) and found["protocol"].startswith("fid-inception-4@40, ")
+
+
+def test_a_reference_that_does_not_fit_is_refused_by_name(run, dinov2, inception_file, tmp_path, capsys):  # noqa: F811
+    made, real = write(tmp_path / "made", images(20)), write(tmp_path / "real", images(24, seed=2))
+    assert main(["evaluate", "--images", str(made), "--reference", str(real), "--metrics", "kid", "--net", str(dinov2)]) == 0
+    (kept,) = (real / ".references").iterdir()
+    assert sorted(file.name for file in kept.iterdir()) == ["reference.json", "reference.safetensors"]
+    again = ["evaluate", "--images", str(made), "--reference", str(kept), "--metrics", "kid"]
+    assert main([*again, "--net", str(dinov2)]) == 0
+    other = tmp_path / "dinov2-tiny"
+    shutil.copytree(dinov2, other)
+    (other / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.1, 0.1]}')
+
+    def changed(name: str, **fields) -> str:
+        folder = tmp_path / name
+        shutil.copytree(kept, folder)
+        facts = json.loads((folder / "reference.json").read_text())
+        (folder / "reference.json").write_text(json.dumps(facts | fields))
+        return str(folder)
+
+    model = ["evaluate", "--model", str(run), "--metrics", "kid", "--net", str(dinov2), "--reference", str(kept), "--num", "16", "--steps", "1"]
+    cases = [
+        (model, "another resolution: 40, and 64"),
+        ([*again, "--net", "inception", "--net-weights", str(inception_file)], "another net: 'dinov2-tiny'"),
+        ([*again, "--net", str(other)], "another net_fingerprint"),
+        ([*again[:4], changed("count", count=30), *again[5:], "--net", str(dinov2)], "count is 30"),
+        ([*again[:4], changed("resize", resize="bilinear"), *again[5:], "--net", str(dinov2)], "another resize: 'bilinear'"),
+        ([*again[:4], changed("more", colour="blue"), *again[5:], "--net", str(dinov2)], "not a reference this version reads"),
+    ]
+    capsys.readouterr()
+    for words, told in cases:
+        assert main(words) == 2
+        message = capsys.readouterr().err
+        assert told in message and message.count("\n") == 1, message
+
+
+def test_mistakes_are_one_line_and_exit_2(run, dinov2, scenes_data, tmp_path, capsys):  # noqa: F811
+    good = write(tmp_path / "good", images(20))
+    (tmp_path / "empty").mkdir()
+    mixed = write(tmp_path / "mixed", images(3))
+    Image.new("RGB", (50, 50)).save(mixed / "z.png")
+    oblong = tmp_path / "oblong"
+    oblong.mkdir()
+    Image.new("RGB", (50, 40)).save(oblong / "a.png")
+    broken = write(tmp_path / "broken", images(2))
+    (broken / "0001.png").write_bytes(b"no picture")
+    nan = tmp_path / "nan"
+    nan.mkdir()
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(nan / "a.tif")
+    np.save(tmp_path / "nan.npy", np.full((4, 8, 8, 3), np.nan, np.float32))
+    np.save(tmp_path / "float.npy", np.zeros((4, 8, 8, 3), np.float32))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    net = ["--net", str(dinov2)]
+    model = ["--model", str(run), *net]
+    folder = lambda path, *more: ["--images", str(path), "--reference", str(good), *net, *more]
+    cases = [
+        (folder(tmp_path / "empty"), "holds no images"),
+        (folder(tmp_path / "nowhere"), "no folder of images"),
+        (folder(mixed), "mixed sizes (0000.png 40x40, z.png 50x50)"),
+        (folder(oblong), "not square (50x40)"),
+        (folder(broken), "0001.png cannot be read"),
+        (folder(nan), "not finite"),
+        (folder(tmp_path / "nan.npy"), "not finite"),
+        (folder(tmp_path / "float.npy"), "float32"),
+        (folder(tmp_path / "objects.npy"), "nothing is unpickled"),
+        (folder(write(tmp_path / "few", images(5))), "all error"),
+        (folder(good, "--metrics", "frechet"), "fewer than 2,048"),
+        (folder(good, "--metrics", "loss"), "needs a model"),
+        (folder(good, "--metrics", "scenes"), "needs a model"),
+        (folder(good, "--model", str(run)), "leave out --model"),
+        (["--images", str(good), *net], "give --data DIR"),
+        (["--images", str(good), *net, "--data", str(scenes_data)], "another resolution"),
+        (["--images", str(good), *net, "--reference", str(tmp_path / "empty")], "holds no images"),
+        (["--images", str(good), *net, "--reference", str(broken)], "cannot be read"),
+        ([*model, "--metrics", "fid"], "--net-weights"),
+        ([*model, "--metrics", "kid", "--num", "0"], "--num"),
+        ([*model, "--metrics", "kid,"], "no metric ''"),
+        ([*model, "--metrics", "fidd"], "'fid'"),
+        (["--model", str(run), "--metrics", "kid", "--net", "facebook/dinov2-small"], "not on this machine"),
+        ([*model, "--metrics", "kid", "--net-weights", "x.pth"], "goes with inception"),
+        ([*model, "--metrics", "kid", "--seed", "-1"], "--seed"),
+        ([*model, "--metrics", "kid", "--steps", "0"], "steps 0"),
+    ]
+    with mock.patch.object(torch.hub, "get_dir", lambda: str(tmp_path / "hub")), mock.patch.object(
+        torch.hub, "download_url_to_file", side_effect=OSError("no network")
+    ):  # fmt: skip
+        for words, told in cases:
+            assert main(["evaluate", *words]) == 2, words
+            message = capsys.readouterr().err
+            assert told in message and message.count("\n") == 1, (words, message)
+
+
+def test_a_model_or_codec_that_gives_nan_is_told(run):
+    pipeline = Pipeline.from_pretrained(run, device="cpu")
+    with pytest.raises(ValueError, match="not finite"):
+        pipeline.to_images(torch.full((1, *pipeline.model.shape), float("nan")))
+
+
+def test_loss_is_what_training_logged(run, capsys):
+    found = scores(["--model", str(run), "--metrics", "loss"], capsys)
+    logged = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+    for name, key in (("raw", "validation"), ("ema", "validation_ema")):
+        assert found[f"loss-16@64/{name}"] == pytest.approx(logged[key]["loss"], rel=1e-6)
+        assert found[f"loss-16@64/{name}/t0.4-0.6"] == pytest.approx(logged[key]["t0.4-0.6"], rel=1e-6)
+    assert found["loss-16@64/raw"] != found["loss-16@64/ema"]
+
+
+def test_several_metrics_at_once(run, dinov2, capsys):  # noqa: F811
+    found = scores(["--model", str(run), "--metrics", "kid,scenes,loss,frechet", "--net", str(dinov2), "--num", "20", "--steps", "1"], capsys)
+    assert set(found["protocols"]) == {"kid", "scenes", "loss"} and "2,048" in found["skipped"]["frechet"]
+    assert "scenes-prompts-20@64/all" in found["intervals"]
+    assert main(["evaluate", "--model", str(run), "--num", "4", "--steps", "1"]) == 0  # a scenes model: the scenes score
+    assert "scenes-prompts-4@64" in capsys.readouterr().out
+
+
+def test_one_and_two_ranks_agree(run, dinov2, tmp_path):  # noqa: F811
+    """29 pictures in blocks of 8 over one and two ranks, each with nothing kept: the same numbers to 1e-6; a mistake is said once."""
+    found = []
+    for size in (1, 2):
+        copy = tmp_path / f"run-{size}"
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluation"))
+        data = json.loads((run / "config.json").read_text())["resolved"]["data"]
+        shutil.copytree(data, tmp_path / f"data-{size}", ignore=shutil.ignore_patterns("references"))
+        words = ["--model", str(copy), "--data", str(tmp_path / f"data-{size}"), "--net", str(dinov2), "--num", "29", "--steps", "2", "--json"]
+        script = tmp_path / f"evaluate-{size}.py"
+        script.write_text(
+            "import sys\nfrom flowt2i import cli\nfrom flowt2i.evaluation import pictures\npictures.BLOCK = 8\n"
+            "cli.run(sys.argv[1:])\n"
+        )  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--", str(script), "evaluate", *words]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*command, "--metrics", "kid,loss,scenes"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(done.stdout.strip().splitlines()) == 1
+        found.append(json.loads(done.stdout))
+    done = subprocess.run([*command, "--metrics", "frechet"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode != 0 and done.stderr.count("flowt2i evaluate: error") == 1 and "2,048" in done.stderr
+    one, two = ({name: value for name, value in each.items() if isinstance(value, float)} for each in found)
+    assert one.keys() == two.keys() and len(one) > 10
+    assert all(one[name] == pytest.approx(two[name], rel=1e-6, abs=1e-9) for name in one), (one, two)
+
+
+@pytest.fixture(scope="module")
+def latents(tiny, tmp_path_factory):
+    """A folder of pictures, a dataset of a small random VAE's latents of them, and a model trained on these for two steps."""
+    from diffusers import AutoencoderKL
+
+    from flowt2i.data import scenes
+    from flowt2i.data.options import PrepareOptions
+    from flowt2i.data.prepare import prepare
+
+    home = tmp_path_factory.mktemp("latents")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (8, 8, 8, 8)}
+    AutoencoderKL(**blocks, latent_channels=4, norm_num_groups=4, layers_per_block=1).save_pretrained(home / "vae")
+    samples = [scenes.sample(0, i) for i in range(40)]
+    write(home / "images", np.stack([image for image, _ in samples]))
+    lines = [json.dumps({"file_name": f"{i:04d}.png", "text": caption}) for i, (_, caption) in enumerate(samples)]
+    (home / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    prepare(PrepareOptions(sources=[str(home / "images")], out=home / "data", codec=str(home / "vae"), heldout=0.5, workers=1), progress=False)
+    train(resolve("quickstart", [*tiny, "--train.steps", "2"]), home / "data", home / "run", progress=False)
+    return home
+
+
+def test_what_a_vae_loses(latents, dinov2, capsys, small_blocks):  # noqa: F811
+    """Against the original pictures there is a reconstruction floor; against the data's own latents it is said that there is none."""
+    words = ["--model", str(latents / "run"), "--metrics", "kid", "--net", str(dinov2), "--num", "20", "--steps", "1"]
+    found = scores([*words, "--reference", str(latents / "images")], capsys)
+    rebuilt = found["kid-dinov2-tiny-20@64/reconstruction"]
+    pipeline, net = Pipeline.from_pretrained(latents / "run", device="cpu"), load_net(str(dinov2))
+    files = sorted((latents / "images").glob("*.png"))
+    real = np.stack([np.asarray(Image.open(files[k])) for k in spread(len(files))])
+    through = distribution.through_codec(pipeline, real[:20])
+    assert rebuilt == pytest.approx(kernel_distance(net(through), net(real)).value, rel=1e-3) and rebuilt > 0  # a grey level by the batch
+    assert np.abs(through.astype(int) - real[:20]).mean() > 5
+    assert main(["evaluate", *words]) == 0
+    text = capsys.readouterr().out
+    assert "seen through the VAE" in text and "reconstruction" not in text
+    facts = [json.loads(path.read_text()) for path in (latents / "data" / "references").glob("*/reference.json")]
+    assert {fact["source"] for fact in facts} == {"folder", "heldout"} and any("decoded by VAE" in fact["made"] for fact in facts)
+
+
+def test_kernel_distance_while_training(latents, tiny, tmp_path, recwarn):
+    """On data that is not scenes, with EfficientNet-lite0: logged at evaluations. Without it: one note."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    words = [*tiny, "--train.steps", "2", "--train.eval_every", "1", "--train.score_images", "4"]
+    train(resolve("quickstart", words), latents / "data", tmp_path / "with", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "with" / "eval.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["kid_error"] > 0 and np.isfinite(line["kid"]) for line in lines)
+    recwarn.clear()
+    with mock.patch("flowt2i.evaluation.nets.has_efficientnet", lambda: False):
+        train(resolve("quickstart", words), latents / "data", tmp_path / "without", progress=False)
+    assert "kid" not in (tmp_path / "without" / "eval.jsonl").read_text()
+    assert sum("no kernel distance" in str(warning.message) for warning in recwarn) == 1
+
+
+@pytest.mark.slow
+def test_scores_order_damage_of_real_pictures(shared):
+    """Blur, noise, JPEG and colours of real emoji: each of four strengths scores worse than the one before, under both distances."""
+    import tarfile
+
+    from flowt2i.data.images import load_square
+    from flowt2i.evaluation.corruptions import CORRUPTIONS, corrupt
+
+    pytest.importorskip("efficientnet_lite_pytorch")
+    net, real = load_net("efficientnet-lite0"), []
+    for path in sorted((shared / "data" / "emoji").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            real += [load_square(tar.extractfile(member).read(), 64) for member in tar if member.name.endswith(".jpg")][:400]
+    real = np.stack(real)[spread(len(real))]
+    reference, pictures_ = net(real[64:128]), real[:64]
+    whole, moments = net(pictures_), Moments.of(reference)
+    for kind, (_, strengths) in CORRUPTIONS.items():
+        features = [whole, *(net(corrupt(pictures_, kind, strength)) for strength in strengths)]
+        distances = [frechet_distance(Moments.of(x), moments) for x in features]
+        kernels = [kernel_distance(x, reference).value for x in features]
+        assert distances == sorted(distances) and kernels == sorted(kernels), (kind, distances, kernels)
