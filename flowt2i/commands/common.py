@@ -45,7 +45,7 @@ def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "UNTIL"), help="guidance between these times only (0: noise, 1: data)")
     parser.add_argument("--zero-init", type=float, metavar="TIME", help="no motion before this time (CFG-Zero*: 0.04; default 0)")
     parser.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from, instead of the empty caption")
-    parser.add_argument("--guide", type=Path, metavar="PATH", help="a weaker model that guidance leads away from instead (autoguidance)")
+    parser.add_argument("--guide", metavar="PATH", help="a weaker model that guidance leads away from instead (autoguidance)")
     parser.add_argument("--seed", type=int, default=0, help=seed)
     parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
     parser.add_argument("--compile", action="store_true", help="compile the network first: pays where many pictures are drawn")
