@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline, newest_run
+from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline, newest_run, sampling
 from flowt2i.errors import UserError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def build_context(args: argparse.Namespace, world: "World", names: list[str]) ->
     args.model = source = checkpoint.find(model)  # the newest of now, should training go on
     pipeline = load_pipeline(args)
     pipeline.name = str(model)
-    settings = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "shift": args.shift}
+    settings = sampling(args)
     pipeline.settings(**settings)
     scenes = pipeline.description.is_scenes and (not names or any(name.startswith("scenes") for name in names))
     num = args.num or (2048 if {"fid", "frechet"} & set(names) else PUBLISHED if scenes else 500)

@@ -16,6 +16,7 @@ from flowt2i.errors import UserError, nearest
 from flowt2i.evaluation import pictures, reference
 from flowt2i.evaluation.nets import FeatureNet, load_net
 from flowt2i.pipeline import Pipeline
+from flowt2i.settings import describe
 from flowt2i.training.distributed import World
 
 METRICS = {  # name: module and function
@@ -145,9 +146,7 @@ class Context:
         """How the pictures came about."""
         if self.pipeline is None:
             return f"pictures of {self.folder}"
-        used = self.pipeline.settings(**self.settings)
-        sampler = f"{used['solver']} {used['steps']} steps, guidance {used['guidance']:g}, shift {used['shift']:g}"
-        return f"{sampler}, seed {self.seed}, {self.pipeline.weights} weights"
+        return f"{describe(self.pipeline.settings(**self.settings))}, seed {self.seed}, {self.pipeline.weights} weights"
 
 
 def find(name: str) -> Callable[[Context], Scores]:

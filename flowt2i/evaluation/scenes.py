@@ -18,6 +18,7 @@ from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally, wilson
 from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.pipeline import Pipeline
+from flowt2i.settings import describe
 
 __all__ = ["ATOMS", "FIRST_SEED", "PUBLISHED", "concepts", "kind", "metric", "score_images", "score_pipeline", "tally", "totals", "verdicts", "wilson"]
 
@@ -46,10 +47,8 @@ def _metric(context: Context, heldout: bool) -> Scores:
         raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data: take --metrics kid")
     prompts = scenes.prompts(context.seed, context.num, heldout=heldout)
     found = score_images(context.images(prompts, seed=0), prompts)
-    used = pipeline.settings(**context.settings)
     title = f"scenes-{'heldout-pairs' if heldout else 'prompts'}-{context.num}@{pipeline.description.codec.image_size}"
-    protocol = f"{title}, {used['solver']} {used['steps']} steps, guidance {used['guidance']:g}, shift {used['shift']:g}, "
-    protocol += f"prompt seed {context.seed}, {pipeline.weights} weights"
+    protocol = f"{title}, {describe(pipeline.settings(**context.settings))}, prompt seed {context.seed}, {pipeline.weights} weights"
     lines = [f"{part:22s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}" for part, score in found.items()]
     values = {f"{title}/{part}": score["accuracy"] for part, score in found.items()}
     return Scores(values, protocol, lines, {"intervals": {f"{title}/{part}": score for part, score in found.items()}})
