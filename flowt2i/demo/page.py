@@ -1,0 +1,229 @@
+"""The page: what it shows and what its buttons do. Drawing, limits, pictures and models are in the modules beside it.
+
+Only three events and the choice of a model reach Python, all through the queue; the rest (new seed, examples, the gallery) stays in the browser.
+"""
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from flowt2i.demo import board, limits
+from flowt2i.demo.drawing import Step, run
+from flowt2i.demo.library import Library
+from flowt2i.demo.limits import LARGEST_SEED, LONGEST_PROMPT, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, SWEEP, WAITING, Request, check
+from flowt2i.errors import UserError
+from flowt2i.pipeline import Samples
+from flowt2i.solvers import SOLVERS
+
+HERE = Path(__file__).parent
+HOUR = 3_600
+THEME = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no font is downloaded
+CSS = (HERE / "page.css").read_text()
+HEAD = f'<meta name="viewport" content="width=device-width, initial-scale=1"><script>{(HERE / "page.js").read_text()}</script>'
+TITLE = (
+    '<div class="title"><h1>flowt2i</h1><p>pictures from words, forming before your eyes</p>'
+    '<button class="theme" aria-label="light or dark">◐</button></div>'
+)
+    '<div class="title"><h1>flowt2i</h1><p>pictures from words, forming before your eyes</p><button class="theme" aria-label="light or dark">◐</button></div>'
+)
+Board = Iterator[str]
+
+
+def draw(library: Library, model: Any, *inputs: Any) -> Board:
+    """Pictures of one prompt, forming."""
+    library.card(model)
+    for news in run(lambda: library.load(model), check(*inputs)):
+        if isinstance(news, Step):
+            yield board.render([board.forming(news)], news.fraction, progress(news))
+        elif isinstance(news, Samples):
+            yield board.render([board.finished(news, model)], 1, summary(news), done=True)
+        else:
+            gr.Warning(f"The prompt is longer than the model reads ({news.tokens} tokens): its end was left out.")
+
+
+def compare(library: Library, sides: Sequence[tuple[Any, Request]]) -> Board:
+    """The same prompt and seeds under two models or settings, one after the other."""
+    for model, _ in sides:
+        library.card(model)
+    panels: list[board.Panel] = []
+    for letter, (model, request) in zip("AB", sides):
+        title = f"{letter} · {model}: {request.steps} {request.solver} steps, guidance {request.guidance:g}"
+        for news in run(partial(library.load, model), request):
+            if isinstance(news, Step):
+                fraction = (len(panels) + news.fraction) / len(sides)
+                yield board.render([*panels, board.forming(news, title)], fraction, f"{letter}: {progress(news)}", "compare")
+            elif isinstance(news, Samples):
+                panels.append(board.finished(news, model, title, f"{news.evaluations} evaluations, {news.seconds:.1f} s"))
+    yield board.render(panels, 1, "The same prompt and the same noise on both sides.", "compare", done=True)
+
+
+def sweep(library: Library, model: Any, request: Request) -> Board:
+    """One prompt and the same seeds with more and more steps."""
+    library.card(model)
+    panels: list[board.Panel] = []
+    started = time.perf_counter()
+    for k, steps in enumerate(SWEEP):
+        title = f"{steps} step" + "s" * (steps > 1)
+        for news in run(partial(library.load, model), request._replace(steps=steps, every=max(1, steps // 8))):
+            if isinstance(news, Step):
+                fraction = (sum(SWEEP[:k]) + news.fraction * steps) / sum(SWEEP)
+                left = (time.perf_counter() - started) * (1 - fraction) / fraction
+                yield board.render([*panels, board.forming(news, title)], fraction, f"{title}, about {left:.0f} s left", "sweep")
+            elif isinstance(news, Samples):
+                panels.append(board.finished(news, model, title, f"{news.evaluations} evaluations, {news.seconds:.2g} s"))
+    yield board.render(panels, 1, f"{request.solver}, guidance {request.guidance:g}: the same noise in every column.", "sweep", done=True)
+
+
+def progress(step: Step) -> str:
+    return f"step {step.done} of {step.steps}, about {step.left:.0f} s left"
+
+
+def summary(samples: Samples) -> str:
+    """How the pictures came about, in a line."""
+    used, seeds, count = samples.settings, samples.seeds, len(samples.seeds)
+    of = f"seed {seeds[0]}" if count == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"{count} picture{'s' * (count > 1)} in {samples.seconds:.1f} s: {used['steps']} {used['solver']} steps, guidance {used['guidance']:g}, {of}"
+
+
+def spoken(act: Callable[..., Board]) -> Callable[..., Board]:
+    """Every failure as a message on the page; never a traceback there."""
+
+    def told(*inputs: Any) -> Board:
+        try:
+            yield from act(*inputs)
+        except UserError as error:
+            raise gr.Error(board.safe(str(error)), title="Not drawn", print_exception=False) from error
+        except Exception as error:
+            traceback.print_exc()
+            raise gr.Error("Something broke while drawing; the terminal of the server says what.", title="Not drawn", print_exception=False) from error
+
+    return told
+
+
+def page(library: Library) -> gr.Blocks:
+    """The page, its queue set up, not yet served."""
+    card = library.card(library.first)
+    own = card.config.sample
+    defaults = {"steps": min(own.steps, MOST_STEPS), "guidance": min(own.guidance, MOST_GUIDANCE), "solver": own.solver}
+    second = library.names[1] if len(library.names) > 1 else library.first
+
+    def settings(name: str, steps: int) -> tuple[gr.Slider, gr.Slider, gr.Dropdown]:
+        return (
+            gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", elem_id=f"{name}-steps"),
+            gr.Slider(0, MOST_GUIDANCE, defaults["guidance"], step=0.1, label="Guidance (1: none)", elem_id=f"{name}-guidance"),
+            gr.Dropdown(list(SOLVERS), value=defaults["solver"], label="Solver", elem_id=f"{name}-solver"),
+        )
+
+    with gr.Blocks(title="flowt2i", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
+        gr.HTML(TITLE, js_on_load="flowt2i.theme(element)")
+        with gr.Row(equal_height=True):
+            model = gr.Dropdown(library.names, value=library.first, label="Model", info=card.facts, scale=1, min_width=220, elem_id="model")
+            prompt = gr.Textbox(card.prompts[0], label="Prompt", lines=2, max_lines=5, max_length=LONGEST_PROMPT, scale=3, min_width=300, elem_id="prompt")
+        chips = gr.HTML(chip_row(card.prompts), js_on_load="flowt2i.chips(element, trigger)", elem_id="chips")
+
+        with gr.Tab("Draw"), gr.Row(elem_classes="work"):
+            with gr.Column(scale=2, min_width=280):
+                steps, guidance, solver = settings("draw", defaults["steps"])
+            with gr.Column(scale=3, min_width=300, elem_classes="boards"):
+                with gr.Row():
+                    go = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="go")
+                    stop = gr.Button("Stop", min_width=80, elem_id="stop")
+                drawn = gr.HTML(board.empty("Your pictures form here."), elem_id="drawn", js_on_load="flowt2i.watch(element)")
+
+        with gr.Tab("Compare"):
+            gr.Markdown("Two models, or two settings of one, on the same prompt and the same seeds.")
+            with gr.Row():
+                sides = []
+                for letter, name, count in (("A", library.first, defaults["steps"]), ("B", second, defaults["steps"] if second != library.first else 8)):
+                    with gr.Column(min_width=280), gr.Group():
+                        sides += [gr.Dropdown(library.names, value=name, label=f"Model {letter}"), *settings(letter, count)]
+            with gr.Row():
+                go_compare = gr.Button("Compare", variant="primary", min_width=100, elem_id="go-compare")
+                stop_compare = gr.Button("Stop", min_width=80)
+            compared = gr.HTML(board.empty("The two sides appear here."), elem_id="compared", js_on_load="flowt2i.watch(element)")
+
+        with gr.Tab("Quality against steps"):
+            gr.Markdown(f"The prompt with {', '.join(map(str, SWEEP[:-1]))} and {SWEEP[-1]} steps; guidance and solver as set under Draw.")
+            with gr.Row():
+                go_sweep = gr.Button("Draw them all", variant="primary", min_width=100, elem_id="go-sweep")
+                stop_sweep = gr.Button("Stop", min_width=80)
+            swept = gr.HTML(board.empty("One column for each number of steps."), elem_id="swept", js_on_load="flowt2i.watch(element)")
+
+        with gr.Accordion("Seed, number of pictures and more (for all three tabs)", open=True):
+            with gr.Row():
+                with gr.Group(), gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120, elem_id="seed")
+                    new_seed = gr.Button("New seed", min_width=90, elem_id="new-seed")
+                num = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", min_width=220, elem_id="num")
+                every = gr.Slider(1, 50, 2, step=1, label="Update every … steps", min_width=220, elem_id="every")
+            negative = gr.Textbox("", label="Negative prompt", info="what the picture should not show (needs guidance)", max_length=LONGEST_PROMPT,
+                                  visible=limits.NEGATIVE, elem_id="negative")  # fmt: skip
+        gallery = gr.HTML('<div class="gallery"></div>', elem_id="gallery", js_on_load="flowt2i.gallery(element, trigger)")
+        with gr.Accordion("For programs", open=False):
+            gr.HTML(api_note(library.first, card.prompts[0]), js_on_load="flowt2i.address(element)")
+
+        common = [seed, num, every, negative]
+
+        @spoken
+        def on_draw(model, prompt, steps, guidance, solver, *common):  # type: ignore[no-untyped-def]
+            yield from draw(library, model, prompt, steps, guidance, solver, *common)
+
+        @spoken
+        def on_compare(prompt, *rest):  # type: ignore[no-untyped-def]
+            a, b, common = rest[:4], rest[4:8], rest[8:]
+            yield from compare(library, [(side[0], check(prompt, *side[1:], *common)) for side in (a, b)])
+
+        @spoken
+        def on_sweep(model, prompt, guidance, solver, *common):  # type: ignore[no-untyped-def]
+            yield from sweep(library, model, check(prompt, 1, guidance, solver, *common))
+
+        # preprocess=False: `check` alone judges what comes, in words for people, where gradio would print a traceback
+        common_options: dict[str, Any] = {"show_progress": "minimal", "preprocess": False, "api_visibility": "private", "concurrency_id": "drawing",
+                                          "concurrency_limit": 1, "trigger_mode": "once"}  # fmt: skip
+        for triggers, stopper, act, inputs, output in (
+            ([go.click, prompt.submit], stop, on_draw, [model, prompt, steps, guidance, solver, *common], drawn),
+            ([go_compare.click], stop_compare, on_compare, [prompt, *sides, *common], compared),
+            ([go_sweep.click], stop_sweep, on_sweep, [model, prompt, guidance, solver, *common], swept),
+        ):
+            event = gr.on(triggers, act, inputs, output, **common_options)
+            stopper.click(None, cancels=[event], js=f"() => flowt2i.stopped('{output.elem_id}')", api_visibility="private")
+
+        def on_model(name: Any) -> list[Any]:
+            try:
+                card = library.card(name)
+            except UserError as error:
+                raise gr.Error(str(error), print_exception=False) from error
+            own = card.config.sample
+            return [
+                gr.Dropdown(info=card.facts), chip_row(card.prompts), card.prompts[0], min(own.steps, MOST_STEPS), min(own.guidance, MOST_GUIDANCE), own.solver,
+            ]  # fmt: skip
+
+        model.input(on_model, model, [model, chips, prompt, steps, guidance, solver], preprocess=False, show_progress="hidden", api_visibility="private")
+        in_browser: dict[str, Any] = {"fn": None, "api_visibility": "private"}
+        new_seed.click(inputs=None, outputs=seed, js=f"() => Math.floor(Math.random() * {LARGEST_SEED})", **in_browser)
+        chips.click(inputs=None, outputs=prompt, js="() => flowt2i.chosen", **in_browser)
+        again = [model, prompt, negative, steps, guidance, solver, seed, num]
+        gallery.click(inputs=None, outputs=again, js="() => flowt2i.again()", **in_browser)
+    return blocks.queue(max_size=WAITING, default_concurrency_limit=2, api_open=False)
+
+
+def chip_row(prompts: list[str]) -> str:
+    """Example prompts to click on."""
+    return '<div class="chips">' + "".join(f'<button class="chip" dir="auto">{board.safe(prompt)}</button>' for prompt in prompts) + "</div>"
+
+
+def api_note(model: str, prompt: str) -> str:
+    """How programs draw here."""
+    body = board.safe(json.dumps({"prompt": prompt, "steps": 20, "seed": 0, "num": 1}))
+    return (
+        "<p>Programs draw here too, within the same limits: <code>POST /api/generate</code> answers with PNGs in JSON "
+        "(or one PNG with <code>Accept: image/png</code>), <code>GET /api/models</code> and <code>GET /api/health</code> say what there is.</p>"
+        "<pre>curl -s <span class='address'></span>/api/generate \\\n  -H 'Content-Type: application/json' -H 'Accept: image/png' \\\n"
+        f"  -d '{body}' -o picture.png</pre>"
+    )
