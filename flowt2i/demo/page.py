@@ -27,9 +27,6 @@ THEME = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"]
 CSS = (HERE / "page.css").read_text()
 HEAD = f'<meta name="viewport" content="width=device-width, initial-scale=1"><script>{(HERE / "page.js").read_text()}</script>'
 TITLE = (
-    '<div class="title"><h1>flowt2i</h1><p>pictures from words, forming before your eyes</p>'
-    '<button class="theme" aria-label="light or dark">◐</button></div>'
-)
     '<div class="title"><h1>flowt2i</h1><p>pictures from words, forming before your eyes</p><button class="theme" aria-label="light or dark">◐</button></div>'
 )
 Board = Iterator[str]
