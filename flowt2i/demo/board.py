@@ -89,8 +89,9 @@ def _panel(panel: Panel) -> str:
     title = f"<h3>{safe(panel.title)}</h3>" if panel.title else ""
     note = f'<p class="note">{safe(panel.note)}</p>' if panel.note else ""
     figures = "".join(_figure(panel, i) for i in range(len(panel.sources)))
+    many = " n1" if len(panel.sources) == 1 else " many" * (len(panel.sources) > 4)
     crisp = " crisp" if panel.size <= CRISP_UP_TO else ""
-    return f'<section class="panel">{title}<div class="pictures n{min(len(panel.sources), 4)}{crisp}">{figures}</div>{note}</section>'
+    return f'<section class="panel">{title}<div class="pictures{many}{crisp}">{figures}</div>{note}</section>'
 
 
 def _figure(panel: Panel, index: int) -> str:

@@ -7,7 +7,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 HOUR = 3_600
 THEME = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no font is downloaded
 CSS = (HERE / "page.css").read_text()
-HEAD = f'<meta name="viewport" content="width=device-width, initial-scale=1"><script>{(HERE / "page.js").read_text()}</script>'
+HEAD = f'<script>{(HERE / "page.js").read_text()}</script>'
 TITLE = (
     '<div class="title"><h1>flowt2i</h1><p>pictures from words, forming before your eyes</p><button class="theme" aria-label="light or dark">◐</button></div>'
 )
@@ -91,6 +91,7 @@ def summary(samples: Samples) -> str:
 def spoken(act: Callable[..., Board]) -> Callable[..., Board]:
     """Every failure as a message on the page; never a traceback there."""
 
+    @wraps(act)
     def told(*inputs: Any) -> Board:
         try:
             yield from act(*inputs)
@@ -117,6 +118,10 @@ def page(library: Library) -> gr.Blocks:
             gr.Dropdown(list(SOLVERS), value=defaults["solver"], label="Solver", elem_id=f"{name}-solver"),
         )
 
+    def buttons(words: str, name: str) -> tuple[gr.Button, gr.Button]:
+        with gr.Row():
+            return gr.Button(words, variant="primary", scale=3, min_width=120, elem_id=name), gr.Button("Stop", min_width=80, elem_id=f"{name}-stop")
+
     with gr.Blocks(title="flowt2i", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
         gr.HTML(TITLE, js_on_load="flowt2i.theme(element)")
         with gr.Row(equal_height=True):
@@ -124,43 +129,32 @@ def page(library: Library) -> gr.Blocks:
             prompt = gr.Textbox(card.prompts[0], label="Prompt", lines=2, max_lines=5, max_length=LONGEST_PROMPT, scale=3, min_width=300, elem_id="prompt")
         chips = gr.HTML(chip_row(card.prompts), js_on_load="flowt2i.chips(element, trigger)", elem_id="chips")
 
-        with gr.Tab("Draw"), gr.Row(elem_classes="work"):
-            with gr.Column(scale=2, min_width=280):
-                steps, guidance, solver = settings("draw", defaults["steps"])
-            with gr.Column(scale=3, min_width=300, elem_classes="boards"):
-                with gr.Row():
-                    go = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="go")
-                    stop = gr.Button("Stop", min_width=80, elem_id="stop")
-                drawn = gr.HTML(board.empty("Your pictures form here."), elem_id="drawn", js_on_load="flowt2i.watch(element)")
-
-        with gr.Tab("Compare"):
-            gr.Markdown("Two models, or two settings of one, on the same prompt and the same seeds.")
-            with gr.Row():
-                sides = []
-                for letter, name, count in (("A", library.first, defaults["steps"]), ("B", second, defaults["steps"] if second != library.first else 8)):
-                    with gr.Column(min_width=280), gr.Group():
-                        sides += [gr.Dropdown(library.names, value=name, label=f"Model {letter}"), *settings(letter, count)]
-            with gr.Row():
-                go_compare = gr.Button("Compare", variant="primary", min_width=100, elem_id="go-compare")
-                stop_compare = gr.Button("Stop", min_width=80)
-            compared = gr.HTML(board.empty("The two sides appear here."), elem_id="compared", js_on_load="flowt2i.watch(element)")
-
-        with gr.Tab("Quality against steps"):
-            gr.Markdown(f"The prompt with {', '.join(map(str, SWEEP[:-1]))} and {SWEEP[-1]} steps; guidance and solver as set under Draw.")
-            with gr.Row():
-                go_sweep = gr.Button("Draw them all", variant="primary", min_width=100, elem_id="go-sweep")
-                stop_sweep = gr.Button("Stop", min_width=80)
-            swept = gr.HTML(board.empty("One column for each number of steps."), elem_id="swept", js_on_load="flowt2i.watch(element)")
-
-        with gr.Accordion("Seed, number of pictures and more (for all three tabs)", open=True):
-            with gr.Row():
-                with gr.Group(), gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120, elem_id="seed")
-                    new_seed = gr.Button("New seed", min_width=90, elem_id="new-seed")
-                num = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", min_width=220, elem_id="num")
-                every = gr.Slider(1, 50, 2, step=1, label="Update every … steps", min_width=220, elem_id="every")
-            negative = gr.Textbox("", label="Negative prompt", info="what the picture should not show (needs guidance)", max_length=LONGEST_PROMPT,
-                                  visible=limits.NEGATIVE, elem_id="negative")  # fmt: skip
+        with gr.Row(elem_classes="work"):
+            with gr.Column(scale=2, min_width=270), gr.Group():
+                steps, guidance, solver = settings("own", defaults["steps"])
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed")
+                new_seed = gr.Button("New seed", size="sm", elem_id="new-seed")
+                num = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", elem_id="num")
+                every = gr.Slider(1, 50, 2, step=1, label="Update every … steps", elem_id="every")
+                negative = gr.Textbox(
+                    "", label="Negative prompt", info="what the picture should not show (needs guidance)", max_length=LONGEST_PROMPT, visible=limits.NEGATIVE,
+                    elem_id="negative",
+                )  # fmt: skip
+            with gr.Column(scale=5, min_width=300, elem_classes="tabs-first"), gr.Tabs():
+                with gr.Tab("Draw"):
+                    go, stop = buttons("Draw", "go")
+                    drawn = gr.HTML(board.empty("Your pictures form here."), elem_id="drawn", js_on_load="flowt2i.watch(element)")
+                with gr.Tab("Compare"):
+                    gr.Markdown("The same prompt and seeds twice: A under the settings beside, B under these:")
+                    with gr.Row():
+                        other = gr.Dropdown(library.names, value=second, label="Model B", elem_id="B-model", min_width=150)
+                        b_steps, b_guidance, b_solver = settings("B", defaults["steps"] if second != library.first else 4)
+                    go_compare, stop_compare = buttons("Compare", "go-compare")
+                    compared = gr.HTML(board.empty("The two sides appear here."), elem_id="compared", js_on_load="flowt2i.watch(element)")
+                with gr.Tab("Quality against steps"):
+                    gr.Markdown(f"The same prompt and seeds with {', '.join(map(str, SWEEP[:-1]))} and {SWEEP[-1]} steps.")
+                    go_sweep, stop_sweep = buttons("Draw them all", "go-sweep")
+                    swept = gr.HTML(board.empty("A column for each number of steps."), elem_id="swept", js_on_load="flowt2i.watch(element)")
         gallery = gr.HTML('<div class="gallery"></div>', elem_id="gallery", js_on_load="flowt2i.gallery(element, trigger)")
         with gr.Accordion("For programs", open=False):
             gr.HTML(api_note(library.first, card.prompts[0]), js_on_load="flowt2i.address(element)")
@@ -174,7 +168,7 @@ def page(library: Library) -> gr.Blocks:
         @spoken
         def on_compare(prompt, *rest):  # type: ignore[no-untyped-def]
             a, b, common = rest[:4], rest[4:8], rest[8:]
-            yield from compare(library, [(side[0], check(prompt, *side[1:], *common)) for side in (a, b)])
+            yield from compare(library, [(name, check(prompt, *own, *common)) for name, *own in (a, b)])
 
         @spoken
         def on_sweep(model, prompt, guidance, solver, *common):  # type: ignore[no-untyped-def]
@@ -185,7 +179,7 @@ def page(library: Library) -> gr.Blocks:
                                           "concurrency_limit": 1, "trigger_mode": "once"}  # fmt: skip
         for triggers, stopper, act, inputs, output in (
             ([go.click, prompt.submit], stop, on_draw, [model, prompt, steps, guidance, solver, *common], drawn),
-            ([go_compare.click], stop_compare, on_compare, [prompt, *sides, *common], compared),
+            ([go_compare.click], stop_compare, on_compare, [prompt, model, steps, guidance, solver, other, b_steps, b_guidance, b_solver, *common], compared),
             ([go_sweep.click], stop_sweep, on_sweep, [model, prompt, guidance, solver, *common], swept),
         ):
             event = gr.on(triggers, act, inputs, output, **common_options)
