@@ -24,8 +24,8 @@ INPUTS = {  # of each function of the page, in its order
     "on_sweep": ("model", "prompt", "guidance", "solver", "seed", "num", "every", "negative"),
     "on_model": ("model",),
 }
-GOOD: dict[str, Any] = {"model": "tiny", "prompt": "a red circle", "steps": 6, "guidance": 2.0, "solver": "euler", "seed": 7, "num": 2, "every": 2, "negative": "",
-                        "model_b": "other", "steps_b": 3, "guidance_b": 1.0, "solver_b": "heun"}  # fmt: skip
+GOOD: dict[str, Any] = {"model": "tiny", "prompt": "a red circle", "steps": 6, "guidance": 2.0, "solver": "euler", "seed": 7, "num": 2, "every": 2,
+                        "negative": "", "model_b": "other", "steps_b": 3, "guidance_b": 1.0, "solver_b": "heun"}  # fmt: skip
 
 
 def write_model(folder: Path, seed: int = 0, step: int = 1) -> Path:

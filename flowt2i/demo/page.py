@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 HOUR = 3_600
 THEME = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no font is downloaded
 CSS = (HERE / "page.css").read_text()
-HEAD = f'<script>{(HERE / "page.js").read_text()}</script>'
+HEAD = f"<script>{(HERE / 'page.js').read_text()}</script>"
 TITLE = (
     '<div class="title"><h1>flowt2i</h1><p>pictures from words, forming before your eyes</p><button class="theme" aria-label="light or dark">◐</button></div>'
 )
@@ -111,13 +111,6 @@ def page(library: Library) -> gr.Blocks:
     defaults = {"steps": min(own.steps, MOST_STEPS), "guidance": min(own.guidance, MOST_GUIDANCE), "solver": own.solver}
     second = library.names[1] if len(library.names) > 1 else library.first
 
-    def settings(name: str, steps: int) -> tuple[gr.Slider, gr.Slider, gr.Dropdown]:
-        return (
-            gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", elem_id=f"{name}-steps"),
-            gr.Slider(0, MOST_GUIDANCE, defaults["guidance"], step=0.1, label="Guidance (1: none)", elem_id=f"{name}-guidance"),
-            gr.Dropdown(list(SOLVERS), value=defaults["solver"], label="Solver", elem_id=f"{name}-solver"),
-        )
-
     def buttons(words: str, name: str) -> tuple[gr.Button, gr.Button]:
         with gr.Row():
             return gr.Button(words, variant="primary", scale=3, min_width=120, elem_id=name), gr.Button("Stop", min_width=80, elem_id=f"{name}-stop")
@@ -130,8 +123,10 @@ def page(library: Library) -> gr.Blocks:
         chips = gr.HTML(chip_row(card.prompts), js_on_load="flowt2i.chips(element, trigger)", elem_id="chips")
 
         with gr.Row(elem_classes="work"):
-            with gr.Column(scale=2, min_width=270), gr.Group():
-                steps, guidance, solver = settings("own", defaults["steps"])
+            with gr.Column(scale=3, min_width=280), gr.Group():
+                steps = gr.Slider(1, MOST_STEPS, defaults["steps"], step=1, label="Steps", elem_id="steps")
+                guidance = gr.Slider(0, MOST_GUIDANCE, defaults["guidance"], step=0.1, label="Guidance (1: none)", elem_id="guidance")
+                solver = gr.Dropdown(list(SOLVERS), value=defaults["solver"], label="Solver", elem_id="solver")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed")
                 new_seed = gr.Button("New seed", size="sm", elem_id="new-seed")
                 num = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", elem_id="num")
@@ -140,7 +135,7 @@ def page(library: Library) -> gr.Blocks:
                     "", label="Negative prompt", info="what the picture should not show (needs guidance)", max_length=LONGEST_PROMPT, visible=limits.NEGATIVE,
                     elem_id="negative",
                 )  # fmt: skip
-            with gr.Column(scale=5, min_width=300, elem_classes="tabs-first"), gr.Tabs():
+            with gr.Column(scale=7, min_width=300, elem_classes="tabs-first"), gr.Tabs():
                 with gr.Tab("Draw"):
                     go, stop = buttons("Draw", "go")
                     drawn = gr.HTML(board.empty("Your pictures form here."), elem_id="drawn", js_on_load="flowt2i.watch(element)")
@@ -148,11 +143,14 @@ def page(library: Library) -> gr.Blocks:
                     gr.Markdown("The same prompt and seeds twice: A under the settings beside, B under these:")
                     with gr.Row():
                         other = gr.Dropdown(library.names, value=second, label="Model B", elem_id="B-model", min_width=150)
-                        b_steps, b_guidance, b_solver = settings("B", defaults["steps"] if second != library.first else 4)
+                        few = defaults["steps"] if second != library.first else 4
+                        b_steps = gr.Number(few, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=90, elem_id="B-steps")
+                        b_guidance = gr.Number(defaults["guidance"], label="Guidance", minimum=0, maximum=MOST_GUIDANCE, step=0.1, min_width=90)
+                        b_solver = gr.Dropdown(list(SOLVERS), value=defaults["solver"], label="Solver", min_width=110)
                     go_compare, stop_compare = buttons("Compare", "go-compare")
                     compared = gr.HTML(board.empty("The two sides appear here."), elem_id="compared", js_on_load="flowt2i.watch(element)")
-                with gr.Tab("Quality against steps"):
-                    gr.Markdown(f"The same prompt and seeds with {', '.join(map(str, SWEEP[:-1]))} and {SWEEP[-1]} steps.")
+                with gr.Tab("Steps"):
+                    gr.Markdown(f"Quality against steps: the same prompt and seeds with {', '.join(map(str, SWEEP[:-1]))} and {SWEEP[-1]} steps.")
                     go_sweep, stop_sweep = buttons("Draw them all", "go-sweep")
                     swept = gr.HTML(board.empty("A column for each number of steps."), elem_id="swept", js_on_load="flowt2i.watch(element)")
         gallery = gr.HTML('<div class="gallery"></div>', elem_id="gallery", js_on_load="flowt2i.gallery(element, trigger)")

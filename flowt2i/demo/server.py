@@ -44,7 +44,9 @@ def serve(library: Any, port: int = 7860, share: bool = False, auth: tuple[str, 
         import gradio as gr  # noqa: F401
     except ImportError as error:
         raise UserError("the demo needs gradio: pip install -c constraints.txt -e '.[demo]'") from error
-    from flowt2i.demo.api import Api
+    from fastapi.exceptions import RequestValidationError
+
+    from flowt2i.demo.api import Api, malformed
     from flowt2i.demo.page import CSS, HEAD, THEME, page
 
     library.load(library.first)  # what is wrong with it is said here, not to the first visitor
@@ -61,7 +63,7 @@ def serve(library: Any, port: int = 7860, share: bool = False, auth: tuple[str, 
                 theme=THEME, css=CSS, head=HEAD, enable_monitoring=False, run_history=False, pwa=False, mcp_server=False, root_path="",
                 allowed_paths=[], blocked_paths=["/"], max_file_size=LARGEST_BODY, state_session_capacity=256, inbrowser=False, inline=False,
                 app_kwargs={"middleware": [Middleware(Guard, functions=lambda: functions, auth=auth)], "routes": Api(library).routes,
-                            "docs_url": None, "redoc_url": None, "openapi_url": None},
+                            "exception_handlers": {RequestValidationError: malformed}, "docs_url": None, "redoc_url": None, "openapi_url": None},
             )  # fmt: skip
     except OSError as error:
         shutil.rmtree(cache, ignore_errors=True)
