@@ -21,6 +21,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
+SolverName = Literal["euler", "heun", "midpoint", "rk4", "ab2", "ab4", "dopri5", "sde"]
+
+
 class DataConfig(_Section):
     batch_size: int = Field(576, ge=1, description="effective batch: images an optimizer step, over all GPUs and accumulation steps")
     workers: int = Field(
@@ -146,9 +149,16 @@ class TrainConfig(_Section):
 
 class SampleConfig(_Section):
     steps: int = Field(50, ge=1, le=1000, description="solver steps")
-    solver: Literal["euler", "heun"] = Field("euler", description="ODE solver")
-    guidance: float = Field(3.0, ge=0, le=100, description="classifier-free guidance scale; 1: none")
-    shift: float = Field(1.0, gt=0, le=100, description="solver times: above 1 steps are shorter next to the noise, where layout is decided; 1: even steps")
+    solver: SolverName = Field("euler", description="how the ODE is solved; dopri5: adaptive; sde: stochastic (docs/sampling.md)")
+    schedule: str = Field("uniform", description="solver times: uniform, a searched grid by name, or the times themselves, such as 0,0.02,0.1,0.4,1")
+    shift: float = Field(1.0, gt=0, le=100, description="solver times: above 1 steps are shorter next to the noise, where layout is decided")
+    tolerance: float = Field(1e-3, ge=1e-8, le=1, description="solver dopri5: relative and absolute tolerance of a step")
+    guidance: float = Field(3.0, ge=0, le=100, description="guidance scale; 1: none")
+    guidance_rule: Literal["cfg", "zero-star"] = Field("cfg", description="plain classifier-free guidance, or CFG-Zero*'s optimised scale")
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the contrast added by guidance that is taken back")
+    guidance_from: float = Field(0.0, ge=0, le=1, description="guidance from this time on (0: noise, 1: data)")
+    guidance_until: float = Field(1.0, ge=0, le=1, description="guidance before this time only")
+    zero_init: float = Field(0.0, ge=0, lt=1, description="the field is taken to be zero before this time (CFG-Zero*: 0.04)")
     images: int = Field(16, ge=1, description="images in a preview grid")
     prompts: list[str] = Field([], description="prompts of the preview grid, as JSON; empty: captions from the held-out split")
 

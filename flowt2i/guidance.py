@@ -1,4 +1,11 @@
-"""Classifier-free guidance wrapped round a velocity field (Ho & Salimans, 2207.12598, eq. 6)."""
+"""Guidance: making more of what sets a good prediction apart from a worse one. Pure functions round a velocity field.
+
+All variants compare two velocities of the same point: `good` (under the caption) and `bad` (under the empty caption, under a negative
+prompt, or of a weaker network under the same caption). A *rule* makes one of two; `guided` wraps it round a pair of fields.
+
+Time runs from noise (t = 0) to data (t = 1); the papers' scale `w` is our `scale` where 1 means none (Kynkäänniemi et al., Karras et al.,
+CFG-Zero*), and `w + 1` in Ho & Salimans.
+"""
 
 from collections.abc import Callable
 
@@ -8,6 +15,9 @@ from torch import Tensor
 from flowt2i.solvers import Velocity
 
 TextVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z [B, C, H, W], t [], text [B, T, D], mask [B, T]) -> [B, C, H, W]
+Captions = tuple[Tensor, Tensor]  # text [B, T, D], mask [B, T]
+Branches = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (z, t) -> velocities under several captions
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (good, bad, z, t) -> velocity
 
 
 def conditional(field: TextVelocity, text: Tensor, mask: Tensor) -> Velocity:
@@ -15,15 +25,77 @@ def conditional(field: TextVelocity, text: Tensor, mask: Tensor) -> Velocity:
     return lambda z, t: field(z, t, text, mask)
 
 
+def together(field: TextVelocity, *captions: Captions) -> Branches:
+    """The field under several captions of each picture at once, all in one batch: N captions cost N evaluations and one call."""
+    text, mask = torch.cat([c[0] for c in captions]), torch.cat([c[1] for c in captions])
+    n = len(captions)
+    return lambda z, t: field(z.repeat(n, 1, 1, 1), t, text, mask).chunk(n)
+
+
 def classifier_free(field: TextVelocity, text: Tensor, mask: Tensor, null_text: Tensor, null_mask: Tensor, scale: float) -> Velocity:
-    """`v = v_null + scale (v_text - v_null)`, both halves in one batch.
+    """`v = v_null + scale (v_text - v_null)` (Ho & Salimans, 2207.12598, eq. 6), both halves in one batch.
 
     text, null_text: [B, T, D]; masks [B, T]. `scale` 1 is the plain conditional field, 0 the unconditional one.
     """
-    both_text, both_mask = torch.cat([text, null_text]), torch.cat([mask, null_mask])
+    return guided(together(field, (text, mask), (null_text, null_mask)), lambda good, bad, z, t: extrapolate(good, bad, scale))
 
-    def guided(z: Tensor, t: Tensor) -> Tensor:
-        with_text, without = field(torch.cat([z, z]), t, both_text, both_mask).chunk(2)
-        return without + scale * (with_text - without)
 
-    return guided
+def guided(pair: Branches, rule: Rule) -> Velocity:
+    """A rule applied to the two velocities of a pair, at every call."""
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        good, bad = pair(z, t)
+        return rule(good, bad, z, t)
+
+    return velocity
+
+
+def extrapolate(good: Tensor, bad: Tensor, scale: float) -> Tensor:
+    """`bad + scale (good - bad)`: Ho & Salimans (2207.12598, eq. 6); with a weaker network as `bad`, autoguidance (Karras et al. 2406.02507, sec. 4)."""
+    return bad + scale * (good - bad)
+
+
+def zero_star(good: Tensor, bad: Tensor, scale: float) -> Tensor:
+    """CFG-Zero*'s optimised scale (Fan et al. 2503.18886, sec. 4): `s bad + scale (good - s bad)` with `s = <good, bad> / |bad|^2`, per picture.
+
+    s bad is the part of `good` that `bad` already says, so where both are poor early on their common error is not amplified.
+    """
+    good_flat, bad_flat = good.flatten(1), bad.flatten(1)
+    s = (good_flat * bad_flat).sum(1) / bad_flat.square().sum(1).clamp_min(1e-8)
+    return extrapolate(good, s.view(-1, 1, 1, 1) * bad, scale)
+
+
+def rescale(velocity: Tensor, good: Tensor, z: Tensor, t: Tensor, share: float) -> Tensor:
+    """Take back the contrast that guidance adds: Lin et al. (2305.08891, sec. 3.4, eq. 15 and 16), applied to the predicted data.
+
+    The paper rescales the network's output to the deviation of the unguided one. A velocity of ours is `data - noise`, and most of its deviation
+    is the noise's, so here `x = z + (1 - t) v` is what is rescaled, about its own mean (a flat picture keeps its brightness), per picture:
+    `x' = mean + (x - mean) std(x_good) / std(x)`, then `share x' + (1 - share) x` is turned back into a velocity. share 0 changes nothing.
+    """
+    left = 1 - t
+    x, x_good = z + left * velocity, z + left * good
+    mean = x.mean((1, 2, 3), keepdim=True)
+    ratio = x_good.std((1, 2, 3), keepdim=True) / x.std((1, 2, 3), keepdim=True).clamp_min(1e-8)
+    return velocity + share * (ratio - 1) * (x - mean) / left
+
+
+def on_interval(inside: Velocity, outside: Velocity, start: float, end: float) -> Velocity:
+    """One field for `start <= t < end`, another elsewhere: guidance on an interval (Kynkäänniemi et al. 2404.07724, sec. 3, in our times).
+
+    With the plain conditional field outside, a call there costs one evaluation instead of two.
+    """
+    return lambda z, t: inside(z, t) if start <= float(t) < end else outside(z, t)
+
+
+def still_until(velocity: Velocity, end: float) -> Velocity:
+    """No motion and no evaluation before `end`: CFG-Zero*'s zero-init (2503.18886, sec. 4), for networks that are worse than nothing there."""
+    return lambda z, t: torch.zeros_like(z) if float(t) < end else velocity(z, t)
+
+
+def between(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    """Velocities under two prompts mixed, `(1 - share) first + share second` with share [B, 1, 1, 1].
+
+    That is the field of the product `p_first^(1 - share) p_second^share` (composed diffusion, Liu et al. 2206.01714: conjunction): it changes
+    smoothly from one prompt to the other whatever their lengths, and is exact at both ends.
+    """
+    return torch.lerp(first, second, share)

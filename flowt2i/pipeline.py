@@ -4,58 +4,32 @@ from flowt2i import Pipeline
 images = Pipeline.from_pretrained("runs/quickstart")(["a small red circle"], steps=50, guidance=2.0, seed=0)
 """
 
-import json
-import math
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from flowt2i import __version__, flow, guidance, solvers
+from flowt2i import editing, flow
+from flowt2i import settings as choices
 from flowt2i.config import Config, load_config
-from flowt2i.description import DatasetDescription
-from flowt2i.errors import UserError, nearest
+from flowt2i.description import DatasetDescription, require_same
+from flowt2i.drawing import Drawing, Noise, Preview, given_picture
+from flowt2i.editing import Picture
+from flowt2i.errors import UserError
 from flowt2i.model import FlowTransformer
+from flowt2i.pictures import Samples, name_of, read_settings, save_png
 from flowt2i.text import CaptionTokenizer, FrozenEncoder, load_encoder, load_tokenizer
 from flowt2i.training import checkpoint
+from flowt2i.training.compiling import compile_blocks, has_compiler
 from flowt2i.training.distributed import best_device
 
-Preview = Callable[[int, int, np.ndarray], None]  # (step, steps, images uint8 [B, H, W, 3] of the predicted clean pictures)
-
-
-@dataclass
-class Samples:
-    """Pictures and how they came about."""
-
-    images: np.ndarray  # uint8 [N, H, W, 3]
-    prompts: list[str]  # [N]
-    seeds: list[int]  # [N]
-    settings: dict[str, Any]  # steps, solver, guidance, shift
-    evaluations: int  # network evaluations a picture took, guidance's counted
-    seconds: float
-
-    def pictures(self) -> list[Image.Image]:
-        """PIL images whose `info["flowt2i"]` says how to make them again."""
-        pictures = []
-        for image, prompt, seed in zip(self.images, self.prompts, self.seeds):
-            picture = Image.fromarray(image)
-            picture.info["flowt2i"] = json.dumps({"prompt": prompt, "seed": seed, **self.settings, "version": __version__})
-            pictures.append(picture)
-        return pictures
-
-
-def save_png(picture: Image.Image, path: Path | IO[bytes]) -> None:
-    """Save a picture with the settings in its `info` as PNG text, to a path or an open file."""
-    text = PngInfo()
-    text.add_text("flowt2i", str(picture.info.get("flowt2i", "")))
-    picture.save(path, "PNG", pnginfo=text)
+__all__ = ["Pipeline", "Preview", "Samples", "build_model", "compute_dtype", "save_png"]
 
 
 class Pipeline:
@@ -67,6 +41,7 @@ class Pipeline:
     ):  # fmt: skip
         self.model, self.config, self.description, self.tokenizer, self.encoder = model, config, description, tokenizer, encoder
         self._codec, self.name, self.weights = codec, name, weights
+        self._guides: dict[str, Pipeline] = {}
         self.device = next(model.parameters()).device
         self.mean = torch.tensor(description.latent_mean, device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor(description.latent_std, device=self.device).view(1, -1, 1, 1)
@@ -122,51 +97,78 @@ class Pipeline:
     def sample(
         self, prompts: str | Sequence[str], *, steps: int | None = None, solver: str | None = None, guidance: float | None = None,
         shift: float | None = None, seed: int = 0, num: int = 1, batch_size: int = 64, preview: Preview | None = None, preview_every: int = 1,
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], Any] | None = None, negative: str | None = None, guide: "Pipeline | str | Path | None" = None,
+        init: Picture | None = None, strength: float | None = None, mask: Picture | None = None, variation: float = 0.0, to: str | None = None,
+        to_seed: int | None = None, mix: float | None = None, **more: Any,
     ) -> Samples:  # fmt: skip
         """Draw `num` pictures of each prompt. Picture k of the call has the seed `seed + k`, whatever batch it falls into.
 
-        steps, solver, guidance, shift: None takes the model's own. preview(step, steps, images) is called every `preview_every` steps with
-        the predicted clean pictures of the batch at work; progress(n) after each batch of n. UserError on settings out of range.
+        steps, solver, guidance, shift, and in `more` every other setting of `SampleConfig` (schedule, tolerance, guidance_rule, guidance_rescale,
+        guidance_from, guidance_until, zero_init): None takes the model's own.
+        negative: what guidance leads away from, instead of the empty caption. guide: a weaker model that guidance leads away from instead (autoguidance).
+        init: a picture to start from, by `strength` (0: nothing of it changes, 1: nothing of it is left; 0.6 if not given); with a `mask` (bright: draw
+        anew) the rest of it stays, and strength is 1 if not given. variation, to, to_seed, mix: see `editing.starts`.
+        preview(step, steps, images) is called every `preview_every` steps with the predicted clean pictures of the batch at work;
+        progress(n) after each batch of n. UserError on settings out of range.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings = self.settings(steps, solver, guidance, shift)
-        if not prompts:
-            raise UserError("no prompt: give at least one")
-        if any(not p.strip() for p in prompts):
-            raise UserError("an empty prompt: say what the picture should show")
-        if num < 1 or not 0 <= seed < 2**62:
-            raise UserError("num must be at least 1 and seed between 0 and 2^62")
+        chosen = self.settings(steps, solver, guidance, shift, **more)
+        starts = editing.starts([prompts] if isinstance(prompts, str) else list(prompts), seed, num, variation, to, to_seed, mix)
+        if (negative or guide is not None) and not choices.is_guided(chosen):
+            raise UserError("a negative prompt or a guide acts through guidance, which is off at 1: set another scale")
+        if negative and guide is not None:
+            raise UserError("guidance leads away from a negative prompt or from a weaker model, not from both: leave one out")
+        if batch_size < 1 or preview_every < 1:
+            raise UserError("batch_size and preview_every must be at least 1")
         started = time.perf_counter()
-        every = [p for p in prompts for _ in range(num)]
-        seeds = [seed + k for k in range(len(every))]
+        drawing = Drawing(self, chosen, negative, self._guide(guide), given_picture(self, init, strength, mask))
+        size = 1 if chosen["solver"] == "dopri5" else batch_size  # its steps follow the error of a batch, and a picture must not depend on its neighbours
         images = []
-        for start in range(0, len(every), batch_size):
-            part = slice(start, start + batch_size)
-            images.append(self._batch(every[part], seeds[part], settings, preview, preview_every))
+        for first in range(0, len(starts), size):
+            images.append(drawing.batch(starts[first : first + size], preview, preview_every))
             if progress:
                 progress(len(images[-1]))
-        evaluations = solvers.EVALUATIONS[settings["solver"]](settings["steps"]) * (1 if settings["guidance"] == 1 else 2)
-        return Samples(np.concatenate(images), every, seeds, settings, evaluations, time.perf_counter() - started)
+        told: dict[str, Any] = choices.telling(chosen)
+        told |= {name: value for name, value in (("negative", negative), ("guide", name_of(guide))) if value}
+        if drawing.given:
+            told |= {"init": name_of(init), "init_pixels": editing.fingerprint(drawing.given.original), "strength": drawing.given.strength}
+            if drawing.given.pixels is not None:
+                told |= {"mask": name_of(mask), "mask_pixels": editing.fingerprint(drawing.given.pixels)}
+        ways = [s.way() for s in starts]
+        return Samples(
+            np.concatenate(images), [s.prompt for s in starts], [s.seed for s in starts], told, round(drawing.evaluated / len(starts)),
+            time.perf_counter() - started, ways if any(ways) else [], {"model": Path(self.name).name, "weights": self.weights},
+        )  # fmt: skip
 
-    def settings(self, steps: int | None = None, solver: str | None = None, guidance: float | None = None, shift: float | None = None) -> dict[str, Any]:
-        """The settings that will be used, checked; UserError says which is out of range."""
-        own = self.config.sample
-        chosen: dict[str, Any] = {
-            "steps": own.steps if steps is None else steps,
-            "solver": solver or own.solver,
-            "guidance": own.guidance if guidance is None else guidance,
-            "shift": own.shift if shift is None else shift,
-        }
-        if not isinstance(chosen["steps"], int) or not 1 <= chosen["steps"] <= 1000:
-            raise UserError(f"steps {chosen['steps']} is out of range: choose 1 to 1000")
-        if chosen["solver"] not in solvers.SOLVERS:
-            raise UserError(f"no solver {chosen['solver']!r}{nearest(str(chosen['solver']), solvers.SOLVERS)}")
-        if not math.isfinite(chosen["guidance"]) or not 0 <= chosen["guidance"] <= 100:
-            raise UserError(f"guidance {chosen['guidance']} is out of range: choose 0 to 100 (1: none)")
-        if not math.isfinite(chosen["shift"]) or not 0 < chosen["shift"] <= 100:
-            raise UserError(f"shift {chosen['shift']} is out of range: choose above 0 to 100 (1: even steps)")
-        return chosen
+    def settings(
+        self, steps: int | None = None, solver: str | None = None, guidance: float | None = None, shift: float | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """All settings of `SampleConfig` that will be used, checked; UserError says which is out of range."""
+        return choices.resolve(self.config.sample, {"steps": steps, "solver": solver, "guidance": guidance, "shift": shift, **more})
+
+    def redraw(self, picture: Picture | dict[str, Any], **instead: Any) -> Samples:
+        """The picture again that a PNG of ours (or its metadata) tells of; `instead` overrides settings of it. UserError where it tells nothing.
+
+        A picture that began at another, or that a weaker model guided, needs that one where it was (or given anew: `init`, `mask`, `guide`).
+        """
+        told = picture if isinstance(picture, dict) else read_settings(picture)
+        if "prompt" not in told:
+            raise UserError("these are the settings of a sheet, not of a picture: give one of the pictures on it")
+        wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "init_pixels", "mask_pixels")} | instead
+        for name in ("init", "mask", "guide"):
+            if isinstance(wanted.get(name), str) and name not in instead and not Path(wanted[name]).exists():
+                raise UserError(f"the picture was made with {name} {wanted[name]!r}, which is not there: give it with --{name}")
+        samples = self.sample(wanted.pop("prompt"), **wanted)
+        for name in ("init", "mask"):
+            if name not in instead and told.get(f"{name}_pixels") != samples.settings.get(f"{name}_pixels"):
+                raise UserError(f"the {name} {told[name]!r} is not the picture that was used before: give that one with --{name}")
+        return samples
+
+    def compile(self) -> "Pipeline":
+        """Compile the network's blocks (`torch.compile`): half a minute at the first picture, faster afterwards. UserError without a compiler."""
+        if not has_compiler():
+            raise UserError("torch.compile needs a C++ compiler and Python's headers, which are not here: leave --compile out")
+        compile_blocks(self.model)
+        return self
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Caption features [B, T, D] and mask [B, T]. T is the same for every batch (a picture must not depend on its neighbours)."""
@@ -182,12 +184,12 @@ class Pipeline:
         return (self.encoder(ids, mask) if self.encoder else self.model.encode_captions(ids, mask)), mask
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """One CPU generator an image, so that a seed means the same noise on every device and in every batch. [B, C, H, W]."""
-        return torch.stack([torch.randn(self.model.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
+        """The noise that drawing starts from. [B, C, H, W]."""
+        return Noise(seeds, self.model.shape, self.device)()
 
     def field(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """The model as a velocity field: z [B, C, H, W], t [] -> [B, C, H, W] fp32."""
-        times = t.expand(z.shape[0])
+        times = z.new_full((z.shape[0],), float(t))  # solvers keep the time on the CPU: nothing waits for a GPU here
         output = self.model(z, times, text, mask).float()
         return flow.to_velocity(output, z, times, self.model.config.target)
 
@@ -196,25 +198,20 @@ class Pipeline:
         pixels = self.codec.decode(z.float() * self.std + self.mean)
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-    def _batch(self, prompts: list[str], seeds: list[int], settings: dict[str, Any], preview: Preview | None, preview_every: int) -> np.ndarray:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            if settings["guidance"] == 1:
-                velocity = guidance.conditional(self.field, *self.encode(prompts))
-            else:
-                text, mask = self.encode([*prompts, *[""] * len(prompts)])  # together: both halves are padded alike
-                n = len(prompts)
-                velocity = guidance.classifier_free(self.field, text[:n], mask[:n], text[n:], mask[n:], settings["guidance"])
-            steps = settings["steps"]
-
-            def show(step: int, t: Tensor, z: Tensor, v: Tensor) -> None:
-                if preview and (step % preview_every == 0 or step == steps - 1):
-                    preview(step + 1, steps, self.to_images(flow.to_data(v, z, t.expand(z.shape[0]))))
-
-            times = solvers.shift_times(solvers.uniform_times(steps, self.device), settings["shift"])
-            z = solvers.SOLVERS[settings["solver"]](velocity, self.initial_noise(seeds), times, show)
-        if not torch.isfinite(z).all():
-            raise UserError("the model put out numbers that are not finite: its training diverged, or guidance is too high for it")
-        return self.to_images(z)
+    def _guide(self, guide: "Pipeline | str | Path | None") -> "Pipeline | None":
+        """The weaker model, loaded once; UserError where its latents are not ours."""
+        if guide is None:
+            return None
+        if not isinstance(guide, Pipeline):
+            place = os.path.abspath(guide)
+            if place not in self._guides:
+                self._guides[place] = Pipeline.from_pretrained(guide, device=self.device)
+            guide = self._guides[place]
+        require_same(self.description.codec, guide.description.codec, "the codecs of model and guide")
+        ours, theirs = ((d.latent_mean, d.latent_std) for d in (self.description, guide.description))
+        if not np.allclose(ours, theirs, atol=1e-3):
+            raise UserError("model and guide were trained on data of other statistics: a guide must know the same data")
+        return guide
 
 
 def compute_dtype(config: Config) -> torch.dtype:

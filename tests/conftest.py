@@ -35,6 +35,18 @@ def scenes_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_run(scenes_data, tiny, tmp_path_factory) -> Path:
+    """A run folder with two checkpoints, after 2 and 4 steps of training, of a tiny model of scenes."""
+    from flowt2i.config import resolve
+    from flowt2i.training.loop import train
+
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    settings = ["--train.steps", "4", "--optim.lr", "1e-2", "--train.ema", "0.5", "--train.checkpoint_every", "2"]
+    train(resolve("quickstart", [*tiny, *settings]), scenes_data, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data beside the checkout; the test is skipped where there is none."""
     path = Path(os.environ.get("FLOWT2I_SHARED", Path(__file__).parents[2] / "shared"))

@@ -34,15 +34,34 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first picture; the next ones count on (default 0)") -> None:
-    parser.add_argument("--steps", type=int, help="solver steps (default: the model's, usually 50)")
-    parser.add_argument("--solver", help="euler or heun")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1: none")
-    parser.add_argument("--shift", type=float, help="above 1: shorter steps next to the noise, where layout is decided; 1: even steps (default: the model's)")
+    parser.add_argument("--steps", type=int, help="solver steps (default: the model's, as for all that follows)")
+    parser.add_argument("--solver", help="euler, heun, midpoint, rk4, ab2, ab4, dopri5 (adaptive) or sde (stochastic)")
+    parser.add_argument("--schedule", help="times of the steps: uniform, a searched grid by name, or the times themselves, such as 0,0.02,0.1,0.4,1")
+    parser.add_argument("--shift", type=float, help="above 1: shorter steps next to the noise, where layout is decided; 1: as the schedule says")
+    parser.add_argument("--tolerance", type=float, help="of dopri5, relative and absolute")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1: none")
+    parser.add_argument("--guidance-rule", help="cfg (plain) or zero-star (CFG-Zero*)")
+    parser.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="share of the contrast added by guidance that is taken back, 0 to 1")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "UNTIL"), help="guidance between these times only (0: noise, 1: data)")
+    parser.add_argument("--zero-init", type=float, metavar="TIME", help="no motion before this time (CFG-Zero*: 0.04; default 0)")
+    parser.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from, instead of the empty caption")
+    parser.add_argument("--guide", type=Path, metavar="PATH", help="a weaker model that guidance leads away from instead (autoguidance)")
     parser.add_argument("--seed", type=int, default=0, help=seed)
     parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
+    parser.add_argument("--compile", action="store_true", help="compile the network first: pays where many pictures are drawn")
     add_moved(parser)
     parser.add_argument("--device", help="cpu, cuda, … (default: the best there is)")
     add_json(parser)
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_sampling` asks for, as arguments of `Pipeline.sample` (without the seed); None where nothing was said."""
+    first, last = args.guidance_interval or (None, None)
+    return {
+        "steps": args.steps, "solver": args.solver, "schedule": args.schedule, "shift": args.shift, "tolerance": args.tolerance,
+        "guidance": args.guidance, "guidance_rule": args.guidance_rule, "guidance_rescale": args.guidance_rescale, "guidance_from": first,
+        "guidance_until": last, "zero_init": args.zero_init, "negative": args.negative, "guide": args.guide,
+    }  # fmt: skip
 
 
 def configuration(args: argparse.Namespace) -> Config:
@@ -77,4 +96,5 @@ def newest_run() -> Path:
 def load_pipeline(args: argparse.Namespace) -> "Pipeline":
     from flowt2i.pipeline import Pipeline
 
-    return Pipeline.from_pretrained(args.model or newest_run(), weights=args.weights, device=args.device, codec=args.codec, text=args.text)
+    pipeline = Pipeline.from_pretrained(args.model or newest_run(), weights=args.weights, device=args.device, codec=args.codec, text=args.text)
+    return pipeline.compile() if getattr(args, "compile", False) else pipeline

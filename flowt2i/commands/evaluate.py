@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline
+from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline, sampling
 from flowt2i.errors import UserError, nearest
 
 
@@ -39,14 +39,15 @@ def run(args: argparse.Namespace) -> int:
     if not pipeline.description.is_scenes:
         raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data")
     from flowt2i.evaluation.scenes import score_pipeline
+    from flowt2i.settings import describe
 
-    settings = {"steps": args.steps, "solver": args.solver, "guidance": args.guidance, "shift": args.shift}
-    scores = score_pipeline(pipeline, args.num, seed=args.seed, heldout=args.heldout_pairs, progress=True, **settings)
-    used = pipeline.settings(**settings)
+    asked = sampling(args)
+    scores = score_pipeline(pipeline, args.num, seed=args.seed, heldout=args.heldout_pairs, progress=True, **asked)
+    away = {name: str(asked.pop(name) or "") for name in ("negative", "guide")}
+    used = pipeline.settings(**asked) | {name: value for name, value in away.items() if value}
     kind = "heldout-pairs" if args.heldout_pairs else "prompts"
     title = f"scenes-{kind}-{args.num}@{pipeline.description.codec.image_size}"
-    protocol = f"{title}, {used['solver']} {used['steps']} steps, guidance {used['guidance']:g}, shift {used['shift']:g}, "
-    protocol += f"prompt seed {args.seed}, {pipeline.weights} weights"
+    protocol = f"{title}, {describe(used)}, prompt seed {args.seed}, {pipeline.weights} weights"
     if args.json:
         values = {f"{title}/{part}": score["accuracy"] for part, score in scores.items()}
         print(json.dumps(values | {"intervals": {f"{title}/{part}": score for part, score in scores.items()}, "protocol": protocol}))

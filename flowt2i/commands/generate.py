@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowt2i import __version__
-from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline
+from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline, sampling
 from flowt2i.errors import UserError
 
 
@@ -20,6 +20,10 @@ def add(commands: Any) -> None:
             'flowt2i generate "a large red circle" --model runs/quickstart --out circle.png',
             'flowt2i generate "a blue star" "a red heart" --model runs/quickstart --out grid.png --num 4 --guidance 2 --steps 30',
             "flowt2i generate --prompts prompts.txt --model runs/quickstart --out grid.png",
+            'flowt2i generate "a red circle" --to "a blue star" --num 8 --out way.png            # from one prompt to another (--to-seed: from seed to seed)',
+            'flowt2i generate "a red circle" --seed 7 --variation 0.3 --num 8 --out near.png    # pictures near that of seed 7',
+            'flowt2i generate "a blue star" --init circle.png --strength 0.7 --out star.png     # from a picture; --mask mask.png: its bright part only',
+            "flowt2i generate --like circle.png --out again.png                                 # the same picture from what its PNG tells",
         ),
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the picture shows")
@@ -28,6 +32,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("picture.png"), help="PNG to write (default picture.png)")
     parser.add_argument("--num", type=int, default=1, help="pictures of each prompt (default 1)")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default 64)")
+    parser.add_argument("--to", metavar="PROMPT", help="the pictures lead from the prompt to this one, all from one seed")
+    parser.add_argument("--to-seed", type=int, metavar="N", help="the pictures lead from the noise of --seed to that of N")
+    parser.add_argument("--variation", type=float, default=0.0, metavar="SHARE", help="variations of --seed: how far their noise moves away from it, 0 to 1")
+    parser.add_argument("--init", type=Path, metavar="PICTURE", help="a picture to start from")
+    parser.add_argument("--strength", type=float, metavar="SHARE", help="how much of it is drawn anew, to 1: all (default 0.6; with a mask 1)")
+    parser.add_argument("--mask", type=Path, metavar="PICTURE", help="as large as --init: bright where it is drawn anew, dark where it stays")
+    parser.add_argument("--like", type=Path, metavar="PNG", help="draw this picture of ours again; settings given beside it replace its own, but for the seed")
     add_sampling(parser)
     parser.set_defaults(run=run)
 
@@ -39,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
             prompts += [line.strip() for line in args.file.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {args.file}: {error}") from error
-    if not prompts:
+    if args.like and (prompts or args.num != 1 or args.variation):
+        raise UserError("--like draws one picture again, with its own prompt: leave prompts, --num and --variation out")
+    if not prompts and not args.like:
         raise UserError('no prompt: flowt2i generate "a large red circle" --out picture.png')
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: pictures are written as PNG, so give a name that ends in .png")
@@ -54,14 +67,18 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from flowt2i.grid import grid
-    from flowt2i.pipeline import save_png
+    from flowt2i.pictures import save_png
 
     pipeline = load_pipeline(args)
-    with tqdm(total=len(prompts) * max(1, args.num), desc="drawing", unit="image", leave=False, disable=None) as bar:
-        samples = pipeline.sample(
-            prompts, steps=args.steps, solver=args.solver, guidance=args.guidance, shift=args.shift, seed=args.seed, num=args.num,
-            batch_size=args.batch_size, progress=bar.update,
-        )  # fmt: skip
+    edits = {"to": args.to, "to_seed": args.to_seed, "init": args.init, "strength": args.strength, "mask": args.mask}
+    settings = sampling(args) | edits
+    with tqdm(total=max(1, len(prompts)) * max(1, args.num), desc="drawing", unit="image", leave=False, disable=None) as bar:
+        if args.like:
+            samples = pipeline.redraw(args.like, **{name: value for name, value in settings.items() if value is not None}, progress=bar.update)
+        else:
+            samples = pipeline.sample(
+                prompts, seed=args.seed, num=args.num, batch_size=args.batch_size, variation=args.variation, progress=bar.update, **settings
+            )
     pictures = samples.pictures()
     files = [args.out] if len(pictures) == 1 else [args.out.with_name(f"{args.out.stem}-{i:03d}.png") for i in range(len(pictures))]
     for picture, file in zip(pictures, files):
@@ -75,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
     if len(pictures) > 1:
         columns = args.num if args.num > 1 else min(8, round(len(pictures) ** 0.5 + 0.49))
         sheet = grid(samples.images, samples.prompts, columns=columns)
-        sheet.info["flowt2i"] = json.dumps({"prompts": samples.prompts, "seeds": samples.seeds, **samples.settings, "version": __version__})
+        ways = {"between": samples.between} if samples.between else {}
+        told = {"prompts": samples.prompts, "seeds": samples.seeds, **ways, **samples.settings, **samples.model, "version": __version__}
+        sheet.info["flowt2i"] = json.dumps(told)
         save_png(sheet, args.out)
         result["grid"] = str(args.out)
     print(

@@ -91,10 +91,9 @@ def _draw(pipeline: Pipeline, request: Request, seconds: float, tell: Callable[[
         nonlocal finished
         finished += count
 
-    negative = {"negative": request.negative} if request.negative else {}
     samples = pipeline.sample(
         request.prompt, steps=request.steps, solver=request.solver, guidance=request.guidance, seed=request.seed, num=request.num,
-        preview=preview, preview_every=request.every, progress=batch_done, **negative,
+        preview=preview, preview_every=request.every, progress=batch_done, negative=request.negative,
     )  # fmt: skip
     if pipeline.tokenizer.truncated > cut_before:
         tell(Cut(pipeline.description.text.max_tokens))

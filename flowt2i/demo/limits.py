@@ -1,18 +1,15 @@
 """What a visitor may ask for. Every bound is checked here, on the server, whatever the page in the browser allows."""
 
-import inspect
 import unicodedata
 from typing import Any, NamedTuple
 
 from flowt2i.errors import UserError, nearest
-from flowt2i.pipeline import Pipeline
 from flowt2i.solvers import SOLVERS
 
 LONGEST_PROMPT, MOST_STEPS, MOST_IMAGES, MOST_GUIDANCE, LARGEST_SEED = 2_000, 200, 8, 20, 2**31 - 1
 MOST_UPDATES = 50  # previews of one drawing: what waits for a slow browser stays small
 MOST_SECONDS = 300.0  # of one drawing: nobody keeps the others waiting longer
 WAITING = 16  # requests of the page that may queue up, and as many of programs; further ones are told at once to come back later
-NEGATIVE = "negative" in inspect.signature(Pipeline.sample).parameters
 SWEEP = (1, 2, 4, 8, 16, 50)  # numbers of steps that "Quality against steps" compares
 
 # explicit embeddings, overrides and isolates reorder what stands round them; letters that run right to left need none of them

@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from flowt2i.demo import board, limits
+from flowt2i.demo import board
 from flowt2i.demo.drawing import Step, run
 from flowt2i.demo.library import Library
 from flowt2i.demo.limits import LARGEST_SEED, LONGEST_PROMPT, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, SWEEP, WAITING, Request, check
@@ -132,8 +132,7 @@ def page(library: Library) -> gr.Blocks:
                 num = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", elem_id="num")
                 every = gr.Slider(1, 50, 2, step=1, label="Update every … steps", elem_id="every")
                 negative = gr.Textbox(
-                    "", label="Negative prompt", info="what the picture should not show (needs guidance)", max_length=LONGEST_PROMPT, visible=limits.NEGATIVE,
-                    elem_id="negative",
+                    "", label="Negative prompt", info="what the picture should not show (needs guidance)", max_length=LONGEST_PROMPT, elem_id="negative",
                 )  # fmt: skip
             with gr.Column(scale=7, min_width=300, elem_classes="tabs-first"), gr.Tabs():
                 with gr.Tab("Draw"):

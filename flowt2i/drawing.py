@@ -1,0 +1,160 @@
+"""One drawing: a network, its settings and what it starts from are put together into a velocity to follow, batch by batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowt2i import editing, flow
+from flowt2i import settings as choices
+from flowt2i.codec import stored_to_latents
+from flowt2i.editing import Picture, Start
+from flowt2i.errors import UserError
+from flowt2i.guidance import Branches, Captions, TextVelocity, between, conditional, together
+from flowt2i.schedules import times_from
+from flowt2i.solvers import ToleranceError, Velocity
+
+if TYPE_CHECKING:
+    from flowt2i.pipeline import Pipeline
+
+Preview = Callable[[int, int, np.ndarray], None]  # (step, steps, images uint8 [B, H, W, 3] of the predicted clean pictures)
+
+
+@dataclass
+class Given:
+    """A picture to start from, and what of it is drawn anew."""
+
+    data: Tensor  # [1, C, H, W], normalised
+    strength: float
+    original: np.ndarray  # uint8 [S, S, 3]
+    pixels: np.ndarray | None  # the mask, bool [S, S], true where it is drawn anew; None: everywhere
+    latents: Tensor | None  # the same for latents, [1, 1, H, W]
+
+
+def given_picture(pipeline: "Pipeline", init: Picture | None, strength: float | None, mask: Picture | None) -> Given | None:
+    """The picture to start from, encoded; UserError where it or its mask cannot be used."""
+    if init is None:
+        if mask is not None or strength is not None:
+            raise UserError("a mask or a strength needs a picture to start from: give `init`")
+        return None
+    share = (1.0 if mask is not None else 0.6) if strength is None else strength
+    if not 0 < share <= 1:
+        raise UserError(f"strength {share} is out of range: choose above 0 (little changes) to 1 (all is drawn anew)")
+    codec = pipeline.description.codec
+    original, pixels = editing.load_init(init, mask, codec.image_size)
+    stored = pipeline.codec.encode(torch.tensor(original).permute(2, 0, 1)[None])
+    data = (stored_to_latents(codec.kind, torch.from_numpy(stored).to(pipeline.device)) - pipeline.mean) / pipeline.std
+    latents = None if pixels is None else editing.shrink_mask(torch.from_numpy(pixels)[None, None].float(), codec.shape).to(pipeline.device)
+    return Given(data, share, original, pixels, latents)
+
+
+class Noise:
+    """Normal numbers from one CPU generator an image, so that a seed means the same noise on every device and in every batch. Each call goes on."""
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape, self.device = shape, device
+
+    def __call__(self, like: Tensor | None = None) -> Tensor:
+        """[B, C, H, W]."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+@dataclass
+class Drawing:
+    """What all batches of a drawing have in common, and the count of their network evaluations."""
+
+    pipeline: "Pipeline"
+    settings: dict[str, Any]  # `settings.resolve`'s
+    negative: str | None = None
+    guide: "Pipeline | None" = None
+    given: Given | None = None
+    evaluated: int = 0  # captioned pictures that went through a network
+
+    def batch(self, starts: list[Start], preview: Preview | None = None, every: int = 1) -> np.ndarray:
+        """Pictures uint8 [B, H, W, 3] of `starts`; `preview` is called at the first step, at each `every`-th after it, and at the last."""
+        model = self.pipeline
+        noise = Noise([s.seed for s in starts], model.model.shape, model.device)
+        z, times = self._first(starts, noise), choices.times_of(self.settings)
+        if self.given:
+            times = times_from(times, 1 - self.given.strength)
+            z = editing.start_from(self.given.data, z, self.given.strength)
+        steps = len(times) - 1
+
+        def show(step: int, t: Tensor, z: Tensor, v: Tensor) -> None:
+            if preview and (step % every == 0 or step == steps - 1):
+                preview(step + 1, steps, self._finish(flow.to_data(v, z, t.expand(z.shape[0]).to(z))))
+
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.config.train.precision == "bf16"):
+            velocity = self._velocity(starts)
+            try:
+                z = choices.solver_of(self.settings, noise)(velocity, z, times, show)
+            except ToleranceError as error:
+                raise UserError(f"dopri5: {error}; loosen it with --tolerance, or choose another solver") from error
+        if not torch.isfinite(z).all():
+            raise UserError("the model put out numbers that are not finite: its training diverged, or guidance is too high for it")
+        return self._finish(z)
+
+    def _first(self, starts: list[Start], noise: Noise) -> Tensor:
+        """The noise at t = 0 [B, C, H, W]: of the seed, or between two seeds."""
+        z = noise()
+        if any(s.to_seed is not None for s in starts):
+            others = self.pipeline.initial_noise([s.seed if s.to_seed is None else s.to_seed for s in starts])
+            z = editing.slerp(z, others, self._mix(starts))
+        return z
+
+    def _velocity(self, starts: list[Start]) -> Velocity:
+        """The field to follow for these starts. Their captions are encoded here, once; at each time all of them are evaluated in one batch."""
+        wanted = [[s.prompt for s in starts]]
+        if any(s.to is not None for s in starts):
+            wanted.append([s.prompt if s.to is None else s.to for s in starts])
+        mix = self._mix(starts)
+
+        def good(velocities: tuple[Tensor, ...]) -> Tensor:
+            return between(velocities[0], velocities[1], mix) if len(wanted) == 2 else velocities[0]
+
+        field = self._counted(self.pipeline.field)
+        away = [[self.negative or ""] * len(starts)] if choices.is_guided(self.settings) and self.guide is None else []
+        captions = _encode(self.pipeline, wanted + away)
+        ours = _branches(field, captions[: len(wanted)])
+        if self.guide is not None:
+            theirs = _branches(self._counted(self.guide.field), _encode(self.guide, wanted))
+            pair: Branches = lambda z, t: (good(ours(z, t)), good(theirs(z, t)))
+        else:
+            both = _branches(field, captions)
+            pair = lambda z, t: (good(velocities := both(z, t)), velocities[-1])
+        velocity = choices.guide(self.settings, alone=lambda z, t: good(ours(z, t)), pair=pair)
+        if self.given and self.given.latents is not None:
+            velocity = editing.keep_outside(velocity, self.given.data, self.given.latents)
+        return velocity
+
+    def _counted(self, field: TextVelocity) -> TextVelocity:
+        def count(z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+            self.evaluated += len(z)
+            return field(z, t, text, mask)
+
+        return count
+
+    def _mix(self, starts: list[Start]) -> Tensor:
+        return torch.tensor([s.mix for s in starts], device=self.pipeline.device).view(-1, 1, 1, 1)
+
+    def _finish(self, z: Tensor) -> np.ndarray:
+        """Pictures of latents, with the given picture's own pixels outside the mask."""
+        images = self.pipeline.to_images(z)
+        return editing.paste(images, self.given.original, self.given.pixels) if self.given and self.given.pixels is not None else images
+
+
+def _encode(pipeline: "Pipeline", groups: list[list[str]]) -> list[Captions]:
+    """Features and mask of several captions of each picture, all encoded at once and padded alike."""
+    text, mask = pipeline.encode([caption for group in groups for caption in group])
+    return list(zip(text.chunk(len(groups)), mask.chunk(len(groups))))
+
+
+def _branches(field: TextVelocity, captions: list[Captions]) -> Branches:
+    if len(captions) > 1:
+        return together(field, *captions)
+    alone = conditional(field, *captions[0])
+    return lambda z, t: (alone(z, t),)

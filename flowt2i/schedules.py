@@ -1,0 +1,81 @@
+"""Time grids for the solvers, from noise (t = 0) to data (t = 1): uniform, shifted, searched, or written out."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowt2i.errors import UserError, nearest
+
+SEARCHED = Path(__file__).with_name("schedules.json")  # {name: {number of steps: times}}, written by benchmarks/search_schedule.py
+
+
+def uniform_times(steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """`steps + 1` equally spaced times from 0 to 1."""
+    return torch.linspace(0, 1, steps + 1, device=device)
+
+
+def shift_times(times: Tensor, shift: float) -> Tensor:
+    """Move times in [0, 1] towards the noise: `t / (t + shift (1 - t))` (Esser et al. 2403.03206, eq. 23, written for our direction of t).
+
+    The larger the picture for what it says, the more of it is decided next to the noise: a flat background shows through all but the
+    strongest noise. shift 1 changes nothing.
+    """
+    return times / (times + shift * (1 - times))
+
+
+def resample_times(times: Tensor, steps: int) -> Tensor:
+    """A grid of another number of steps with the same density: linear in the step's index. [N + 1] -> [steps + 1]."""
+    place = torch.linspace(0, len(times) - 1, steps + 1, dtype=times.dtype)
+    below = place.long().clamp_max(len(times) - 2)
+    return times[below] + (place - below) * (times[below + 1] - times[below])
+
+
+def times_from(times: Tensor, start: float) -> Tensor:
+    """The part of a grid after `start`, which becomes its first time: what a flow that begins at a given picture still has to go. [M + 1], M >= 1."""
+    first = torch.tensor([start], dtype=times.dtype)
+    return torch.cat([first, times[times > start + 1e-6]])
+
+
+@functools.cache
+def searched() -> dict[str, dict[int, tuple[float, ...]]]:
+    """The searched grids that come with the package: {name: {steps: times}}."""
+    found = json.loads(SEARCHED.read_text())
+    return {name: {int(steps): tuple(times) for steps, times in grids["times"].items()} for name, grids in found.items()}
+
+
+def written(schedule: str) -> list[float] | None:
+    """The times of a schedule that is written out, such as "0,0.02,0.1,0.4,1"; None where it is a name. UserError where they do not increase from 0 to 1."""
+    if "," not in schedule:
+        return None
+    try:
+        times = [float(word) for word in schedule.split(",")]
+    except ValueError:
+        times = []
+    if len(times) < 2 or len(times) > 1001 or times[0] != 0 or times[-1] != 1 or not all(a < b for a, b in itertools.pairwise(times)):
+        raise UserError(f"schedule {schedule[:60]!r}: give times that increase from 0 to 1, such as 0,0.02,0.1,0.4,1")
+    return times
+
+
+def check_schedule(schedule: str) -> None:
+    """UserError unless `schedule` is "uniform", the name of a searched one, or written out."""
+    if written(schedule) is None and schedule != "uniform" and schedule not in searched():
+        raise UserError(f"no schedule {schedule!r}{nearest(schedule, ['uniform', *searched()])}; or write out its times: 0,0.02,0.1,0.4,1")
+
+
+def make_times(schedule: str, steps: int, shift: float = 1.0) -> Tensor:
+    """The grid of a schedule at a number of steps, shifted. [steps + 1], fp32, on the CPU: solvers need no GPU to know the time.
+
+    A searched or written grid of another number of steps is resampled from the nearest one that is at least as fine.
+    """
+    check_schedule(schedule)
+    if schedule == "uniform":
+        times = uniform_times(steps)
+    else:
+        grids = searched().get(schedule) or {}
+        known = written(schedule) or grids[min((n for n in grids if n >= steps), default=max(grids))]
+        times = resample_times(torch.tensor(known, dtype=torch.float64), steps).float()
+    return shift_times(times, shift)

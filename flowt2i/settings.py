@@ -1,0 +1,101 @@
+"""How pictures are drawn, apart from what they show: the settings of a drawing, checked, and the velocity and solver that follow from them."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowt2i import guidance
+from flowt2i.config import SampleConfig
+from flowt2i.errors import UserError, nearest
+from flowt2i.guidance import Branches
+from flowt2i.schedules import check_schedule, make_times, written
+from flowt2i.solvers import SOLVERS, Solver, Velocity, dopri5, sde
+
+NAMES = ("steps", "solver", "schedule", "shift", "tolerance", "guidance", "guidance_rule", "guidance_rescale", "guidance_from", "guidance_until", "zero_init")
+ALWAYS = ("steps", "solver", "guidance", "shift")  # told even where they are at their defaults
+RULES = ("cfg", "zero-star")
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "shift": (lambda x: 0 < x <= 100, "above 0 to 100 (1: as the schedule says)"),
+    "tolerance": (lambda x: 1e-8 <= x <= 1, "1e-8 to 1"),
+    "guidance": (lambda x: 0 <= x <= 100, "0 to 100 (1: none)"),
+    "guidance_rescale": (lambda x: 0 <= x <= 1, "0 to 1 (0: none)"),
+    "guidance_from": (lambda x: 0 <= x <= 1, "0 (noise) to 1 (data)"),
+    "guidance_until": (lambda x: 0 <= x <= 1, "0 (noise) to 1 (data)"),
+    "zero_init": (lambda x: 0 <= x < 1, "0 to less than 1 (0: none)"),
+}
+
+
+def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The model's own settings with those given (None: not given), checked; UserError says which is out of range."""
+    unknown = [name for name in given if name not in NAMES]
+    if unknown:
+        raise UserError(f"no setting {unknown[0]!r}{nearest(unknown[0], NAMES)}")
+    chosen: dict[str, Any] = {name: getattr(own, name) if given.get(name) is None else given[name] for name in NAMES}
+    if not isinstance(chosen["schedule"], str):
+        raise UserError(f"schedule {chosen['schedule']!r}: give a name, or times as text such as 0,0.02,0.1,0.4,1")
+    check_schedule(chosen["schedule"])
+    if given.get("schedule") is not None and given.get("steps") is None and (times := written(chosen["schedule"])):
+        chosen["steps"] = len(times) - 1
+    if type(chosen["steps"]) is not int or not 1 <= chosen["steps"] <= 1000:
+        raise UserError(f"steps {chosen['steps']} is out of range: choose 1 to 1000")
+    for name, known in (("solver", tuple(SOLVERS)), ("guidance_rule", RULES)):
+        if chosen[name] not in known:
+            raise UserError(f"no {name.replace('_', ' ')} {chosen[name]!r}{nearest(str(chosen[name]), known)}")
+    for name, (fits, choices) in _RANGES.items():
+        if isinstance(chosen[name], bool) or not isinstance(chosen[name], int | float) or not math.isfinite(chosen[name]) or not fits(chosen[name]):
+            raise UserError(f"{name.replace('_', ' ')} {chosen[name]} is out of range: choose {choices}")
+    if chosen["guidance_from"] >= chosen["guidance_until"]:
+        raise UserError(f"the guidance interval {chosen['guidance_from']:g} to {chosen['guidance_until']:g} is empty: the first time must be the smaller one")
+    return chosen
+
+
+def telling(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that say how a picture came about: the usual four, and what differs from the defaults."""
+    defaults = SampleConfig()
+    return {name: value for name, value in settings.items() if name in ALWAYS or name not in NAMES or value != getattr(defaults, name)}
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """The settings in words, for protocols: "euler 50 steps, guidance 3, shift 1", and what else is not at its default."""
+    told = telling(settings)
+    others = [f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+              for name, value in told.items() if name not in ALWAYS]  # fmt: skip
+    usual = f"{settings['solver']} {settings['steps']} steps, guidance {settings['guidance']:g}, shift {settings['shift']:g}"
+    return ", ".join([usual, *others])
+
+
+def times_of(settings: dict[str, Any]) -> Tensor:
+    return make_times(settings["schedule"], settings["steps"], settings["shift"])
+
+
+def solver_of(settings: dict[str, Any], noise: Callable[[Tensor], Tensor] = torch.randn_like) -> Solver:
+    """The solver with what only it takes: the tolerance of `dopri5`, where the noise of `sde` comes from."""
+    if settings["solver"] == "dopri5":
+        return functools.partial(dopri5, rtol=settings["tolerance"], atol=settings["tolerance"])
+    if settings["solver"] == "sde":
+        return functools.partial(sde, noise=noise)
+    return SOLVERS[settings["solver"]]
+
+
+def is_guided(settings: dict[str, Any]) -> bool:
+    return bool(settings["guidance"] != 1)
+
+
+def guide(settings: dict[str, Any], alone: Velocity, pair: Branches) -> Velocity:
+    """The velocity to follow: `alone` (no guidance) or the rule applied to `pair` = (good, bad), on the interval that is set."""
+    scale, share = float(settings["guidance"]), float(settings["guidance_rescale"])
+    combine = {"cfg": guidance.extrapolate, "zero-star": guidance.zero_star}[settings["guidance_rule"]]
+
+    def rule(good: Tensor, bad: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        velocity = combine(good, bad, scale)
+        return guidance.rescale(velocity, good, z, t, share) if share else velocity
+
+    velocity = guidance.guided(pair, rule) if is_guided(settings) else alone
+    if is_guided(settings) and (settings["guidance_from"] > 0 or settings["guidance_until"] < 1):
+        velocity = guidance.on_interval(velocity, alone, settings["guidance_from"], settings["guidance_until"])
+    return guidance.still_until(velocity, settings["zero_init"]) if settings["zero_init"] else velocity

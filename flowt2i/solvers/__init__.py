@@ -1,0 +1,41 @@
+"""Solvers of `dz/dt = velocity(z, t)` from noise (t = 0) to data (t = 1): pure functions of one signature.
+
+    solver(velocity, z, times, callback=None) -> z
+
+`velocity(z, t)` takes `z [B, C, H, W]` and a scalar tensor `t` and returns `[B, C, H, W]`; `times` is an increasing `[N + 1]`
+tensor, however spaced; `callback(step, t, z, v)` is called once for each of the N intervals with the time and state *before* it and the
+velocity there, so that a preview of the clean image is `z + (1 - t) v`.
+
+No solver asks for the velocity at the last time: a field made of predicted data has none there (`flow.to_velocity`). A method that
+would ask takes its last step by another of one order less, whose single larger error leaves the order of the whole as it is
+(Karras et al. 2206.00364, alg. 1, do so for Heun).
+
+| name | order | evaluations of N steps | |
+|---|---|---|---|
+| euler | 1 | N | |
+| midpoint, heun | 2 | 2N, 2N - 1 | |
+| rk4 | 4 | 4N - 1 | |
+| ab2, ab4 | 2, 4 | N, N + 6 | multistep: the velocities of past steps serve again |
+| dopri5 | 5 | as the tolerance asks | chooses its own steps |
+| sde | 1 (weak) | N | stochastic, the same marginals |
+"""
+
+from collections.abc import Callable
+
+from flowt2i.schedules import shift_times, uniform_times
+from flowt2i.solvers.adaptive import ToleranceError, dopri5
+from flowt2i.solvers.fixed import Callback, Solver, Velocity, ab2, ab4, euler, heun, midpoint, rk4
+from flowt2i.solvers.stochastic import sde
+
+SOLVERS: dict[str, Solver] = {
+    "euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ab2": ab2, "ab4": ab4, "dopri5": dopri5, "sde": sde,
+}  # fmt: skip
+
+# Of the velocity, by number of steps, where it is known beforehand. What a drawing took is counted as it happens (`Samples.evaluations`).
+EVALUATIONS: dict[str, Callable[[int], int]] = {
+    "euler": lambda steps: steps, "heun": lambda steps: 2 * steps - 1, "midpoint": lambda steps: 2 * steps, "rk4": lambda steps: 4 * steps - 1,
+    "ab2": lambda steps: steps, "ab4": lambda steps: steps + 2 * min(3, steps), "sde": lambda steps: steps,
+}  # fmt: skip
+
+__all__ = ["EVALUATIONS", "SOLVERS", "Callback", "Solver", "ToleranceError", "Velocity", "ab2", "ab4", "dopri5", "euler", "heun", "midpoint", "rk4", "sde",
+           "shift_times", "uniform_times"]  # fmt: skip

@@ -1,0 +1,311 @@
+"""Settings, editing and metadata of drawings, on a tiny trained model and from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowt2i import Pipeline, editing, flow
+from flowt2i.cli import main
+from flowt2i.errors import UserError
+from flowt2i.pictures import read_settings, save_png
+from flowt2i.solvers import EVALUATIONS, SOLVERS
+from flowt2i.training import checkpoint
+
+PROMPT, OTHER = "a red circle", "three small blue stars on a white background"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_run):
+    return Pipeline.from_pretrained(tiny_run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def weaker(tiny_run):
+    return checkpoint.folder(tiny_run, min(checkpoint.list_steps(tiny_run)))
+
+
+@pytest.fixture
+def circle(tmp_path):
+    """A picture to start from, larger than the model's, and a mask of its left half."""
+    y, x = np.mgrid[:96, :96]
+    pixels = np.full((96, 96, 3), (230, 220, 40), np.uint8)
+    pixels[(y - 48) ** 2 + (x - 48) ** 2 < 900] = (20, 40, 200)
+    Image.fromarray(pixels).save(tmp_path / "circle.png")
+    Image.fromarray(np.where(x < 48, 255, 0).astype(np.uint8)).save(tmp_path / "left.png")
+    return tmp_path / "circle.png", tmp_path / "left.png"
+
+
+def differ(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_evaluations_are_counted_for_every_solver(pipeline, solver, guidance):
+    calls, field = [], pipeline.field
+    pipeline.field = lambda z, t, text, mask: calls.append((len(z), float(t))) or field(z, t, text, mask)
+    try:
+        samples = pipeline.sample([PROMPT, OTHER], steps=4, solver=solver, guidance=guidance, tolerance=0.05)
+    finally:
+        del pipeline.field
+    assert round(sum(n for n, _ in calls) / 2) == samples.evaluations and max(t for _, t in calls) < 1
+    if solver in EVALUATIONS:
+        assert samples.evaluations == EVALUATIONS[solver](4) * int(guidance)
+    if solver != "dopri5":
+        assert {n for n, _ in calls} == {2 * int(guidance)}, "guidance in one batch"
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_picture_does_not_depend_on_its_batch(pipeline, solver):
+    settings = {"steps": 4, "solver": solver, "tolerance": 0.05, "guidance": 2.0}
+    together = pipeline.sample([PROMPT, OTHER], seed=3, **settings).images
+    assert differ(together[1], pipeline.sample(OTHER, seed=4, **settings).images[0]) <= 1
+    assert differ(together[0], together[1]) > 10
+
+
+def test_captions_are_encoded_once_a_batch(pipeline):
+    calls, encode = [], pipeline.model.encode_captions
+    pipeline.model.encode_captions = lambda ids, mask: calls.append(len(ids)) or encode(ids, mask)
+    try:
+        pipeline.sample([PROMPT, OTHER], steps=3, guidance=2.0)
+        pipeline.sample([PROMPT, OTHER], steps=3, guidance=1.0)
+    finally:
+        del pipeline.model.encode_captions
+    assert calls == [4, 2]
+
+
+def test_an_interval_saves_evaluations(pipeline):
+    times = {"steps": 4, "schedule": "0,0.1,0.4,0.7,1"}
+    assert pipeline.sample(PROMPT, guidance=2.0, guidance_from=0.3, guidance_until=0.5, **times).evaluations == 5
+    assert pipeline.sample(PROMPT, guidance=2.0, zero_init=0.05, **times).evaluations == 6
+    plain, empty = (pipeline.sample(PROMPT, guidance=g, guidance_from=f, **times).images for g, f in ((1.0, 0.0), (2.0, 0.9)))
+    assert np.array_equal(plain, empty)
+
+
+def test_each_kind_of_guidance_draws_something_else(pipeline, weaker):
+    kinds = [{}, {"guidance_rule": "zero-star"}, {"guidance_rescale": 0.7}, {"negative": OTHER}, {"guide": weaker}, {"zero_init": 0.3}]
+    drawn = [pipeline.sample(PROMPT, steps=4, guidance=4.0, **kind) for kind in kinds]
+    assert all(differ(a.images, b.images) > 1 for i, a in enumerate(drawn) for b in drawn[:i])
+    assert [s.evaluations for s in drawn] == [8, 8, 8, 8, 8, 4], "a guide costs an evaluation as the empty caption does"
+    own = pipeline.sample(PROMPT, steps=4, guidance=4.0, guide=pipeline).images
+    assert differ(own, pipeline.sample(PROMPT, steps=4, guidance=1.0).images) <= 1, "a model that guides itself changes nothing"
+
+
+def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipeline):
+    same = pipeline.sample(PROMPT, steps=4, guidance=3.0, negative=PROMPT).images
+    assert differ(same, pipeline.sample(PROMPT, steps=4, guidance=1.0).images) <= 1
+
+
+class TestBetween:
+    def test_slerp(self):
+        g = torch.Generator().manual_seed(0)
+        a, b = torch.randn(2, 3, 16, 16, generator=g), torch.randn(2, 3, 16, 16, generator=g)
+        at = lambda share: editing.slerp(a, b, torch.full((2, 1, 1, 1), share))
+        assert torch.allclose(at(0.0), a, atol=1e-6) and torch.allclose(at(1.0), b, atol=1e-6)
+        lengths = [x.flatten(1).norm(dim=1) for x in (a, b, at(0.5))]
+        assert torch.allclose(lengths[2], (lengths[0] + lengths[1]) / 2, rtol=0.05), "as long as noise is"
+        assert torch.allclose(editing.slerp(a, a, torch.full((2, 1, 1, 1), 0.3)), a, atol=1e-5)
+        angle = torch.nn.functional.cosine_similarity(at(0.5).flatten(1), a.flatten(1)) - torch.nn.functional.cosine_similarity(
+            at(0.5).flatten(1), b.flatten(1)
+        )
+        assert angle.abs().max() < 0.01
+
+    @pytest.mark.parametrize("way", [{"to": OTHER}, {"to_seed": 99}, {"to": OTHER, "to_seed": 99}])
+    def test_a_way_begins_and_ends_where_it_should(self, pipeline, way):
+        drawn = pipeline.sample(PROMPT, steps=4, seed=5, num=3, **way)
+        first = pipeline.sample(PROMPT, steps=4, seed=5).images[0]
+        last = pipeline.sample(way.get("to", PROMPT), steps=4, seed=way.get("to_seed", 5)).images[0]
+        assert differ(drawn.images[0], first) <= 1 and differ(drawn.images[2], last) <= 1
+        assert differ(drawn.images[1], first) > 1 and differ(drawn.images[1], last) > 1
+        assert drawn.evaluations == 4 * (3 if "to" in way else 2) and [b["mix"] for b in drawn.between] == [0, 0.5, 1]
+
+    def test_variations_stay_near(self, pipeline):
+        origin = pipeline.sample(PROMPT, steps=4, seed=5).images[0].astype(float)
+        near, far = (pipeline.sample(PROMPT, steps=4, seed=5, num=3, variation=v) for v in (0.1, 0.9))
+        assert near.seeds == [5, 5, 5] and len({b["to_seed"] for b in near.between}) == 3
+        assert np.abs(near.images - origin).mean() < np.abs(far.images - origin).mean()
+        assert differ(near.images[0], near.images[1]) > 1
+        assert np.array_equal(pipeline.sample(PROMPT, steps=4, seed=5, variation=0.0).images[0], origin)
+
+
+class TestFromAPicture:
+    def test_little_strength_changes_little(self, pipeline, circle):
+        original, _ = editing.load_init(circle[0], None, 64)
+        changes = [np.abs(pipeline.sample(PROMPT, steps=10, init=circle[0], strength=s).images[0] - original.astype(float)).mean() for s in (0.05, 0.4, 1.0)]
+        assert changes[0] < changes[1] < changes[2]
+        fresh = pipeline.sample(PROMPT, steps=10).images
+        assert differ(pipeline.sample(PROMPT, steps=10, init=circle[0], strength=1.0).images, fresh) <= 1
+
+    def test_it_costs_its_share_of_the_steps(self, pipeline, circle):
+        seen = []
+        samples = pipeline.sample(PROMPT, steps=10, guidance=1.0, init=circle[0], strength=0.3, preview=lambda step, steps, images: seen.append((step, steps)))
+        assert samples.evaluations == 3 and seen == [(1, 3), (2, 3), (3, 3)]
+
+    @pytest.mark.parametrize("solver", set(SOLVERS) - {"sde"})
+    def test_what_is_kept_stays_on_its_path_at_every_step(self, solver):
+        g = torch.Generator().manual_seed(0)
+        data, noise = torch.randn(1, 3, 8, 8, generator=g).double(), torch.randn(2, 3, 8, 8, generator=g).double()
+        mask = torch.zeros(1, 1, 8, 8)
+        mask[..., :4] = 1
+        field = editing.keep_outside(lambda z, t: torch.sin(5 * z + t), data, mask)
+        seen = []
+        times = torch.tensor([0.2, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
+        start = editing.start_from(data, noise, 0.8)
+        end = SOLVERS[solver](field, start, times, lambda step, t, z, v: seen.append((t, z)))
+        for t, z in seen:
+            path = flow.interpolate(data.expand(2, -1, -1, -1), noise, t.expand(2))
+            assert (torch.allclose(z[..., 4:], path[..., 4:], atol=1e-6) and not torch.allclose(z[..., :4], path[..., :4], atol=1e-3)) or t == times[0]
+        assert torch.allclose(end[..., 4:], data[..., 4:].expand(2, -1, -1, -1), atol=1e-6)
+
+    @pytest.mark.parametrize("solver", ["euler", "ab2", "sde"])
+    def test_inpainting_keeps_the_dark_part_to_the_pixel(self, pipeline, circle, solver):
+        original, mask = editing.load_init(*circle, 64)
+        samples = pipeline.sample(PROMPT, steps=6, solver=solver, init=circle[0], mask=circle[1])
+        assert np.array_equal(samples.images[0][~mask], original[~mask]) and differ(samples.images[0][mask], original[mask]) > 10
+        assert mask[:, :31].all() and not mask[:, 33:].any()
+
+    def test_latents_are_drawn_anew_where_any_pixel_is(self):
+        mask = torch.zeros(1, 1, 64, 64)
+        mask[0, 0, 0, 9] = 1
+        small = editing.shrink_mask(mask, (4, 8, 8))
+        assert small.sum() == 1 and small[0, 0, 0, 1] == 1
+        assert torch.equal(editing.shrink_mask(mask, (3, 64, 64)), mask)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver": "ab2", "schedule": "0,0.05,0.3,1", "guidance_rule": "zero-star", "guidance_from": 0.01, "guidance_until": 0.9},
+        {"solver": "sde", "steps": 5, "guidance_rescale": 0.5, "negative": OTHER},
+        {"steps": 3, "num": 3, "to": OTHER, "to_seed": 40},
+        {"steps": 3, "num": 3, "variation": 0.3},
+        {"steps": 5, "init": 0, "mask": 1},
+        {"steps": 5, "init": 0, "strength": 0.5, "guide": True},
+        {"solver": "dopri5", "tolerance": 0.02},
+    ],
+)
+def test_the_same_picture_again_from_its_metadata(pipeline, weaker, circle, tmp_path, settings):
+    places = {name: circle[settings[name]] for name in ("init", "mask") if name in settings} | ({"guide": weaker} if "guide" in settings else {})
+    samples = pipeline.sample([PROMPT, OTHER], seed=11, **settings | places)
+    picture = samples.pictures()[-1]
+    save_png(picture, tmp_path / "a.png")
+    again = pipeline.redraw(tmp_path / "a.png")
+    assert differ(again.images[0], samples.images[-1]) <= 1
+    told = read_settings(again.pictures()[0])
+    assert told == read_settings(tmp_path / "a.png") and told["prompt"] == OTHER and told["weights"] == "EMA"
+    for name, value in settings.items():
+        assert name in (*places, "num", "variation") or told[name] == value
+
+
+def test_redrawing_needs_the_picture_it_began_with(pipeline, circle, tmp_path):
+    picture = pipeline.sample(PROMPT, steps=3, init=circle[0], mask=circle[1]).pictures()[0]
+    Image.new("RGB", (96, 96), "red").save(circle[0])
+    with pytest.raises(UserError, match="used before"):
+        pipeline.redraw(picture)
+    circle[0].unlink()
+    with pytest.raises(UserError, match="--init"):
+        pipeline.redraw(picture)
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    with pytest.raises(UserError, match="tells its settings"):
+        pipeline.redraw(tmp_path / "plain.png")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_previews_of_every_solver(pipeline, solver):
+    seen = []
+    pipeline.sample(PROMPT, steps=5, solver=solver, tolerance=0.05, preview=lambda step, steps, images: seen.append((step, steps)), preview_every=2)
+    assert seen == [(1, 5), (3, 5), (5, 5)]
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"steps": True}, "steps"),
+        ({"schedule": "unifrom"}, "'uniform'"),
+        ({"schedule": "0,0.5,0.2,1"}, "increase"),
+        ({"guidance_from": 0.6, "guidance_until": 0.4}, "interval"),
+        ({"guidance_from": float("nan")}, "guidance from"),
+        ({"guidance_rescale": 2.0}, "rescale"),
+        ({"guidance_rule": "zero"}, "'zero-star'"),
+        ({"zero_init": 1.0}, "zero init"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"negative": "x", "guidance": 1.0}, "guidance"),
+        ({"variation": float("nan")}, "variation"),
+        ({"variation": 0.5, "to": "x"}, "leave one out"),
+        ({"mix": 0.5}, "to_seed"),
+        ({"to": " "}, "empty"),
+        ({"to_seed": -1}, "seed"),
+        ({"strength": 0.5}, "init"),
+        ({"sheduel": "uniform"}, "'schedule'"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_settings_out_of_range(pipeline, settings, told):
+    with pytest.raises(UserError, match=told):
+        pipeline.sample(PROMPT, **settings)
+
+
+class TestCommandLine:
+    def test_from_a_picture_and_again(self, tiny_run, circle, tmp_path, capsys):
+        common = ["--model", str(tiny_run), "--steps", "3", "--json"]
+        edits = ["--init", str(circle[0]), "--mask", str(circle[1]), "--guidance-interval", "0.1", "0.9", "--guidance-rule", "zero-star", "--solver", "ab2"]
+        assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png"), *edits, *common]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["evaluations"] == 5 and result["guidance_from"] == 0.1 and result["mask"] == str(circle[1])
+        assert main(["generate", "--like", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), "--model", str(tiny_run)]) == 0
+        assert np.array_equal(Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png"))
+        assert main(["generate", "--like", str(tmp_path / "a.png"), "--out", str(tmp_path / "c.png"), "--guidance", "1", "--model", str(tiny_run)]) == 0
+        assert json.loads(Image.open(tmp_path / "c.png").text["flowt2i"])["guidance"] == 1
+
+    def test_a_way_as_a_sheet(self, tiny_run, tmp_path):
+        words = ["generate", PROMPT, "--to", OTHER, "--num", "3", "--steps", "2", "--model", str(tiny_run), "--out", str(tmp_path / "way.png")]
+        assert main(words) == 0
+        assert [b["mix"] for b in json.loads(Image.open(tmp_path / "way.png").text["flowt2i"])["between"]] == [0, 0.5, 1]
+        assert json.loads(Image.open(tmp_path / "way-001.png").text["flowt2i"])["mix"] == 0.5
+
+    @pytest.mark.parametrize(
+        "words, told",
+        [
+            (["x", "--steps", "-1"], "steps -1"),
+            (["x", "--steps", "nan"], "invalid int"),
+            (["x", "--steps", "1000000000"], "steps 1000000000"),
+            (["x", "--guidance", "inf"], "guidance inf"),
+            (["x", "--guidance", "nan"], "guidance nan"),
+            (["x", "--solver", "hein"], "'heun'"),
+            (["x", "--schedule", "0,2,1"], "increase"),
+            (["x", "--guidance-interval", "0.8", "0.2"], "empty"),
+            (["x", "--guidance-interval", "0", "nan"], "nan"),
+            (["x", "--init", "/nowhere.png"], "/nowhere.png"),
+            (["x", "--init", "SMALL", "--mask", "MASK"], "same size"),
+            (["x", "--init", "TEXT"], "not a picture"),
+            (["x", "--init", "SMALL", "--strength", "0"], "strength"),
+            (["x", "--init", "SMALL", "--strength", "inf"], "strength"),
+            (["x", "--mask", "MASK"], "init"),
+            (["x", "--guide", "/nowhere"], "no model at /nowhere"),
+            (["x", "--like", "SMALL"], "--like"),
+            (["--like", "SMALL"], "settings"),
+            (["--like", "/nowhere.png"], "settings"),
+            (["x", "--to-seed", "-3"], "seed"),
+            (["x", "--variation", "2"], "variation"),
+        ],
+    )
+    def test_mistakes_are_one_line_and_exit_2(self, words, told, tiny_run, circle, tmp_path, capsys):
+        Image.new("RGB", (80, 80)).save(tmp_path / "small.png")
+        (tmp_path / "text.txt").write_text("not a picture")
+        places = {"SMALL": tmp_path / "small.png", "MASK": circle[1], "TEXT": tmp_path / "text.txt"}
+        words = [str(places.get(w, w)) for w in words]
+        try:
+            status = main(["generate", *words, "--model", str(tiny_run), "--out", str(tmp_path / "o.png")])
+        except SystemExit as stop:  # argparse's own
+            status = stop.code
+        told_line = capsys.readouterr().err
+        assert status == 2 and told in told_line and told_line.count("\n") == 1, told_line
+
+    def test_evaluate_tells_its_settings(self, tiny_run, weaker, capsys):
+        words = ["evaluate", "--model", str(tiny_run), "--num", "4", "--steps", "2", "--solver", "ab2", "--guidance-rescale", "0.5", "--guide", str(weaker)]
+        assert main([*words, "--json"]) == 0
+        protocol = json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]
+        assert "ab2 2 steps" in protocol and "guidance rescale 0.5" in protocol and f"guide {weaker}" in protocol
