@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("gradio")
-from demoing import GOOD, Served, follow, free_port, join, serving, visit, write_model
+from demoing import GOOD, OTHERS, Served, follow, free_port, join, serving, visit, write_model
 
 from flowt2i.demo import Library, limits, serve
 from flowt2i.demo.guard import LARGEST_BODY
@@ -31,7 +31,7 @@ API_GOOD: dict[str, Any] = {name: GOOD[name] for name in ("model", "prompt", "st
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     folder = tmp_path_factory.mktemp("demo")
-    return Library([write_model(folder / "tiny"), write_model(folder / "other", seed=1)], device="cpu")
+    return Library([write_model(folder / "tiny"), write_model(folder / "other", seed=1, prompts=OTHERS)], device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,10 @@ def test_sweep_has_a_column_for_each_number_of_steps(served: Served) -> None:
 
 def test_choosing_a_model_brings_its_prompts_and_settings(served: Served) -> None:
     with httpx.Client() as client:
-        assert join(served, client, "choosing", "on_model", model="other").status_code == 200
-        data = list(follow(served, client, "choosing"))[-1]["output"]["data"]
-    assert "a blue square" in data[1] and data[2:] == ["a red circle", 5, data[4], "euler"]
+        for prompt, then in (("a red circle", "a green star"), ("my own", {"__type__": "update"})):  # what a visitor wrote stays
+            assert join(served, client, "choosing", "on_model", model="other", prompt=prompt).status_code == 200
+            data = list(follow(served, client, "choosing"))[-1]["output"]["data"]
+            assert "a pink cross" in data[1] and data[2:] == [then, 5, 3, "euler"]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +262,18 @@ def test_visitors_who_leave_do_not_keep_the_others_waiting(served: Served) -> No
             if message["msg"] == "process_generating":
                 break
     assert visit(served, "next", steps=1, num=1)[1] is None
+
+
+def test_what_guidance_leads_away_from_and_solvers_that_take_pictures_one_by_one(served: Served) -> None:
+    boards, error = visit(served, "away", negative="a blue square", solver="dopri5", steps=3)
+    assert error is None and len(pictures_of(boards[-1])) == 2
+    pipeline = served.library.load("tiny")
+    expected = pipeline.sample(GOOD["prompt"], steps=3, guidance=2.0, solver="dopri5", seed=7, num=2, negative="a blue square").images
+    np.testing.assert_array_equal(pictures_of(boards[-1]), expected)
+    fractions = [int(found[1]) for html in boards if (found := re.search(r'aria-valuenow="(\d+)"', html))]
+    assert fractions == sorted(fractions) and fractions[0] < 50 and fractions[-1] == 100
+    assert generate(served, negative="a blue square", num=1).json()["settings"]["negative"] == "a blue square"
+    assert "guidance, which is off" in generate(served, negative="a blue square", guidance=1).json()["error"]
 
 
 @pytest.mark.parametrize("path", ["upload", "run/predict", "run/on_draw", "run/on_draw/", "api/on_draw", "call/on_draw", "call/v2/on_draw",

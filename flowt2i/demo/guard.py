@@ -135,9 +135,9 @@ def problem(path: str, body: bytes, functions: Callable[[], Collection[int]]) ->
     if not isinstance(content, dict):
         return "the body must be a JSON object"
     if path.startswith("/gradio_api/"):
-        session = content.get("session_hash")
-        if not isinstance(session, str) or not 1 <= len(session) <= 64:
-            return "session_hash is missing"
+        for name in ("event_id",) if path.endswith("/reset") else ("session_hash",):
+            if not isinstance(content.get(name), str) or not 1 <= len(content[name]) <= 64:
+                return f"{name} is missing"
         if path.endswith("/join") and (not isinstance(content.get("data"), list) or len(content["data"]) > 32):
             return "data must be a list"
         function = content.get("fn_index")

@@ -2,6 +2,7 @@
 // Texts of visitors enter the page through textContent and attributes, never as HTML.
 "use strict";
 window.flowt2i = (() => {
+  const EVERYTHING = { childList: true, subtree: true, characterData: true, attributes: true };
   const KEY = "flowt2i-gallery", THEME = "flowt2i-theme", MOST = 48;
   const self = { chosen: "" };
   let kept = [], settings = null, shown = null;
@@ -94,7 +95,7 @@ window.flowt2i = (() => {
     const chip = event.target.closest(".chip");
     if (chip) { self.chosen = chip.textContent; trigger("click"); }
   });
-  self.watch = (element) => new MutationObserver(() => remember(element)).observe(element, { childList: true, subtree: true });
+  self.watch = (element) => new MutationObserver(() => remember(element)).observe(element, EVERYTHING);
   self.gallery = (element, trigger) => { shown = { element, trigger }; show(); };
   self.again = () => {
     const { model, prompt, negative, steps, guidance, solver, seed, num } = settings;

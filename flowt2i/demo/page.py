@@ -182,17 +182,19 @@ def page(library: Library) -> gr.Blocks:
             event = gr.on(triggers, act, inputs, output, **common_options)
             stopper.click(None, cancels=[event], js=f"() => flowt2i.stopped('{output.elem_id}')", api_visibility="private")
 
-        def on_model(name: Any) -> list[Any]:
+        def on_model(name: Any, prompt: Any) -> list[Any]:
             try:
                 card = library.card(name)
             except UserError as error:
                 raise gr.Error(str(error), print_exception=False) from error
+            example = any(prompt in other.prompts for other in library.cards.values())  # what a visitor wrote stays
+            first = card.prompts[0] if example and prompt not in card.prompts else gr.skip()
             own = card.config.sample
-            return [
-                gr.Dropdown(info=card.facts), chip_row(card.prompts), card.prompts[0], min(own.steps, MOST_STEPS), min(own.guidance, MOST_GUIDANCE), own.solver,
-            ]  # fmt: skip
+            info, chips = gr.Dropdown(info=card.facts), chip_row(card.prompts)
+            return [info, chips, first, min(own.steps, MOST_STEPS), min(own.guidance, MOST_GUIDANCE), own.solver]
 
-        model.input(on_model, model, [model, chips, prompt, steps, guidance, solver], preprocess=False, show_progress="hidden", api_visibility="private")
+        quietly: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
+        model.input(on_model, [model, prompt], [model, chips, prompt, steps, guidance, solver], **quietly)
         in_browser: dict[str, Any] = {"fn": None, "api_visibility": "private"}
         new_seed.click(inputs=None, outputs=seed, js=f"() => Math.floor(Math.random() * {LARGEST_SEED})", **in_browser)
         chips.click(inputs=None, outputs=prompt, js="() => flowt2i.chosen", **in_browser)
