@@ -6,19 +6,22 @@ Skipped where there is no Chromium or no Playwright.
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright")
-from demoing import OTHERS, Served, serving, write_model
+from demoing import OTHERS, Served, follow, join, serving, write_model
 from playwright import sync_api
 
 from flowt2i.demo import Library
+from flowt2i.demo.limits import WAITING
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -208,6 +211,28 @@ def test_a_mistake_is_told_in_words(browser: Any, served: Served) -> None:
     visitor.page.click("#go")
     visitor.page.get_by_text("Say what the picture should show.").wait_for()
     visitor.prompt("دائرة حمراء")
+    visitor.set("steps", 1)
+    visitor.draw()
+    visitor.close()
+
+
+def test_a_full_queue_is_told_in_words(browser: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, pipeline = threading.Event(), served.library.load("tiny")
+    monkeypatch.setattr(pipeline, "sample", lambda *_, **__: release.wait(60) and 1 / 0)
+    visitor = Visitor(browser, served)
+    with httpx.Client(timeout=60) as crowd:
+        try:
+            while join(served, crowd, "crowd").status_code == 200:
+                pass
+            visitor.page.click("#go")
+            visitor.page.get_by_text(re.compile("queue is full|too busy|currently busy", re.IGNORECASE)).first.wait_for()
+        finally:
+            release.set()
+        for _ in range(WAITING):
+            list(follow(served, crowd, "crowd"))
+    monkeypatch.undo()
+    assert all(wrong.startswith("503") for wrong in visitor.wrong)
+    visitor.wrong.clear()
     visitor.set("steps", 1)
     visitor.draw()
     visitor.close()

@@ -172,7 +172,7 @@ def page(library: Library) -> gr.Blocks:
             yield from sweep(library, model, check(prompt, 1, guidance, solver, *common))
 
         # preprocess=False: `check` alone judges what comes, in words for people, where gradio would print a traceback
-        common_options: dict[str, Any] = {"show_progress": "minimal", "preprocess": False, "api_visibility": "private", "concurrency_id": "drawing",
+        common_options: dict[str, Any] = {"show_progress": "full", "preprocess": False, "api_visibility": "private", "concurrency_id": "drawing",
                                           "concurrency_limit": 1, "trigger_mode": "once"}  # fmt: skip
         for triggers, stopper, act, inputs, output in (
             ([go.click, prompt.submit], stop, on_draw, [model, prompt, steps, guidance, solver, *common], drawn),
