@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from flowt2i.errors import UserError, nearest
+from flowt2i.schedules import check_schedule
 
 
 class _Section(BaseModel):
@@ -161,6 +162,15 @@ class SampleConfig(_Section):
     zero_init: float = Field(0.0, ge=0, lt=1, description="the field is taken to be zero before this time (CFG-Zero*: 0.04)")
     images: int = Field(16, ge=1, description="images in a preview grid")
     prompts: list[str] = Field([], description="prompts of the preview grid, as JSON; empty: captions from the held-out split")
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_schedule(cls, name: str) -> str:
+        try:
+            check_schedule(name)
+        except UserError as error:
+            raise PydanticCustomError("schedule", "{told}", {"told": str(error)}) from error
+        return name
 
 
 class TrackConfig(_Section):

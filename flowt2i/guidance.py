@@ -84,12 +84,17 @@ def on_interval(inside: Velocity, outside: Velocity, start: float, end: float) -
 
     With the plain conditional field outside, a call there costs one evaluation instead of two.
     """
-    return lambda z, t: inside(z, t) if start <= float(t) < end else outside(z, t)
+    return lambda z, t: inside(z, t) if start <= _time(t) < end else outside(z, t)
+
+
+def _time(t: Tensor) -> float:
+    """The time as it was meant: 0.7 in fp32 lies below 0.7."""
+    return round(float(t), 6)
 
 
 def still_until(velocity: Velocity, end: float) -> Velocity:
     """No motion and no evaluation before `end`: CFG-Zero*'s zero-init (2503.18886, sec. 4), for networks that are worse than nothing there."""
-    return lambda z, t: torch.zeros_like(z) if float(t) < end else velocity(z, t)
+    return lambda z, t: torch.zeros_like(z) if _time(t) < end else velocity(z, t)
 
 
 def between(first: Tensor, second: Tensor, share: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ class Pipeline:
         progress(n) after each batch of n. UserError on settings out of range.
         """
         chosen = self.settings(steps, solver, guidance, shift, **more)
+        negative = negative if negative and negative.strip() else None
         starts = editing.starts([prompts] if isinstance(prompts, str) else list(prompts), seed, num, variation, to, to_seed, mix)
         if (negative or guide is not None) and not choices.is_guided(chosen):
             raise UserError("a negative prompt or a guide acts through guidance, which is off at 1: set another scale")

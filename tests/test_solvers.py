@@ -32,7 +32,7 @@ def slope(solve, velocity, start, exact, shift, counts):
 @pytest.mark.parametrize("name", ORDER)
 def test_order_of_convergence(name, problem, shift):
     found = slope(SOLVERS[name], *PROBLEMS[problem], shift, [80, 160, 320])
-    assert found > ORDER[name] - 0.3, found
+    assert found > ORDER[name] - 0.4, found
 
 
 @pytest.mark.parametrize("name, method, order", [("Heun of order 3", HEUN3, 3), ("Dormand-Prince", DOPRI5, 5), ("its order 4", DOPRI5._replace(b=FOURTH), 4)])

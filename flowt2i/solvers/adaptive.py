@@ -24,6 +24,7 @@ ERROR = tuple(fifth - fourth for fifth, fourth in zip(DOPRI5.b, FOURTH))
 
 SAFETY, LEAST, MOST = 0.9, 0.2, 10.0  # of the step's growth, as torchdiffeq and Hairer's DOPRI5 have them
 SMALLEST = 1e-7  # step, as a share of the whole: below it the tolerance cannot be had
+TRIES = 500  # steps tried at most: enough for any tolerance that a sane field allows
 TAIL = 1e-3  # share of the whole that is left to a last Euler step: the velocity may not exist at the end
 
 
@@ -41,11 +42,11 @@ def dopri5(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | No
     grid = times.tolist()
     start, end = grid[0], grid[-1]
     stop = end - TAIL * (end - start)
-    now, shown = start, 0
+    now, shown, tries = start, 0, 0
     v = velocity(z, times[0])
     h = min(_first_step(velocity, z, v, times[0], rtol, atol), stop - now)
     while now < stop:
-        h = min(h, stop - now)
+        h, tries = min(h, stop - now), tries + 1
         stages = runge_kutta_stages(velocity, z, torch.full_like(times[0], now), h, DOPRI5, v)
         ahead = advance(z, h, DOPRI5.b, stages)
         error = _rms(advance(torch.zeros_like(z), h, ERROR, stages) / (atol + rtol * torch.maximum(z.abs(), ahead.abs())))
@@ -56,8 +57,8 @@ def dopri5(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | No
                     callback(shown, times[shown], *_hermite(z, ahead, v, stages[-1], (grid[shown] - now) / h, h))
                 shown += 1
             z, v, now = ahead, stages[-1], reached
-        elif h < SMALLEST * (end - start):
-            raise ToleranceError(f"no step at t = {now:.4g} keeps the error under rtol {rtol:g}, atol {atol:g}")
+        if now < stop and (tries == TRIES or h < SMALLEST * (end - start)):
+            raise ToleranceError(f"the steps at t = {now:.4g} become too short for rtol {rtol:g}, atol {atol:g}")
         h *= min(MOST, max(LEAST, SAFETY * error**-0.2)) if 0 < error < float("inf") else (MOST if error == 0 else LEAST)
     for step in range(shown, len(grid) - 1):  # times within the tail
         if callback:
