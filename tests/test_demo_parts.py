@@ -1,6 +1,7 @@
 """The demo without a server: limits, the library of models, drawing, the HTML of the board."""
 
 import json
+import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -84,10 +85,13 @@ def test_library_offers_the_chosen_first_then_the_newest(run: Path, tmp_path: Pa
     (foreign / "config.json").write_text("{}")
     (foreign / "model.safetensors").write_bytes(b"nothing of ours")
     (empty / "checkpoints").mkdir(parents=True)
+    shutil.copytree(run / "checkpoints" / "step_00000001", tmp_path / "models" / "exported")
     monkeypatch.chdir(tmp_path)
-    assert set(found()) == {Path("models/tiny"), Path("models/foreign")}
+    assert set(found()) == {Path("models/tiny"), Path("models/foreign"), Path("models/exported")}
     library = Library([run], found())
-    assert library.names == ["tiny", "tiny (2)"] and library.card("tiny (2)").path.resolve() == other  # one of a foreign make is passed over
+    assert (
+        library.names[0] == "tiny" and set(library.names) == {"tiny", "tiny (2)", "exported"} and library.card("tiny (2)").path.resolve() == other
+    )  # one of a foreign make is passed over
     assert library.card("tiny").prompts == list(PROMPTS) and "32×32" in library.card("tiny").facts
     for name in ("runs/tiny", "../tiny", "", None, 3, ["tiny"]):
         with pytest.raises(UserError, match="not offered"):

@@ -1,5 +1,6 @@
 """The models a demo offers: named for visitors, described without loading them, loaded when first asked for."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,15 +41,20 @@ class Card:
     def facts(self) -> str:
         size = self.description.codec.image_size
         millions = self.parameters / 1e6
-        return f"{millions:.0f}M" * (millions >= 9.5) + f"{millions:.1f}M" * (millions < 9.5) + f" parameters, {size}×{size} pixels"
+        return f"{millions:.{0 if millions >= 9.95 else 1}f}M parameters, {size}×{size} pixels"
 
 
 def weights_folder(path: Path) -> Path | None:
     """The folder of weights a path stands for, by a look at names only: itself, or the newest checkpoint of a run. None where it is no model."""
-    if (path / "config.json").is_file() and ((path / "model.safetensors").is_file() or (path / "ema.safetensors").is_file()):
+    if (path / "config.json").is_file() and weights_files(path):
         return path
     steps = checkpoint.list_steps(path)
     return checkpoint.folder(path, steps[-1]) if steps else None
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files of the weights that are drawn with: EMA where there is one; several where a large model was exported in pieces."""
+    return sorted(folder.glob("ema*.safetensors")) or sorted(folder.glob("model*.safetensors"))
 
 
 def found(roots: Iterable[Path] = ROOTS) -> list[Path]:
@@ -62,18 +68,13 @@ def describe(path: Path) -> Card:
     folder = weights_folder(path)
     if folder is None:
         folder = checkpoint.find(path)  # says what is the matter with it
-    weights = folder / ("ema.safetensors" if (folder / "ema.safetensors").exists() else "model.safetensors")
-    try:
-        with safe_open(weights, "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (no dict)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {weights}: {error}") from error
     count = 0
-    for shape in shapes:
-        size = 1
-        for length in shape:
-            size *= length
-        count += size
+    for file in weights_files(folder):
+        try:
+            with safe_open(file, "pt") as tensors:
+                count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {file}: {error}") from error
     return Card(path, load_config(folder / "config.json"), DatasetDescription.load(folder), count)
 
 
