@@ -89,9 +89,8 @@ def test_library_offers_the_chosen_first_then_the_newest(run: Path, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     assert set(found()) == {Path("models/tiny"), Path("models/foreign"), Path("models/exported")}
     library = Library([run], found())
-    assert (
-        library.names[0] == "tiny" and set(library.names) == {"tiny", "tiny (2)", "exported"} and library.card("tiny (2)").path.resolve() == other
-    )  # one of a foreign make is passed over
+    assert library.names[0] == "tiny" and set(library.names) == {"tiny", "tiny (2)", "exported"}  # one of a foreign make is passed over
+    assert library.card("tiny (2)").path.resolve() == other
     assert library.card("tiny").prompts == list(PROMPTS) and "32×32" in library.card("tiny").facts
     for name in ("runs/tiny", "../tiny", "", None, 3, ["tiny"]):
         with pytest.raises(UserError, match="not offered"):

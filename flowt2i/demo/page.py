@@ -108,7 +108,7 @@ def page(library: Library) -> gr.Blocks:
     """The page, its queue set up, not yet served."""
     card = library.card(library.first)
     own = card.config.sample
-    defaults = {"steps": min(own.steps, MOST_STEPS), "guidance": min(own.guidance, MOST_GUIDANCE), "solver": own.solver}
+    own_steps, own_guidance = min(own.steps, MOST_STEPS), min(own.guidance, MOST_GUIDANCE)
     second = library.names[1] if len(library.names) > 1 else library.first
 
     def buttons(words: str, name: str) -> tuple[gr.Button, gr.Button]:
@@ -124,13 +124,13 @@ def page(library: Library) -> gr.Blocks:
 
         with gr.Row(elem_classes="work"):
             with gr.Column(scale=3, min_width=280), gr.Group():
-                steps = gr.Slider(1, MOST_STEPS, defaults["steps"], step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(0, MOST_GUIDANCE, defaults["guidance"], step=0.1, label="Guidance (1: none)", elem_id="guidance")
-                solver = gr.Dropdown(list(SOLVERS), value=defaults["solver"], label="Solver", elem_id="solver")
+                steps = gr.Slider(1, MOST_STEPS, own_steps, step=1, label="Steps", elem_id="steps")
+                guidance = gr.Slider(0, MOST_GUIDANCE, own_guidance, step=0.1, label="Guidance (1: none)", elem_id="guidance")
+                solver = gr.Dropdown(list(SOLVERS), value=own.solver, label="Solver", elem_id="solver")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed")
                 new_seed = gr.Button("New seed", size="sm", elem_id="new-seed")
                 num = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", elem_id="num")
-                every = gr.Slider(1, 50, 2, step=1, label="Update every … steps", elem_id="every")
+                every = gr.Slider(1, 50, 2, step=1, label="Steps per update", elem_id="every")
                 negative = gr.Textbox(
                     "", label="Negative prompt", info="what the picture should not show (needs guidance)", max_length=LONGEST_PROMPT, elem_id="negative",
                 )  # fmt: skip
@@ -142,10 +142,10 @@ def page(library: Library) -> gr.Blocks:
                     gr.Markdown("The same prompt and seeds twice: A under the settings beside, B under these:")
                     with gr.Row():
                         other = gr.Dropdown(library.names, value=second, label="Model B", elem_id="B-model", min_width=150)
-                        few = defaults["steps"] if second != library.first else 4
+                        few = own_steps if second != library.first else 4
                         b_steps = gr.Number(few, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=90, elem_id="B-steps")
-                        b_guidance = gr.Number(defaults["guidance"], label="Guidance", minimum=0, maximum=MOST_GUIDANCE, step=0.1, min_width=90)
-                        b_solver = gr.Dropdown(list(SOLVERS), value=defaults["solver"], label="Solver", min_width=110)
+                        b_guidance = gr.Number(own_guidance, label="Guidance", minimum=0, maximum=MOST_GUIDANCE, step=0.1, min_width=90)
+                        b_solver = gr.Dropdown(list(SOLVERS), value=own.solver, label="Solver", min_width=110)
                     go_compare, stop_compare = buttons("Compare", "go-compare")
                     compared = gr.HTML(board.empty("The two sides appear here."), elem_id="compared", js_on_load="flowt2i.watch(element)")
                 with gr.Tab("Steps"):
@@ -159,16 +159,16 @@ def page(library: Library) -> gr.Blocks:
         common = [seed, num, every, negative]
 
         @spoken
-        def on_draw(model, prompt, steps, guidance, solver, *common):  # type: ignore[no-untyped-def]
+        def on_draw(model, prompt, steps, guidance, solver, *common):
             yield from draw(library, model, prompt, steps, guidance, solver, *common)
 
         @spoken
-        def on_compare(prompt, *rest):  # type: ignore[no-untyped-def]
+        def on_compare(prompt, *rest):
             a, b, common = rest[:4], rest[4:8], rest[8:]
             yield from compare(library, [(name, check(prompt, *own, *common)) for name, *own in (a, b)])
 
         @spoken
-        def on_sweep(model, prompt, guidance, solver, *common):  # type: ignore[no-untyped-def]
+        def on_sweep(model, prompt, guidance, solver, *common):
             yield from sweep(library, model, check(prompt, 1, guidance, solver, *common))
 
         # preprocess=False: `check` alone judges what comes, in words for people, where gradio would print a traceback

@@ -1,5 +1,6 @@
 """Serving the page and the API: on this machine only, or, asked for by name, through a public address."""
 
+import atexit
 import contextlib
 import io
 import os
@@ -39,6 +40,7 @@ def serve(library: Any, port: int = 7860, share: bool = False, auth: tuple[str, 
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:  # no address, path or share is taken from the environment
         del os.environ[name]
     cache = tempfile.mkdtemp(prefix="flowt2i-demo-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=cache)  # read when gradio is imported, and later
     try:
         import gradio as gr  # noqa: F401
@@ -66,15 +68,11 @@ def serve(library: Any, port: int = 7860, share: bool = False, auth: tuple[str, 
                             "exception_handlers": {RequestValidationError: malformed}, "docs_url": None, "redoc_url": None, "openapi_url": None},
             )  # fmt: skip
     except OSError as error:
-        shutil.rmtree(cache, ignore_errors=True)
         raise UserError(f"port {port} cannot be had (another program uses it, or it needs more rights): choose another with --port") from error
     if share and not blocks.share_url:
         blocks.close()
         raise UserError("no public address could be had (no network, or gradio.live does not answer): leave --share out to serve this machine only")
     print(f"the page is at {blocks.local_url}{f' and at {blocks.share_url}' if blocks.share_url else ''} (stop with Ctrl-C)", file=sys.stderr)
     if block:
-        try:
-            blocks.block_thread()
-        finally:
-            shutil.rmtree(cache, ignore_errors=True)
+        blocks.block_thread()
     return blocks
