@@ -22,6 +22,7 @@ from playwright import sync_api
 
 from flowt2i.demo import Library
 from flowt2i.demo.limits import WAITING
+from flowt2i.errors import UserError
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -213,6 +214,17 @@ def test_a_mistake_is_told_in_words(browser: Any, served: Served) -> None:
     visitor.prompt("دائرة حمراء")
     visitor.set("steps", 1)
     visitor.draw()
+    visitor.close()
+
+
+def test_a_message_is_text(browser: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(name: str) -> Any:
+        raise UserError("it isn't <b>there</b>: ${1 + 1} {{x}} & more")
+
+    monkeypatch.setattr(served.library, "load", gone)
+    visitor = Visitor(browser, served)
+    visitor.page.click("#go")
+    visitor.page.get_by_text("it isn't <b>there</b>: ${1 + 1} {{x}} & more").wait_for()
     visitor.close()
 
 

@@ -255,6 +255,25 @@ def test_the_pages_queue_is_bounded_and_says_so_at_once(served: Served, monkeypa
     assert still_up(served)
 
 
+def test_pictures_that_nobody_fetches_do_not_pile_up_and_who_waits_gets_theirs(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = served.blocks._queue.pending_messages_per_session
+    monkeypatch.setattr(boxes, "most", 5)
+    release, pipeline = threading.Event(), served.library.load("tiny")
+    sample = pipeline.sample
+    monkeypatch.setattr(pipeline, "sample", lambda *a, **s: release.wait(60) and sample(*a, **s))
+    with httpx.Client(timeout=60) as client:
+        for patient in ("patient-1", "patient-2"):
+            assert join(served, client, patient, steps=1, num=1).status_code == 200
+        for k in range(40):  # each asks, never listens, and takes it back
+            answer = join(served, client, f"deaf-{k}")
+            taken_back = {"session_hash": f"deaf-{k}", "fn_index": served.functions["on_draw"], "event_id": answer.json()["event_id"]}
+            assert client.post(f"{served.url}/gradio_api/cancel", json=taken_back).status_code == 200
+        assert len(boxes) <= 7 and len(served.blocks._queue.pending_event_ids_session) <= 7
+        release.set()
+        for patient in ("patient-1", "patient-2"):
+            assert list(follow(served, client, patient))[-1]["success"]
+
+
 def test_visitors_who_leave_do_not_keep_the_others_waiting(served: Served) -> None:
     with httpx.Client(timeout=60) as client:
         assert join(served, client, "leaver", steps=200, every=1, num=8).status_code == 200

@@ -6,6 +6,7 @@ drawing.py   drawing in a thread, with previews
 board.py     pictures and progress as HTML
 page.py      the page (with page.css and page.js)
 api.py       the HTTP API
+mailboxes.py what waits for browsers, bounded
 guard.py     closed routes, small requests, passwords
 server.py    serving it all
 """

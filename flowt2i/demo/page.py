@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from flowt2i.demo import board
+from flowt2i.demo import board, mailboxes
 from flowt2i.demo.drawing import Step, run
 from flowt2i.demo.library import Library
 from flowt2i.demo.limits import LARGEST_SEED, LONGEST_PROMPT, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, SWEEP, WAITING, Request, check
@@ -154,7 +154,7 @@ def page(library: Library) -> gr.Blocks:
                     swept = gr.HTML(board.empty("A column for each number of steps."), elem_id="swept", js_on_load="flowt2i.watch(element)")
         gallery = gr.HTML('<div class="gallery"></div>', elem_id="gallery", js_on_load="flowt2i.gallery(element, trigger)")
         with gr.Accordion("For programs", open=False):
-            gr.HTML(api_note(library.first, card.prompts[0]), js_on_load="flowt2i.address(element)")
+            gr.HTML(api_note(card.prompts[0]), js_on_load="flowt2i.address(element)")
 
         common = [seed, num, every, negative]
 
@@ -200,7 +200,9 @@ def page(library: Library) -> gr.Blocks:
         chips.click(inputs=None, outputs=prompt, js="() => flowt2i.chosen", **in_browser)
         again = [model, prompt, negative, steps, guidance, solver, seed, num]
         gallery.click(inputs=None, outputs=again, js="() => flowt2i.again()", **in_browser)
-    return blocks.queue(max_size=WAITING, default_concurrency_limit=2, api_open=False)
+    blocks.queue(max_size=WAITING, default_concurrency_limit=2, api_open=False)
+    mailboxes.bound(blocks._queue)
+    return blocks
 
 
 def chip_row(prompts: list[str]) -> str:
@@ -208,7 +210,7 @@ def chip_row(prompts: list[str]) -> str:
     return '<div class="chips">' + "".join(f'<button class="chip" dir="auto">{board.safe(prompt)}</button>' for prompt in prompts) + "</div>"
 
 
-def api_note(model: str, prompt: str) -> str:
+def api_note(prompt: str) -> str:
     """How programs draw here."""
     body = board.safe(json.dumps({"prompt": prompt, "steps": 20, "seed": 0, "num": 1}))
     return (

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.middleware import Middleware
 
 from flowt2i.demo.guard import LARGEST_BODY, Guard
+from flowt2i.demo.library import Library
 from flowt2i.errors import UserError
 
 SHORTEST_PASSWORD = 8
@@ -27,7 +28,7 @@ def parse_auth(text: str | None) -> tuple[str, str] | None:
     return user, password
 
 
-def serve(library: Any, port: int = 7860, share: bool = False, auth: tuple[str, str] | None = None, public: bool = False, block: bool = True) -> Any:
+def serve(library: Library, port: int = 7860, share: bool = False, auth: tuple[str, str] | None = None, public: bool = False, block: bool = True) -> Any:
     """Serve models on this machine until Ctrl-C (or return at once: block=False); returns gradio's Blocks.
 
     share: also through a gradio.live address; then either auth (user, password) or public=True must say who may come in. UserError where that
