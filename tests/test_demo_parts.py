@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -220,6 +221,12 @@ def test_sharing_wants_a_password_or_the_word_public(run: Path, capsys: pytest.C
     for wrong in ("", "user", "user:", ":password123", "user:short"):
         with pytest.raises(UserError, match="--auth wants"):
             parse_auth(wrong)
+
+
+def test_without_gradio_it_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match="pip install"):
+        serve(Library([run]), 7860)
 
 
 @pytest.mark.parametrize("port", [0, -1, 70000])

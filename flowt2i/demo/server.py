@@ -9,8 +9,6 @@ import sys
 import tempfile
 from typing import Any
 
-from starlette.middleware import Middleware
-
 from flowt2i.demo.guard import LARGEST_BODY, Guard
 from flowt2i.demo.library import Library
 from flowt2i.errors import UserError
@@ -48,6 +46,7 @@ def serve(library: Library, port: int = 7860, share: bool = False, auth: tuple[s
     except ImportError as error:
         raise UserError("the demo needs gradio: pip install -c constraints.txt -e '.[demo]'") from error
     from fastapi.exceptions import RequestValidationError
+    from starlette.middleware import Middleware
 
     from flowt2i.demo.api import Api, malformed
     from flowt2i.demo.page import CSS, HEAD, THEME, page
