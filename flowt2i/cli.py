@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
 
 
-COMMANDS = ("prepare", "inspect", "train", "generate", "evaluate", "demo", "bench", "doctor", "verify-resume")
+COMMANDS = ("prepare", "inspect", "train", "generate", "evaluate", "demo", "bench", "doctor", "verify-resume", "export")
 
 
 def build_parser() -> Parser:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowt2i import editing, flow
+from flowt2i import editing, exported, flow, hub
 from flowt2i import settings as choices
 from flowt2i.config import Config, load_config
 from flowt2i.description import DatasetDescription, require_same
@@ -56,19 +56,16 @@ class Pipeline:
         codec: str | None = None,
         text: str | None = None,
     ) -> "Pipeline":
-        """Load a run folder (its newest good checkpoint), a checkpoint, or an exported model.
+        """Load a run folder (its newest good checkpoint), a checkpoint, an exported model, or one from the hub by its id ("owner/name").
 
         weights: "ema", "raw", or "auto" (EMA where there is one). codec, text: folders to load VAE and text encoder from, where
         they are not where they were when the data was prepared. UserError where anything is missing or does not fit.
         """
-        folder = checkpoint.find(Path(path))
+        folder = checkpoint.find(hub.local(path))
         config = load_config(folder / "config.json")
         description = DatasetDescription.load(folder)
-        stem = {"auto": "ema" if (folder / "ema.safetensors").exists() else "model", "ema": "ema", "raw": "model"}.get(weights)
-        if stem is None:
-            raise UserError(f"no weights {weights!r}: choose ema, raw or auto")
-        if not (folder / f"{stem}.safetensors").exists():
-            raise UserError(f"{folder} has no {weights} weights: choose {'raw' if stem == 'ema' else 'ema'}")
+        stem, kind = exported.weights_file(folder, weights)
+        codec, text = codec or exported.taken_along(folder, exported.VAE), text or exported.taken_along(folder, exported.ENCODER)
         model = build_model(config, description)
         checkpoint.load_into(model, folder / f"{stem}.safetensors")
         try:
@@ -78,7 +75,7 @@ class Pipeline:
             raise UserError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}): leave it out, or choose cpu") from error
         tokenizer = load_tokenizer(description.text, folder)
         encoder = load_encoder(description.text, compute_dtype(config), text).to(target) if description.text.kind == "hf" else None
-        return cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if stem == "ema" else "raw")
+        return cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if kind == "ema" else "raw")
 
     @property
     def codec(self) -> Any:

@@ -66,7 +66,7 @@ def find_pretrained(id: str, *, stem: str, what: str, instead: str, tokenizer: b
     if not id:
         raise UserError(f"{what}: empty name; pass a folder, a hub id or {instead!r}")
     if not path.is_dir():
-        if _looks_like_path(id):
+        if looks_like_path(id):
             lack = "not a folder" if path.exists() else "no such folder"
             raise UserError(f"{what}: {lack}: {id}; pass the folder that holds config.json and {stem}.safetensors")
         return _from_hub(id, stem=stem, what=what, instead=instead, tokenizer=tokenizer)
@@ -103,7 +103,8 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def _looks_like_path(id: str) -> bool:
+def looks_like_path(id: str) -> bool:
+    """Is this meant as a place on this machine, rather than as a hub id?"""
     path = Path(id).expanduser()
     inside = path.parent != Path() and path.parent.is_dir()  # data/vae, where data/ exists
     return id.startswith((".", "/", "~")) or "\\" in id or id.count("/") > 1 or inside or path.exists()
@@ -117,8 +118,8 @@ def _no_weights(what: str, id: str, stem: str, names: set[str]) -> str:
 
 
 def _from_hub(id: str, *, stem: str, what: str, instead: str, tokenizer: bool) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     weights = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"]
     patterns = ["config.json", *weights, *(TOKENIZER_FILES if tokenizer else [])]
@@ -131,26 +132,41 @@ def _from_hub(id: str, *, stem: str, what: str, instead: str, tokenizer: bool) -
     guess = guess if "did you mean" in guess else ""
     files = f"config.json, *.safetensors{', tokenizer files' if tokenizer else ''}"
     ways = f"download {id} ({files}) on another machine and pass the folder, or use {instead!r}, which needs no download"
+    with hub_told(f"{what} {id!r}", ways, guess), quiet():
+        names = {file.rfilename for file in HfApi().model_info(id, timeout=5).siblings or []}
+        if "config.json" not in names or not names & set(weights[:2]):
+            raise UserError(_no_weights(what, id, stem, names))
+        return Path(snapshot_download(id, allow_patterns=patterns))
+
+
+@contextlib.contextmanager
+def hub_told(thing: str, ways: str, guess: str = "", sending: bool = False) -> Iterator[None]:
+    """Turn what goes wrong between us and the hub into one line about `thing`: `ways` says what else can be done.
+
+    sending: something goes to the hub, rather than being sought there.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
     unreachable: tuple[type[Exception], ...] = (LocalEntryNotFoundError, OfflineModeIsEnabled, *_network_errors())
+    absent = "" if sending else f" is not on this machine{guess} and"
     try:
-        with quiet():
-            names = {file.rfilename for file in HfApi().model_info(id, timeout=5).siblings or []}
-            if "config.json" not in names or not names & set(weights[:2]):
-                raise UserError(_no_weights(what, id, stem, names))
-            return Path(snapshot_download(id, allow_patterns=patterns))
+        yield
     except HFValidationError as error:
-        raise UserError(f"{what} {id!r} is neither a folder here nor a possible hub id: pass a folder or 'owner/name'") from error
+        raise UserError(f"{thing} is neither a folder here nor a possible hub id: pass a folder or 'owner/name'") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
+        if sending:
+            raise UserError(f"{thing}: the hub refused it ({status}: {first_line(error)}): log in with `hf auth login` as one who may write there") from error
         if status in (401, 403, 404):
             login = "check the name, or log in with `hf auth login` if it is private or gated"
-            raise UserError(f"{what} {id!r}: the hub has no such model, or not for you ({status}){guess}: {login}") from error
-        raise UserError(f"{what} {id!r} is not on this machine{guess} and the hub answers with error {status}: {ways}") from error
+            raise UserError(f"{thing}: the hub has no such model, or not for you ({status}){guess}: {login}") from error
+        raise UserError(f"{thing}{absent} the hub answers with error {status}: {ways}") from error
     except unreachable as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        raise UserError(f"{what} {id!r} is not on this machine{guess} and {why}: {ways}") from error
+        raise UserError(f"{thing}{absent or ':'} {why}: {ways}") from error
     except OSError as error:  # disk full, no right to write the cache
-        raise UserError(f"{what} {id!r} could not be downloaded ({first_line(error)}): {ways}") from error
+        raise UserError(f"{thing} could not be {'sent' if sending else 'downloaded'} ({first_line(error)}): {ways}") from error
 
 
 def _network_errors() -> list[type[Exception]]:

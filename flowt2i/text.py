@@ -78,22 +78,20 @@ class CaptionTokenizer:
     def __init__(self, spec: TextSpec, backend: Any, serialised: str | None = None):
         self.spec = spec
         self.truncated = 0
-        self._backend = backend  # tokenizers.Tokenizer (builtin) or a transformers tokenizer (hf)
+        self.backend = backend  # tokenizers.Tokenizer (builtin) or a transformers tokenizer (hf)
         self._serialised = serialised  # builtin: the very text that was fingerprinted
 
     def __call__(self, captions: Sequence[str]) -> list[list[int]]:
         limit = self.spec.max_tokens
-        texts = [clean_caption(caption) for caption in captions]
-        ids = _encode(self._backend, [text[: CHARS_PER_TOKEN * limit] for text in texts])
-        cut = sum(len(row) > limit or len(text) > CHARS_PER_TOKEN * limit for row, text in zip(ids, texts))
+        rows, cut = token_ids(self.backend, captions, limit)
         if cut:
             self.truncated += cut
-            warnings.warn(f"{cut} of {len(ids)} captions cut to {limit} tokens", stacklevel=2)
-        return [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in ids]
+            warnings.warn(f"{cut} of {len(rows)} captions cut to {limit} tokens", stacklevel=2)
+        return rows
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without pad, end and other special tokens."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer` needs into `folder/tokenizer/`."""
@@ -103,7 +101,7 @@ class CaptionTokenizer:
             (target / "tokenizer.json").write_text(self._serialised, encoding="utf-8")
         else:
             with quiet():
-                self._backend.save_pretrained(str(target))
+                self.backend.save_pretrained(str(target))
 
 
 def make_tokenizer(id: str, *, captions: Iterable[str] = (), max_tokens: int = 128, vocab_size: int = 4096) -> CaptionTokenizer:
@@ -151,7 +149,7 @@ def load_tokenizer(spec: TextSpec, folder: Path) -> CaptionTokenizer:
         same = loaded.spec.fingerprint == spec.fingerprint
     else:
         loaded = CaptionTokenizer(spec, _load_backend(source, str(source)))
-        same = (len(loaded._backend), tuple(_encode(loaded._backend, [""])[0])) == (spec.vocab_size, spec.null_tokens)
+        same = (len(loaded.backend), tuple(_encode(loaded.backend, [""])[0])) == (spec.vocab_size, spec.null_tokens)
     if not same:
         raise UserError(f"{source} is not the tokenizer the data was prepared with: copy it from there, or prepare the data again")
     return loaded
@@ -218,6 +216,17 @@ def _builtin(serialised: str, max_tokens: int) -> CaptionTokenizer:
         null_tokens=tuple(_encode(backend, [""])[0]),
     )
     return CaptionTokenizer(spec, backend, serialised)
+
+
+def token_ids(backend: Any, captions: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
+    """Token ids of captions, cleaned, at most `limit` each, the last of them kept (it is the end); and how many captions were cut.
+
+    Exports carry this function's text along (`export.carry`): what it needs is in this module, `data.captions` or the standard library.
+    """
+    texts = [clean_caption(caption) for caption in captions]
+    rows = _encode(backend, [text[: CHARS_PER_TOKEN * limit] for text in texts])
+    cut = sum(len(row) > limit or len(text) > CHARS_PER_TOKEN * limit for row, text in zip(rows, texts))
+    return [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in rows], cut
 
 
 def _encode(backend: Any, texts: list[str]) -> list[list[int]]:

@@ -30,7 +30,7 @@ def add_config(parser: argparse.ArgumentParser, default: str = "") -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="run folder, checkpoint or exported model (default: the newest run under runs/)")
+    parser.add_argument("--model", type=Path, help="run folder, checkpoint, exported model or hub id (default: the newest run under runs/)")
 
 
 def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first picture; the next ones count on (default 0)") -> None:

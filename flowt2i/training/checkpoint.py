@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flowt2i import exported
 from flowt2i.errors import UserError
 from flowt2i.human import size
 from flowt2i.training.parallel import share_like
@@ -110,10 +111,10 @@ def recover(run: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_manifest(path: Path) -> None:
-    """Sync every file under a folder and record its size and sha256, the manifest itself last."""
+def write_manifest(path: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Sync every file under a folder and record its size and sha256, the manifest itself last. leave_out: names that may change later."""
     entries = {}
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (MANIFEST, *leave_out)):
         entries[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -176,6 +177,8 @@ def find(path: Path) -> Path:
         raise UserError(f"no model at {path}: give a run folder, a checkpoint or an exported model")
     if path.is_file():
         raise UserError(f"{path} is a file: give a run folder, a checkpoint or an exported model (pickled .pt files are never loaded)")
+    if exported.format_of(path) not in ("", "flowt2i"):
+        raise UserError(f"{path} was exported for {exported.format_of(path)}: load it as its README.md says, or export the run once more with --format flowt2i")
     if (path / "config.json").exists() and ((path / "model.safetensors").exists() or (path / "ema.safetensors").exists()):
         problem = damage(path)
         if problem:

@@ -1,0 +1,63 @@
+"""`flowt2i export`: a model that travels."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from flowt2i.commands.common import add_json, add_moved, examples, newest_run
+from flowt2i.human import size
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="a folder with the model and its card, for other machines, diffusers, ONNX or the hub",
+        description="Write a model with all it needs, a model card and samples into a folder: for `flowt2i` and `Pipeline.from_pretrained`, "
+        "for diffusers, or for ONNX; on request send it to the Hugging Face hub. The folder is complete or absent.",
+        **examples(
+            "flowt2i export runs/quickstart --to exports/scenes --license apache-2.0",
+            "flowt2i export runs/quickstart --to exports/scenes --force --push me/scenes   # and to the hub",
+            "flowt2i export runs/stability --to exports/big-bf16 --dtype bf16 --take-nets",
+            "flowt2i export runs/quickstart --to exports/scenes-diffusers --format diffusers",
+            "flowt2i export runs/quickstart --to exports/scenes-onnx --format onnx",
+        ),
+    )
+    parser.add_argument("model", nargs="?", metavar="RUN", help="run folder, checkpoint, exported model or hub id (default: the newest run under runs/)")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--format", default="flowt2i", help="flowt2i, diffusers or onnx (default flowt2i)")
+    parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
+    parser.add_argument("--dtype", default="fp32", help="of the weights: fp32, or bf16 at half the size (default fp32)")
+    parser.add_argument(
+        "--license", default="", metavar="ID", help="licence of the weights, as the hub writes it: apache-2.0, mit, cc-by-4.0, … (default: none stated)"
+    )
+    parser.add_argument("--samples", type=int, default=16, help="pictures in the card, not picked (default 16; 0: none)")
+    parser.add_argument(
+        "--take-nets", action="store_true", help="copy VAE and text encoder too where the hub has them; those in folders here are always copied"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an earlier export at DIR")
+    parser.add_argument("--push", default="", metavar="OWNER/NAME", help="send the folder to the Hugging Face hub under this name")
+    parser.add_argument("--private", action="store_true", help="with --push: only you see it")
+    add_moved(parser)
+    parser.add_argument("--device", help="where samples are drawn: cpu, cuda, … (default: the best there is)")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from flowt2i.export.export import export
+
+    model = args.model or newest_run()
+    result = export(
+        model, args.to, format=args.format, weights=args.weights, dtype=args.dtype, licence=args.license, samples=args.samples, nets=args.take_nets,
+        force=args.force, push=args.push, private=args.private, codec=args.codec, text=args.text, device=args.device, progress=True,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(f"exported {args.to} ({size(result['bytes'])}, {result['format']}, {result['weights']} weights, step {result['step']:,})")
+    for name, error in result.get("errors", {}).items():
+        print(f"  {name}.onnx: differs from torch by at most {error:.1e} of the largest value")
+    if result["pushed"]:
+        print(f"  sent to {result['pushed']}")
+    return 0

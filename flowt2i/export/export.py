@@ -1,0 +1,86 @@
+"""From a run to a folder that travels: weights in one of three formats, a model card, samples; complete or absent."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowt2i import exported, hub
+from flowt2i.errors import UserError, nearest
+from flowt2i.export import card, folder, native
+from flowt2i.export.facts import training_facts
+from flowt2i.pipeline import Pipeline
+from flowt2i.training import checkpoint
+
+FORMATS = ("flowt2i", "diffusers", "onnx")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check(to: Path, format: str, dtype: str, licence: str, samples: int, push: str, force: bool) -> None:
+    """UserError for whatever cannot work, before anything is loaded."""
+    if format not in FORMATS:
+        raise UserError(f"no format {format!r}{nearest(format, FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"no dtype {dtype!r}{nearest(dtype, DTYPES)}")
+    if format == "onnx" and dtype != "fp32":
+        raise UserError("--format onnx is fp32: leave out --dtype")
+    if not 0 <= samples <= 64:
+        raise UserError(f"--samples {samples} is out of range: choose 0 to 64")
+    card.check_licence(licence)
+    folder.check_target(to, force)
+    if format == "onnx":
+        from flowt2i.export.onnx_format import require_onnx
+
+        require_onnx()
+    if push:
+        hub.check_id(push)
+        hub.check_login(push)
+
+
+def export(
+    model: str | Path, to: Path, *, format: str = "flowt2i", weights: str = "auto", dtype: str = "fp32", licence: str = "", samples: int = 16,
+    nets: bool = False, force: bool = False, push: str = "", private: bool = False, codec: str | None = None, text: str | None = None,
+    device: str | None = None, progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write `to` from a run, a checkpoint, an export of ours or a hub id, and send it to the hub as `push`. Returns what was done.
+
+    nets: take VAE and text encoder along where the hub has them too. codec, text: where they are, if they moved. UserError in one line
+    for what the user can mend; `to` is then as it was (a push that fails leaves it complete).
+    """
+    check(to, format, dtype, licence, samples, push, force)
+    from tqdm import tqdm
+
+    source = checkpoint.find(hub.local(model))
+    codec, text = codec or exported.taken_along(source, exported.VAE), text or exported.taken_along(source, exported.ENCODER)
+    pipeline = Pipeline.from_pretrained(source, weights=weights, device=device, codec=codec, text=text)
+    facts = training_facts(source, pipeline)
+    for parameter in pipeline.model.parameters():
+        parameter.data.copy_(parameter.to(DTYPES[dtype]))  # the samples show what travels
+    prompts = card.sample_prompts(pipeline.config, pipeline.description.prompts, samples)
+    result: dict[str, Any] = {"to": str(to), "format": format, "weights": "ema" if pipeline.weights == "EMA" else "raw", "dtype": dtype}
+    with folder.aside(to, force) as aside:
+        drawn = None
+        if prompts:
+            with tqdm(total=len(prompts), desc="drawing samples", unit="image", leave=False, disable=None if progress else True) as bar:
+                drawn = card.draw_samples(pipeline, prompts, aside / "samples.png", bar.update)
+        if format == "onnx":
+            from flowt2i.export import onnx_format
+
+            with tqdm(total=onnx_format.STAGES, leave=False, disable=None if progress else True) as bar:
+
+                def stage(what: str) -> None:
+                    bar.set_description(what)
+                    bar.update()
+
+                result["errors"] = onnx_format.write(pipeline, aside, stage)
+        elif format == "diffusers":
+            from flowt2i.export import diffusers_format
+
+            diffusers_format.write(pipeline, aside, DTYPES[dtype])
+        else:
+            native.write(pipeline, aside, DTYPES[dtype], samples, nets, codec, text)
+        folder.write_mark(aside, format, weights=result["weights"], dtype=dtype, training=facts)
+        card.write_card(aside, format, push or to.resolve().name, pipeline, facts, licence, dtype, prompts, drawn)
+        checkpoint.write_manifest(aside, leave_out=("README.md", "samples.png"))  # people may edit these
+    result |= {"bytes": folder.total_bytes(to), "step": facts["step"], "pushed": hub.push(to, push, private) if push else None}
+    return result

@@ -1,0 +1,97 @@
+"""What a run says of its own training: for the model card, and kept in `export.json` so that an export can be exported again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flowt2i.description import DatasetDescription
+from flowt2i.export.folder import read_mark
+from flowt2i.pipeline import Pipeline
+from flowt2i.training import checkpoint
+
+
+def training_facts(model: Path, pipeline: Pipeline) -> dict[str, Any]:
+    """Steps, images, seconds, device and scores of a checkpoint (its run's logs up to its step), or what an export says of them.
+
+    `seconds` sums images over images a second of every logged step: evaluations and saves are not in it. None where there is no log.
+    """
+    mark = read_mark(model)
+    if mark:
+        return mark["training"]
+    state = checkpoint.read_state(model)
+    run = model.parent.parent
+    resolved = _resolved(run / "config.json")
+    return {
+        "step": state["step"],
+        "images_seen": state["images_seen"],
+        "seconds": _seconds(_lines(run / "log.jsonl", state["step"])),
+        "parameters": sum(p.numel() for p in pipeline.model.parameters()),
+        "device": resolved.get("device"),
+        "ranks": resolved.get("ranks"),
+        "scores": _scores(_lines(run / "eval.jsonl", state["step"])),
+    }
+
+
+def public_source(description: DatasetDescription) -> str:
+    """Where the data came from, without the folders of the machine it was prepared on: those are nobody's business."""
+    if description.is_scenes:
+        return description.source
+    return ", ".join(_public(part) for part in description.source.split(", "))
+
+
+def plain_euler(settings: dict[str, Any]) -> bool:
+    """Are these sampling settings Euler's method on even (or shifted) times, as other programs have it?"""
+    return settings["solver"] == "euler" and settings.get("schedule", "uniform") == "uniform"
+
+
+def _public(source: str) -> str:
+    path = Path(source)
+    if not (source.startswith((".", "/", "~")) or path.exists() or source.count("/") > 1):
+        return source  # a hub id
+    return "local files: " + (path.name or source)
+
+
+def _resolved(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()).get("resolved", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Lines of a log up to a step; those that a kill cut short are passed over."""
+    try:
+        texts = path.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+            if line["step"] <= step:
+                found.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _seconds(lines: list[dict[str, Any]]) -> float | None:
+    seconds, before = 0.0, 0
+    for line in lines:
+        if line.get("images_per_s"):
+            seconds += (line["images_seen"] - before) / line["images_per_s"]
+            before = line["images_seen"]
+    return round(seconds, 1) if seconds else None
+
+
+def _scores(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest evaluation: its step, and every number under its name, nested ones as `a/b`."""
+    if not lines:
+        return {}
+    step = max(line["step"] for line in lines)
+    scores: dict[str, Any] = {"step": step}
+    for line in (line for line in lines if line["step"] == step):
+        for name, value in line.items():
+            inner = {f"{name}/{key}": number for key, number in value.items()} if isinstance(value, dict) else {name: value}
+            scores |= {key: number for key, number in inner.items() if isinstance(number, int | float) and key not in ("step", "images_seen")}
+    return scores

@@ -1,0 +1,171 @@
+"""`flowt2i export` in our own format: what travels, what it says of itself, and what it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from flowt2i import Pipeline
+from flowt2i.cli import main
+from flowt2i.config import resolve
+from flowt2i.description import DatasetDescription
+from flowt2i.errors import UserError
+from flowt2i.export import native
+from flowt2i.export.export import export
+from flowt2i.training import checkpoint
+from flowt2i.training.loop import train
+
+ASKED = {"steps": 2, "seed": 7, "guidance": 2.0}
+PROMPTS = ["a red circle", "three small blue stars"]
+
+
+@pytest.fixture(scope="module")
+def run(scenes_data, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    words = [*tiny, "--train.steps", "3", "--optim.lr", "1e-2", "--train.ema", "0.5"]
+    train(resolve("quickstart", words), scenes_data, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    to = tmp_path_factory.mktemp("export") / "tiny"
+    assert main(["export", str(run), "--to", str(to), "--license", "apache-2.0", "--samples", "4"]) == 0
+    return to
+
+
+def pictures(path, **settings):
+    return Pipeline.from_pretrained(path, device="cpu", **settings).sample(PROMPTS, **ASKED).images
+
+
+def test_it_draws_the_same_pictures_bit_by_bit(run, exported):
+    assert np.array_equal(pictures(exported), pictures(run))
+    assert not list(exported.parent.glob(".*"))  # nothing is left beside it
+
+
+def test_what_is_in_the_folder(exported):
+    files = {f.relative_to(exported).as_posix() for f in exported.rglob("*") if f.is_file()}
+    assert files == {
+        "README.md", "samples.png", "config.json", "dataset.json", "export.json", "manifest.json", "model.safetensors", "tokenizer/tokenizer.json"
+    }  # fmt: skip
+    assert checkpoint.damage(exported) is None
+    (exported / "README.md").write_text((exported / "README.md").read_text() + "\nedited\n")  # cards are for people to edit
+    assert checkpoint.damage(exported) is None
+
+
+def test_the_model_card_says_what_the_run_recorded(run, exported):
+    from huggingface_hub import ModelCard
+
+    text, data = (exported / "README.md").read_text(), ModelCard.load(exported / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "flowt2i", "text-to-image")
+    state = json.loads((checkpoint.newest_good(run) / "state.json").read_text())
+    last = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+    assert f"| steps | {state['step']} |" in text and f"| images seen | {state['images_seen']} |" in text and "| time in steps |" in text
+    assert f"| validation/loss | {last['validation']['loss']:.4g} |" in text and f"| score | {last['score']:.4g} |" in text
+    assert "seeds 0 to 3, not picked" in text and "64×64" in text and str(run.parent) not in text
+    assert Image.open(exported / "samples.png").width > 128
+
+
+def test_raw_weights_and_an_export_of_an_export(run, exported, tmp_path):
+    raw, again = tmp_path / "raw", tmp_path / "again"
+    export(run, raw, weights="raw", samples=0, device="cpu")
+    assert np.array_equal(pictures(raw), pictures(run, weights="raw")) and not (raw / "samples.png").exists()
+    with pytest.raises(UserError, match="no ema weights: choose raw"):
+        Pipeline.from_pretrained(raw, weights="ema")
+    result = export(exported, again, samples=0, device="cpu")
+    assert (result["weights"], result["step"]) == ("ema", 3) and Pipeline.from_pretrained(again, device="cpu").weights == "EMA"
+    assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert json.loads((again / "export.json").read_text())["training"] == json.loads((exported / "export.json").read_text())["training"]
+    assert "No licence was stated" in (again / "README.md").read_text()
+
+
+def test_half_precision_is_half_the_size_and_nearly_the_same(run, exported, tmp_path):
+    export(run, tmp_path / "half", dtype="bf16", samples=0, device="cpu")
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", exported)]
+    assert 0.45 < sizes[0] / sizes[1] < 0.6
+    assert np.abs(pictures(tmp_path / "half").astype(int) - pictures(exported).astype(int)).mean() < 8
+
+
+def test_complete_or_absent(run, tmp_path, monkeypatch):
+    to = tmp_path / "model"
+    export(run, to, samples=0, device="cpu")
+    before = (to / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        (args[1] / "model.safetensors").write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "write", full)
+    for target, force in ((tmp_path / "new", False), (to, True)):
+        with pytest.raises(UserError, match="No space left on device"):
+            export(run, target, samples=0, force=force, device="cpu")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (to / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    to.rename(tmp_path / ".model.old")  # killed between the two renames
+    with pytest.raises(UserError, match="add --force"):
+        export(run, to, samples=0, device="cpu")
+    export(run, to, samples=0, force=True, weights="raw", device="cpu")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (to / "model.safetensors").read_bytes() != before
+
+
+def test_other_peoples_files_are_never_replaced(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        export(run, tmp_path / "mine", samples=0, force=True, device="cpu")
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".empty.tmp").mkdir()  # of an export that was killed
+    export(run, tmp_path / "empty", samples=0, device="cpu")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "mine"]
+    assert DatasetDescription.load(tmp_path / "empty").prompts == ()  # no caption travels that the card does not show
+    with FileLock(tmp_path / ".empty.lock"), pytest.raises(UserError, match="another export is writing"):
+        export(run, tmp_path / "empty", samples=0, force=True, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["/nowhere"], "no model at /nowhere"),
+        (["FOREIGN"], "holds no checkpoint yet"),
+        (["DAMAGED"], "is damaged"),
+        (["RUN", "--format", "difusers"], "'diffusers'"),
+        (["RUN", "--format", "onnx", "--dtype", "bf16"], "is fp32"),
+        (["RUN", "--dtype", "fp16"], "no dtype 'fp16'"),
+        (["RUN", "--weights", "best"], "no weights 'best'"),
+        (["RUN", "--samples", "-1"], "--samples -1"),
+        (["RUN", "--license", "All rights"], "--license"),
+        (["RUN", "--push", "not a name"], "--push 'not a name'"),
+        (["RUN", "--push", "me/name"], "nobody is logged in"),
+        (["RUN", "--to", "RUN"], "holds other files"),
+        (["RUN", "--to", "FILE"], "is a file"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(words, told, run, exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "file").write_text("x")
+    if "DAMAGED" in words:
+        shutil.copytree(exported, tmp_path / "damaged")
+        (tmp_path / "damaged" / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes()[:-1])
+    places = {"RUN": run, "FOREIGN": tmp_path / "foreign", "FILE": tmp_path / "file", "DAMAGED": tmp_path / "damaged"}
+    words = [str(places.get(word, word)) for word in words]
+    before = sorted(p.name for p in run.iterdir())
+    assert main(["export", "--to", str(tmp_path / "to"), *words]) == 2
+    told_us = capsys.readouterr().err
+    assert told in told_us and told_us.count("\n") == 1, told_us
+    assert not (tmp_path / "to").exists() and sorted(p.name for p in run.iterdir()) == before
+
+
+def test_a_foreign_mark_is_one_line(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "copy")
+    (tmp_path / "copy" / "export.json").write_text("[]")
+    with pytest.raises(UserError, match=r"export\.json cannot be read"):
+        Pipeline.from_pretrained(tmp_path / "copy")
+    (tmp_path / "copy" / "export.json").write_text('{"format": "onnx"}')
+    with pytest.raises(UserError, match="was exported for onnx"):
+        Pipeline.from_pretrained(tmp_path / "copy")

@@ -1,0 +1,104 @@
+"""To the hub and back, over HTTP, against a hub of the test's own."""
+
+import shutil
+
+import numpy as np
+import pytest
+from hub_server import serving
+
+from flowt2i import Pipeline
+from flowt2i.cli import main
+from flowt2i.config import resolve
+from flowt2i.errors import UserError
+from flowt2i.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def run(scenes_data, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    train(resolve("quickstart", [*tiny, "--train.steps", "2"]), scenes_data, folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+    """Point huggingface_hub at an address, with a cache of the test's own; call it with the address."""
+    from huggingface_hub import constants
+
+    def at(address):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        monkeypatch.chdir(tmp_path)  # no folder here has the name of a model
+
+    return at
+
+
+def one_line(capsys):
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1, told
+    return told
+
+
+def test_pushed_and_loaded_again(run, tmp_path, online, capsys):
+    with serving() as hub:
+        online(hub.address)
+        words = ["export", str(run), "--to", str(tmp_path / "to"), "--push", "me/scenes", "--samples", "2"]
+        assert main(words) == 0
+        assert f"sent to {hub.address}/me/scenes" in capsys.readouterr().out
+        files = hub.files["me/scenes"]
+        assert {"README.md", "samples.png", "model.safetensors", "export.json", "manifest.json", "tokenizer/tokenizer.json"} <= files.keys()
+        assert b'from_pretrained("me/scenes")' in files["README.md"]
+        files["pytorch_model.bin"] = files["evil.pkl"] = b"pickle"
+        wanted = Pipeline.from_pretrained(run, device="cpu").sample("a red circle", steps=2).images
+        assert np.array_equal(Pipeline.from_pretrained("me/scenes", device="cpu").sample("a red circle", steps=2).images, wanted)
+        assert main(["generate", "a red circle", "--model", "me/scenes", "--out", "a.png", "--steps", "2"]) == 0
+        assert "model.safetensors" in hub.fetched and not {"pytorch_model.bin", "evil.pkl"} & set(hub.fetched)
+    cached = Pipeline.from_pretrained("me/scenes", device="cpu")  # the hub is gone now; what was fetched is used
+    assert np.array_equal(cached.sample("a red circle", steps=2).images, wanted)
+
+
+def test_what_the_hub_does_not_have(online, capsys):
+    with serving() as hub:
+        online(hub.address)
+        hub.files["else/model"] = {"config.json": b"{}", "model.safetensors": b"gigabytes"}
+        assert main(["generate", "x", "--model", "me/nothing"]) == 2
+        assert "the hub has no such model" in one_line(capsys)
+        assert main(["generate", "x", "--model", "else/model"]) == 2
+        assert "was not written by `flowt2i export`" in one_line(capsys) and hub.fetched == []
+
+
+def test_a_hub_out_of_reach(run, tmp_path, online, capsys):
+    online("http://127.0.0.1:9")
+    assert main(["generate", "x", "--model", "me/scenes"]) == 2
+    assert "not on this machine and the hub cannot be reached: give a run folder" in one_line(capsys)
+    assert main(["export", str(run), "--to", str(tmp_path / "to"), "--push", "me/scenes"]) == 2
+    assert "the hub cannot be reached: leave out --push" in one_line(capsys) and not (tmp_path / "to").exists()
+
+
+def test_offline_by_choice(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set: give a run folder") as told:
+        Pipeline.from_pretrained("me/scenes")
+    assert "\n" not in str(told.value)
+
+
+def test_a_push_that_is_refused_leaves_the_export(run, tmp_path, online, capsys):
+    with serving() as hub:
+        online(hub.address)
+        hub.refuse = 403
+        assert main(["export", str(run), "--to", str(tmp_path / "to"), "--push", "you/scenes", "--samples", "0"]) == 2
+        assert "the hub refused it (403" in one_line(capsys)
+    assert Pipeline.from_pretrained(tmp_path / "to", device="cpu").sample("a star", steps=1).images.shape == (1, 64, 64, 3)
+
+
+def test_a_path_is_never_looked_for_on_the_hub(run, online, tmp_path):
+    with serving() as hub:
+        online(hub.address)
+        shutil.copytree(run, tmp_path / "runs" / "tiny")
+        assert Pipeline.from_pretrained("runs/tiny", device="cpu").weights == "EMA"
+        with pytest.raises(UserError, match="no model at runs/tinny"):
+            Pipeline.from_pretrained("runs/tinny")
+        assert hub.fetched == []
