@@ -43,12 +43,14 @@ def grid(logs: np.ndarray) -> list[float]:
     return [*map(float, times[:-1].round(5)), 1.0]
 
 
-def search(pipeline: Pipeline, prompts: Sequence[str], reference: np.ndarray, settings: dict[str, Any], steps: int, tries: int) -> tuple[list[float], float]:
-    """The best grid found and its distance."""
+def search(
+    pipeline: Pipeline, prompts: Sequence[str], reference: np.ndarray, settings: dict[str, Any], steps: int, tries: int, seed: int = 0
+) -> tuple[list[float], float]:
+    """The best grid found and its distance to the reference, whose first picture has the seed `seed`."""
 
     def loss(logs: np.ndarray) -> float:
         try:
-            return distance(pipeline.sample(prompts, schedule=",".join(map(str, grid(logs))), seed=0, **settings).images, reference)
+            return distance(pipeline.sample(prompts, schedule=",".join(map(str, grid(logs))), seed=seed, **settings).images, reference)
         except ValueError:  # intervals so short that they round to nothing
             return math.inf
 

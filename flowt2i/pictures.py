@@ -21,7 +21,7 @@ class Samples:
     images: np.ndarray  # uint8 [N, H, W, 3]
     prompts: list[str]  # [N]
     seeds: list[int]  # [N]
-    settings: dict[str, Any]  # steps, solver, guidance, shift, and whatever else is not at its default
+    settings: dict[str, Any]  # all of `SampleConfig` that decides about a picture, and what it was led away from or started at
     evaluations: int  # network evaluations a picture took, counted as they were made, guidance's included (a mean, where pictures differ)
     seconds: float
     between: list[dict[str, Any]] = field(default_factory=list)  # [N] or empty: "to", "to_seed" and "mix" of pictures between two prompts or seeds

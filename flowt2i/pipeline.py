@@ -125,7 +125,7 @@ class Pipeline:
             images.append(drawing.batch(starts[first : first + size], preview, preview_every))
             if progress:
                 progress(len(images[-1]))
-        told: dict[str, Any] = choices.telling(chosen)
+        told = dict(chosen)
         told |= {name: value for name, value in (("negative", negative), ("guide", name_of(guide))) if value}
         if drawing.given:
             told |= {"init": name_of(init), "init_pixels": editing.fingerprint(drawing.given.original), "strength": drawing.given.strength}
