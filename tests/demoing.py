@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def join(served: Served, client: httpx.Client, session: str, function: str = "on
 def follow(served: Served, client: httpx.Client, session: str) -> Iterator[dict[str, Any]]:
     """What the page hears, until its request is over."""
     with client.stream("GET", f"{served.url}/gradio_api/queue/data", params={"session_hash": session}, timeout=120) as stream:
+        until = time.monotonic() + 120
         for line in stream.iter_lines():
+            assert time.monotonic() < until, "nothing but heartbeats"
             if line.startswith("data:"):
                 message = json.loads(line.removeprefix("data:"))
                 yield message
