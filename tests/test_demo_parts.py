@@ -98,6 +98,14 @@ def test_library_offers_the_chosen_first_then_the_newest(run: Path, tmp_path: Pa
             library.card(name)
 
 
+def test_an_exported_model_is_served(run: Path, tmp_path: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["export", str(run), "--to", str(tmp_path / "models" / "travelled")]) == 0
+    monkeypatch.chdir(tmp_path)
+    library = Library([], found(), device="cpu")
+    assert library.names == ["travelled"]
+    np.testing.assert_array_equal(library.load("travelled").sample("a", steps=2).images, pipeline.sample("a", steps=2).images)
+
+
 def test_library_loads_once_and_again_where_a_run_went_on(tmp_path: Path) -> None:
     run = write_model(tmp_path / "going")
     library = Library([run], device="cpu")

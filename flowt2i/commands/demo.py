@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         ),
     )
     parser.add_argument("--model", type=Path, nargs="+", default=[], metavar="PATH",
-                        help="run folder, checkpoint or exported model, one or several (default: the newest under runs/ and models/)")  # fmt: skip
+                        help="run folder, checkpoint, exported model or hub id, one or several (default: the newest under runs/ and models/)")  # fmt: skip
     parser.add_argument("--only", action="store_true", help="offer no other model than --model (default: also those under runs/ and models/)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
     parser.add_argument("--share", action="store_true", help="also through a public gradio.live address; needs --auth or --public")

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from flowt2i import hub
 from flowt2i.config import Config, load_config
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
@@ -82,7 +83,7 @@ class Library:
     """Models by name. The names are all a visitor can send: no path ever comes over the net."""
 
     def __init__(self, chosen: Sequence[Path] = (), others: Sequence[Path] = (), **options: Any):
-        """chosen: must be models (UserError otherwise), the first is served at first; others: passed over where they are not.
+        """chosen: must be models (UserError otherwise), the first is served at first, hub ids too; others: passed over where they are not.
 
         options: as `Pipeline.from_pretrained`.
         """
@@ -90,7 +91,7 @@ class Library:
         self.cards: dict[str, Card] = {}
         self._loaded: OrderedDict[str, tuple[Path | None, Pipeline]] = OrderedDict()
         for path in chosen:
-            self._add(path, describe(path))
+            self._add(path, describe(hub.local(path)))
         known = {path.resolve() for path in chosen}
         for path in others:
             if path.resolve() in known:
