@@ -1,6 +1,6 @@
 """Measure speed and memory on this machine: the same as `flowt2i bench`.
 
-    python bench.py --config quickstart
+python bench.py --config quickstart
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Look at a prepared dataset: the same as `flowt2i inspect`; without an argument the newest one under data/.
 
-    python debug.py data/scenes
+python debug.py data/scenes
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Serve the web page: the same as `flowt2i demo`.
 
-    python demo.py --model runs/quickstart
+python demo.py --model runs/quickstart
 """
 
 import sys

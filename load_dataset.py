@@ -1,6 +1,6 @@
 """Prepare captioned images for training: the same as `flowt2i prepare`.
 
-    python load_dataset.py scenes --out data/scenes
+python load_dataset.py scenes --out data/scenes
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Train a model: the same as `flowt2i train`, as a script for `torchrun`.
 
-    python train.py --config stability --data data/mine
-    torchrun --nproc-per-node 2 train.py --config stability --data data/mine
+python train.py --config stability --data data/mine
+torchrun --nproc-per-node 2 train.py --config stability --data data/mine
 """
 
 import sys

@@ -132,7 +132,9 @@ class TrainConfig(_Section):
     )
     ema: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights, warmed up as (1 + n) / (10 + n); 0: none")
     timeout_s: float = Field(600, gt=0, description="several ranks: seconds after which a rank that hears nothing of the others gives up")
-    dry_run: bool = Field(True, description="before step 0: is there room for the checkpoints, can one be written, can a picture be drawn")
+    dry_run: bool = Field(
+        True, description="a new run: a real step, a checkpoint and a picture before step 0 (a resume: a tiny file and a picture), and is there room"
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of log.jsonl")
     eval_every: int = Field(1_000, ge=0, description="steps between validation loss and sample grid; 0: at the end only")
     eval_images: int = Field(512, ge=1, description="held-out images of the validation loss, at most")

@@ -261,7 +261,7 @@ def few_steps(config: Config, micro: int) -> Config:
     few.data.batch_size, few.train.micro_batch = micro, 0
     few.train.compile = "on" if will_compile(config.train, best_device()) else "off"
     few.train.steps, few.train.minutes, few.train.log_every, few.train.checkpoint_every = 3, 0.0, 1, 3
-    few.train.stop_after = ""
+    few.train.stop_after, few.train.dry_run = "", False  # this is one itself
     few.train.eval_every, few.train.eval_images, few.train.score_prompts, few.sample.steps, few.sample.images = 0, 1, 0, 1, 1
     few.track.use_wandb = few.track.tensorboard = False
     return few

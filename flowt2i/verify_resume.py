@@ -9,6 +9,7 @@ training is repeated: if even that differs from the first, it is the device's ke
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,11 @@ def verify_resume(
         "train.eval_images": 1, "train.score_prompts": 0, "sample.steps": 1, "sample.images": 1, "track.use_wandb": "false", "track.tensorboard": "false",
     }  # fmt: skip
     command = ["train", *words, "--data", str(data), *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
-    with tempfile.TemporaryDirectory(prefix="flowt2i-verify-") as folder:
+    try:
+        place = tempfile.TemporaryDirectory(prefix="flowt2i-verify-")
+    except OSError as error:
+        raise UserError(f"no temporary folder can be written ({error.strerror}): set TMPDIR to a folder on a disk with room") from error
+    with place as folder:
         whole, stopped = Path(folder, "uninterrupted"), Path(folder, "interrupted")
         progress(f"{steps} steps without a stop")
         _train(command, whole, ranks)
@@ -137,7 +142,9 @@ def _train(command: Sequence[str], run: Path, ranks: int, stop_at: int = 0) -> N
     if done.returncode != 0 and not (stop_at and (done.returncode == INTERRUPTED or ranks > 1)):
         lines = done.stderr.splitlines()
         said = next((line for line in lines if line.startswith("flowt2i train: error:")), None)  # under torchrun its own lines follow
-        raise UserError(f"the training itself failed: {said or next((line for line in reversed(lines) if 'error' in line.lower()), done.stderr[-300:])}")
+        said = said or next((line for line in reversed(lines) if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b", line)), done.stderr[-300:])
+        full = str(run) in said and ("no room" in said or "write" in said)
+        raise UserError(f"the training itself failed: {said}" + ("; here: set TMPDIR to a folder on a disk with room" if full else ""))
 
 
 def _child(stop_at: int, words: Sequence[str]) -> int:

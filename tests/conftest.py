@@ -16,6 +16,9 @@ TINY = [
     "--train.checkpoint_every", "1000",
 ]  # fmt: skip
 
+# And little that is shown of a run besides its losses.
+QUIET = ["--train.eval_every", "0", "--train.eval_images", "8", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1"]
+
 
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:

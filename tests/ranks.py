@@ -3,8 +3,8 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks.py JOBS.json OUT
 
 JOBS.json: a list of {"train": words of `flowt2i train`, and what is to go wrong: see `fault`}, {"evaluate": [checkpoint, data, words]} or
-{"collectives": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the rank was given (step, first row, sample
-numbers, noise), or the evaluation, or how many gradient reductions the second step took.
+{"collectives", "rehearse" or "pictures": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the rank was given (step, first row, sample
+numbers, noise), or what the function of that name returns.
 """
 
 import errno
@@ -22,22 +22,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowt2i import cli
 from flowt2i.config import resolve
+from flowt2i.errors import UserError
 from flowt2i.evaluation.validation import validation_loss
-from flowt2i.training import checkpoint, distributed
+from flowt2i.training import checkpoint, distributed, dryrun, parallel
+from flowt2i.training import evaluate as evaluation
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.loop import Trainer
 
 
-def record(seen: list[Any]) -> Any:
-    """Note what each micro-batch is made of."""
-    forward = Trainer._forward
+def record(seen: list[Any], stack: ExitStack) -> None:
+    """Note what each micro-batch of the run is made of."""
+    forward, ready = Trainer._forward, Trainer._make_ready
+
+    def beginning(self: Trainer) -> None:
+        ready(self)
+        seen.clear()  # what was only rehearsed
 
     def noting(self: Trainer, module: Any, batch: Any, draw: Any, t: Any, part: slice) -> Any:
         noise = [round(float(x), 6) for x in draw.noise[part].flatten(1)[:, 0]]
         seen.append({"step": self.step, "row": part.start, "samples": batch.index.tolist(), "noise": noise})
         return forward(self, module, batch, draw, t, part)
 
-    return mock.patch.object(Trainer, "_forward", noting)
+    stack.enter_context(mock.patch.object(Trainer, "_forward", noting))
+    stack.enter_context(mock.patch.object(Trainer, "_make_ready", beginning))
 
 
 def fault(kind: str, rank: int, step: int) -> Any:
@@ -126,6 +133,44 @@ def collectives(run: str, data: str, words: list[str]) -> dict[str, Any]:
     return {"accumulation": trainer.accumulate, "kind": type(next(trainer.model.parameters())).__name__, **sent.counts}
 
 
+def rehearse(run: str, data: str, words: list[str]) -> dict[str, Any]:
+    """Whether weights, average and random state are after a dry run what they were before, and how much state the optimizer has then."""
+    trainer = Trainer(resolve("quickstart", words), Path(data), Path(run), None, progress=False)
+    tensors = lambda: [t for name in ("model", "ema") for t in trainer._tensors()[name].values()]
+    before, random = [parallel.whole(t).clone() for t in tensors()], torch.get_rng_state()
+    dryrun.rehearse(trainer)
+    weights = all(torch.equal(a, parallel.whole(b)) for a, b in zip(before, tensors()))
+    trainer.close()
+    return {"weights": weights, "random": torch.equal(random, torch.get_rng_state()), "state": len(trainer.optimizer.state())}
+
+
+def pictures(run: str, data: str, words: list[str]) -> dict[str, Any]:
+    """Four pictures in batches of one, of which the first on rank 1 fails; an empty prompt; then four that do not fail."""
+    trainer = Trainer(resolve("quickstart", words), Path(data), Path(run), None, progress=False)
+    pipeline, prompts, calls = trainer.pipeline(), ["a", "b", "c", "d"], 0
+    draw = pipeline._batch
+
+    def failing(*args: Any) -> Any:
+        nonlocal calls
+        images, calls = draw(*args), calls + 1
+        if trainer.world.rank == 1 and calls == 1:
+            raise UserError("not finite")
+        return images
+
+    with mock.patch.object(evaluation, "AT_ONCE", 1), torch.no_grad():
+        evaluation.loss_on_heldout(trainer, trainer.ema_objective or trainer.objective)  # as before all pictures: it makes the objective FSDP2's root
+        said = []
+        for texts in (prompts, ["a", "b", "c", " "]):
+            with mock.patch.object(pipeline, "_batch", failing):
+                try:
+                    evaluation.sample_over_ranks(trainer.world, pipeline, texts, seed=0)
+                except UserError as error:
+                    said.append(str(error))
+        shape = evaluation.sample_over_ranks(trainer.world, pipeline, prompts, seed=0).images.shape
+    trainer.close()
+    return {"error": said[0], "empty": "an empty prompt" in said[1], "shape": list(shape)}
+
+
 def uneven_validation(world: distributed.World) -> dict[str, float]:
     """Thirteen made-up losses in batches of three."""
     return validation_loss(lambda rows, t, draw: t * (1 + draw.noise[: len(rows)].mean((1, 2, 3)).abs()), 13, 3, (3, 4, 4), False, world)
@@ -144,11 +189,12 @@ def main() -> None:
                 results.append({"values": evaluate(trainer, None, last=True), "uneven": uneven_validation(world)})
                 trainer.close()
                 continue
-            if "collectives" in job:
-                results.append(collectives(*job["collectives"]))
+            other = next((work for work in (collectives, rehearse, pictures) if work.__name__ in job), None)
+            if other:
+                results.append(other(*job[other.__name__]))
                 continue
             with ExitStack() as stack:
-                stack.enter_context(record(seen))
+                record(seen, stack)
                 if "fault" in job:
                     stack.enter_context(fault(*job["fault"]))
                 results.append({"status": cli.main(["train", *job["train"]]), "seen": seen})

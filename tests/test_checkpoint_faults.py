@@ -89,6 +89,21 @@ def test_killed_at_any_moment_of_a_save(tmp_path, after):
     assert call > 15 and set(found) == {1.0, 2.0} and found == sorted(found)
 
 
+def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
+    """Files, the folders that name them, then the new name; and the folder of all checkpoints where it is new."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    run, synced = tmp_path / "run", []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(run).as_posix()), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (synced.append("renamed"), replace(a, b)))
+    written = checkpoint.save(run, 1, tensors(1.0), TEXTS, {"tokenizer": tmp_path / "tokenizer"})
+    aside = "checkpoints/.step_00000001.tmp"
+    names = [path.relative_to(written).as_posix() for path in written.rglob("*")]
+    assert synced[0] == "." and synced[-2:] == ["renamed", "checkpoints"] and synced[-3] == aside
+    assert {f"{aside}/{name}" for name in names} | {aside} == set(synced[1:-2]) and f"{aside}/tokenizer" in synced
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_killed_while_a_checkpoint_is_replaced(tmp_path, after):
     """The only checkpoint is written again at the same step: at no moment is there none, for one who reads or one who resumes."""

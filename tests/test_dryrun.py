@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import QUIET
 
 from flowt2i import human
 from flowt2i.cli import main
@@ -14,8 +15,6 @@ from flowt2i.training import checkpoint, dryrun
 from flowt2i.training.compiling import has_compiler
 from flowt2i.training.loop import Trainer, train
 from flowt2i.verify_resume import compare
-
-QUIET = ["--train.eval_every", "0", "--train.eval_images", "8", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1"]
 
 
 def trainer(data, run, *words):
@@ -29,7 +28,7 @@ def with_free(monkeypatch, free):
 @pytest.mark.parametrize("words", [["--optim.name", "muon"], ["--optim.name", "adamw"], ["--train.ema", "0", "--model.block", "seed"]])
 def test_the_estimate_is_the_size_of_a_checkpoint(words, scenes_data, tiny, tmp_path):
     it = trainer(scenes_data, tmp_path / "run", *tiny, *QUIET, *words, "--train.steps", "1")
-    estimate = dryrun.checkpoint_space(it).each
+    estimate = dryrun.checkpoint_space(it, 1).each
     it.train()
     it.close()
     real = sum(file.stat().st_size for file in checkpoint.folder(tmp_path / "run", 1).glob("*.safetensors"))
@@ -52,13 +51,17 @@ def test_how_many_checkpoints_are_kept(steps, every, recent, for_good, kept):
     assert dryrun.checkpoints_kept(config, steps) == kept
 
 
-@pytest.mark.parametrize("words", [[], ["--train.ema", "0"]])
+@pytest.mark.parametrize("words", [["--optim.name", "muon"], ["--optim.name", "adamw", "--train.micro_batch", "2"], ["--train.ema", "0"]])
 def test_nothing_of_the_run_changes(words, scenes_data, tiny, tmp_path):
     it = trainer(scenes_data, tmp_path / "looked", *tiny, *words)
     before, training = torch.get_rng_state(), it.pipeline().model.training
+    weights = {name: tensor.clone() for name, tensor in it.model.state_dict().items()}
     dryrun.check(it)
+    dryrun.rehearse(it)
     it.close()
     assert torch.equal(before, torch.get_rng_state()) and it.pipeline().model.training == training
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in it.model.state_dict().items())
+    assert not it.optimizer.state() and it.step == 0 and all(p.grad is None for p in it.model.parameters()) and it.saver.rehearsed[0] > 100_000
     assert {path.name for path in (tmp_path / "looked").iterdir()} == {".lock"}
     for name in ("true", "false"):
         train(resolve("quickstart", [*tiny, *QUIET, *words, "--train.steps", "3", "--train.dry_run", name]), scenes_data, tmp_path / name, progress=False)
@@ -112,6 +115,38 @@ def test_a_folder_that_cannot_sync_is_refused(scenes_data, tiny, tmp_path, monke
     assert not (tmp_path / "run" / ".dry-run").exists()
 
 
+@pytest.mark.parametrize("fault", ["full", "damaged"])
+def test_a_whole_checkpoint_that_fails_is_refused_before_training(fault, scenes_data, tiny, tmp_path, monkeypatch, capsys):
+    """A small file goes through; that of the optimizer does not, or does not read back."""
+    save, prove = checkpoint.save_file, checkpoint.prove
+
+    def save_file(tensors, path):
+        if path.name == "optimizer.safetensors":
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    def spoilt(path):
+        (path / "optimizer.safetensors").write_bytes(b"")
+        prove(path)
+
+    monkeypatch.setattr(*((checkpoint, "save_file", save_file) if fault == "full" else (checkpoint, "prove", spoilt)))
+    run = tmp_path / "run"
+    assert main(["train", "--config", "quickstart", "--data", str(scenes_data), "--out", str(run), *tiny, *QUIET, "--train.steps", "2"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flowt2i train: error:")]
+    assert len(told) == 1 and ("No space left on device" if fault == "full" else "does not read back") in told[0] and ".dry-run" in told[0]
+    assert {path.name for path in run.iterdir()} == {".lock"}
+
+
+def test_a_resume_rehearses_nothing_and_clears_up(scenes_data, tiny, tmp_path, monkeypatch, capsys):
+    words = [*tiny, *QUIET, "--optim.schedule", "constant", "--train.steps"]
+    train(resolve("quickstart", [*words, "1"]), scenes_data, tmp_path, progress=True)
+    assert "dry run: a step, a checkpoint of" in capsys.readouterr().err
+    (tmp_path / ".dry-run" / "checkpoints").mkdir(parents=True)  # of a start that was killed
+    monkeypatch.setattr(Trainer, "rehearse_step", None)
+    train(resolve("quickstart", [*words, "2"]), scenes_data, tmp_path, "latest", progress=True)
+    assert "dry run:" not in capsys.readouterr().err and not (tmp_path / ".dry-run").exists()
+
+
 def test_a_codec_that_cannot_decode_is_refused_before_training(scenes_data, tiny, tmp_path, monkeypatch):
     from flowt2i.codec import PixelCodec
 
@@ -127,7 +162,11 @@ def test_a_codec_that_cannot_decode_is_refused_before_training(scenes_data, tiny
 def test_the_forecast_comes_once(scenes_data, tiny, tmp_path, capsys):
     train(resolve("quickstart", [*tiny, *QUIET, "--train.steps", "30"]), scenes_data, tmp_path / "run", progress=True)
     errors = capsys.readouterr().err
-    assert errors.count("expected: ") == 1 and "of checkpoints (1 at once)" in errors
+    told = [line for line in errors.replace("\r", "\n").splitlines() if "dry run: a" in line or "expected: " in line]
+    assert len(told) == 2 and "to go at" in told[1] and "GiB of" in told[1] and "of checkpoints (1 at once)" in told[1]
+    assert "and a picture: all work" in told[0]
+    train(resolve("quickstart", [*tiny, *QUIET, "--train.steps", "60"]), scenes_data, tmp_path / "run", "latest", progress=True)
+    assert capsys.readouterr().err.count("expected: ") == 1  # a resume shows it by its first steps
 
 
 def test_units():

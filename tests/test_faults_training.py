@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET
 from safetensors.torch import save_file
 
 from flowt2i.cli import main
@@ -29,7 +30,6 @@ from flowt2i.training.loop import Stopped, Trainer, train
 from flowt2i.verify_resume import compare, losses
 
 ROOT = Path(__file__).parents[1]
-QUIET = ["--train.eval_every", "0", "--train.eval_images", "8", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1"]
 LONG = 300  # seconds after which a wait has failed; nothing here is timed
 
 
@@ -146,19 +146,31 @@ def test_fault_1_killed_twenty_times(scenes_data, tiny, tmp_path, leftovers):
     assert_same(whole, run)
 
 
+KILLED_AT = """
+import os, signal, sys
+from flowt2i import cli
+from flowt2i.training.loop import Trainer
+step = Trainer._step
+def deadly(self, *args):
+    if self.step == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+Trainer._step = deadly
+cli.run(sys.argv[2:])
+"""
+
+
 @pytest.mark.slow
-def test_fault_9_killed_in_the_second_epoch(scenes_data, tiny, tmp_path, leftovers):
+def test_fault_9_killed_in_the_second_epoch(scenes_data, tiny, tmp_path):
     """The order of the epoch goes on where it was: no sample comes twice, none is left out."""
     from flowt2i.data.dataset import ImageTextDataset
 
     count = len(ImageTextDataset(scenes_data))
     second = count // 8 + 3  # a step within the second epoch
     settings = ["--train.steps", str(second + 6), "--train.checkpoint_every", "1"]
-    run, log = tmp_path / "run", tmp_path / "log"
-    process = launch(words(scenes_data, run, tiny, *settings), log)
-    leftovers.append(process)
-    wait_until(lambda: last_step(run) >= second, process)
-    kill_group(process)
+    run = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", KILLED_AT, str(second), *words(scenes_data, run, tiny, *settings)], cwd=ROOT, timeout=LONG)
+    assert done.returncode == -signal.SIGKILL
     config = resolve("quickstart", [*tiny, *QUIET, *settings])
     trainer = Trainer(config, scenes_data, run, "latest", progress=False)
     assert count < trainer.step * 8 < 2 * count

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
+from flowt2i.cli import main
 from flowt2i.config import resolve
 from flowt2i.errors import UserError
 from flowt2i.memory import is_out_of_memory
+from flowt2i.training import checkpoint
 from flowt2i.training.fit_memory import fitting_micro_batch
 from flowt2i.training.loop import Trainer
 
@@ -82,3 +84,19 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(scenes_data, tiny, tmp_
     with pytest.raises(RuntimeError, match="a bug"):
         trainer.fit_memory()
     trainer.close()
+
+
+def test_later_than_the_start_it_is_one_line(scenes_data, tiny, tmp_path, monkeypatch, capsys):
+    step = Trainer._step
+
+    def short(self, *args):
+        if self.step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", short)
+    words = ["--data", str(scenes_data), "--out", str(tmp_path / "run"), *tiny, "--train.steps", "3", "--train.checkpoint_every", "1"]
+    assert main(["train", "--config", "quickstart", *words]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(told) == 1 and "Tried to allocate 2 GiB): free some" in told[0] and "--train.micro_batch" in told[0]
+    assert checkpoint.damage(checkpoint.folder(tmp_path / "run", 1)) is None

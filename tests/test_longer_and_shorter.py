@@ -1,31 +1,19 @@
 """Runs that are extended, runs that stop on time, runs that are killed while a checkpoint is written."""
 
-import json
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import QUIET
 
 from flowt2i import cli
 from flowt2i.config import resolve, seconds
 from flowt2i.errors import UserError
 from flowt2i.training import checkpoint
 from flowt2i.training.loop import train
-
-QUIET = ["--train.eval_every", "0", "--train.eval_images", "2", "--train.score_prompts", "0", "--sample.images", "2"]
-
-
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["lr"]) for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())]
-
-
-def same(a: Path, b: Path) -> bool:
-    """Whether two checkpoints hold equal tensors."""
-    pairs = [[checkpoint.load_tensors(path / f"{name}.safetensors") for path in (a, b)] for name in ("model", "ema", "optimizer")]
-    return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
+from flowt2i.verify_resume import compare, losses
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -36,8 +24,7 @@ def test_an_extended_run_is_one_run(schedule, scenes_data, tiny, tmp_path):
         warnings.simplefilter("error", UserWarning)
         for run, steps, resume in (("whole", "20", None), ("part", "10", None), ("part", "20", "latest")):
             train(resolve("quickstart", [*words, steps]), scenes_data, tmp_path / run, resume, progress=False)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "part") and len(losses(tmp_path / "part")) == 20
-    assert same(checkpoint.folder(tmp_path / "whole", 20), checkpoint.folder(tmp_path / "part", 20))
+    assert compare(tmp_path / "whole", tmp_path / "part")["equal"] and len(losses(tmp_path / "part")) == 20
 
 
 def test_a_schedule_that_bends_is_told(scenes_data, tiny, tmp_path):
@@ -61,7 +48,7 @@ def test_a_wall_clock_budget_saves_and_stops(scenes_data, tiny, tmp_path, capsys
     first, second = (line for line in capsys.readouterr().err.splitlines() if line.startswith("flowt2i train: stopped after 1s at step"))
     steps = checkpoint.list_steps(tmp_path)
     assert f"step {steps[0]};" in first and f"step {steps[1]};" in second
-    assert [step for step, *_ in losses(tmp_path)] == list(range(1, steps[1] + 1))
+    assert list(losses(tmp_path)) == list(range(1, steps[1] + 1))
 
 
 KILLER = """
@@ -92,5 +79,4 @@ def test_a_training_killed_within_a_save_goes_on_as_if_nothing_was(scenes_data, 
         statuses.append(done.returncode)
     assert statuses == [-9, -9, -9, 0], done.stderr
     train(resolve("quickstart", words), scenes_data, tmp_path / "whole", progress=False)
-    assert losses(run) == losses(tmp_path / "whole") and len(losses(run)) == 12
-    assert same(checkpoint.folder(run, 12), checkpoint.folder(tmp_path / "whole", 12))
+    assert compare(tmp_path / "whole", run)["equal"] and len(losses(run)) == 12

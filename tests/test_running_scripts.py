@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import QUIET
 
 from flowt2i.verify_resume import compare
 
 ROOT = Path(__file__).parents[1]
-QUIET = ["--train.eval_every", "0", "--train.eval_images", "8", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1"]
 pytestmark = pytest.mark.slow
 
 

@@ -262,9 +262,7 @@ def test_another_shape_or_size_is_wrong(drawn, attribute, values):
         if getattr(scenes.parse(scenes.caption(scene)).things[0], attribute) is not None:
             thing = scene.things[0]
             value = values[(values.index(getattr(thing, attribute)) + 1) % len(values)]
-            wrong.append(
-                (scenes.render(replace(scene, things=(replace(thing, **{attribute: value}), *scene.things[1:]))), scenes.caption(scene))
-            )
+            wrong.append((scenes.render(replace(scene, things=(replace(thing, **{attribute: value}), *scene.things[1:]))), scenes.caption(scene)))
     assert rate(wrong) <= 0.01 and rate(wrong, attribute) <= 0.01
 
 

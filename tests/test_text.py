@@ -283,9 +283,7 @@ def other_encoders() -> dict:
         "image_size": 8,
         "patch_size": 4,
     }
-    gemma = tf.T5GemmaModuleConfig(
-        **small, num_key_value_heads=2, head_dim=8, max_position_embeddings=48, layer_types=["full_attention"] * 2
-    )
+    gemma = tf.T5GemmaModuleConfig(**small, num_key_value_heads=2, head_dim=8, max_position_embeddings=48, layer_types=["full_attention"] * 2)
     return {  # name: (model with everything it has, most tokens)
         "t5-whole": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**t5)), 128),
         "umt5-whole": (lambda: tf.UMT5ForConditionalGeneration(tf.UMT5Config(**t5)), 128),

@@ -15,8 +15,9 @@ from PIL import Image
 
 from flowt2i.config import PRESETS, resolve
 from flowt2i.errors import UserError
-from flowt2i.training import checkpoint
+from flowt2i.training import checkpoint, loop
 from flowt2i.training.loop import Stopped, Trainer, train
+from flowt2i.verify_resume import compare
 
 
 def log(run: Path) -> dict[int, dict]:
@@ -69,10 +70,7 @@ def test_resume_is_exact_even_of_a_resume(scenes_data, tiny, tmp_path):
         fit("quickstart", scenes_data, part, *words, "--train.steps", steps, "--optim.warmup", str(0.05 * 9 / int(steps)), resume=resume)
     whole, pieces = log(tmp_path / "whole"), log(part)
     assert list(whole) == list(pieces) == list(range(1, 10))
-    assert [line["loss"] for line in whole.values()] == [line["loss"] for line in pieces.values()]
-    for name in ("model", "ema", "optimizer"):
-        a, b = (checkpoint.load_tensors(checkpoint.folder(run, 9) / f"{name}.safetensors") for run in (tmp_path / "whole", part))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    assert compare(tmp_path / "whole", part)["equal"]
 
 
 def test_accumulation_changes_nothing_but_rounding(scenes_data, tiny, tmp_path):
@@ -304,6 +302,37 @@ def test_a_finished_run_says_so(scenes_data, tiny, tmp_path, capsys):
     for resume in (None, "latest"):
         fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.steps", "2", resume=resume)
     assert "is complete at step 2" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_last_evaluation_makes_it_up(scenes_data, tiny, tmp_path, monkeypatch):
+    """All is saved, nothing was shown: the same command shows it, and a third time does nothing."""
+    run, words = tmp_path / "run", [*tiny, "--train.steps", "2"]
+    fit("quickstart", scenes_data, run, *words)
+    shown, picture = (run / "eval.jsonl").read_text(), run / "samples" / "step-00000002.png"
+    seen = picture.read_bytes()
+    (run / "eval.jsonl").write_text(""), picture.unlink()
+    summary = fit("quickstart", scenes_data, run, *words, resume="latest")
+    assert (run / "eval.jsonl").read_text() == shown and picture.read_bytes() == seen and "score" in summary
+    monkeypatch.setattr(loop, "evaluate", None)
+    assert fit("quickstart", scenes_data, run, *words, resume="latest")["step"] == 2
+
+
+def test_a_signal_during_the_last_evaluation(scenes_data, tiny, tmp_path, monkeypatch):
+    """All steps are saved, the evaluation is broken off: status 3, and the same command makes it."""
+    run, words = tmp_path / "run", [*tiny, "--train.steps", "2"]
+    trainer = Trainer(resolve("quickstart", words), scenes_data, run, progress=False)
+    real = loop.evaluate
+
+    def late(trainer, *args, **kwargs):
+        trainer.stop_signal = signal.SIGTERM
+        return real(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="after the last step, 2, before its evaluation"):
+        patch.setattr(loop, "evaluate", late)
+        trainer.train()
+    trainer.close()
+    assert checkpoint.list_steps(run) == [2] and not (run / "samples").exists()
+    assert "score" in fit("quickstart", scenes_data, run, *words, resume="latest") and len(list((run / "samples").iterdir())) == 1
 
 
 def test_stopped_is_raised_after_saving(scenes_data, tiny, tmp_path):

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import tempfile
 
 import pytest
+from conftest import QUIET
 from safetensors.torch import save_file
 
 from flowt2i import verify_resume as module
@@ -12,8 +15,6 @@ from flowt2i.config import resolve
 from flowt2i.training import checkpoint
 from flowt2i.training.loop import train
 from flowt2i.verify_resume import compare, report
-
-QUIET = ["--train.eval_every", "0", "--train.eval_images", "8", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1"]
 
 
 def spoil(run, step, name):
@@ -75,6 +76,26 @@ def test_where_to_stop_must_lie_between(scenes_data, capsys):
 def test_a_training_that_cannot_be(tmp_path, capsys):
     assert main(["verify-resume", "--config", "quickstart", "--data", str(tmp_path / "nowhere")]) == 2
     assert "no dataset" in capsys.readouterr().err
+
+
+def test_a_temporary_folder_that_is_full_or_cannot_be_written(scenes_data, tiny, monkeypatch, capsys):
+    words = ["verify-resume", "--config", "quickstart", "--data", str(scenes_data), *tiny]
+
+    def no_folder(prefix):
+        raise OSError(30, "Read-only file system")
+
+    def full(command, **_):
+        said = f"flowt2i train: error: no room for checkpoints in {command[command.index('--out') + 1]}: 5 GiB needed, 1 GiB free; free some"
+        return subprocess.CompletedProcess(command, 2, "", f"warning: something\n{said}\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryDirectory", no_folder)
+        assert main(words) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", full)
+        assert main(words) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(told) == 2 and "Read-only file system" in told[0] and "5 GiB needed" in told[1] and all("set TMPDIR" in line for line in told)
 
 
 @pytest.mark.slow

@@ -205,6 +205,25 @@ def test_merge_is_refused(parts, tars, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_merge_that_broke_off_goes_on_with_its_own_folders_only(parts, tars, clean, tmp_path):
+    """Before a unit was copied, only the plan in the folder says what it was to become."""
+    copies = [shutil.copytree(part, tmp_path / part.name) for part in parts]
+    first = min(copies[0].glob("train/*.arrow"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-9])
+    assert "damaged" in refused(lambda: merge(copies, tmp_path / "d", progress=False))
+    for number, options in enumerate(({"min_side": 33}, {"unit_rows": 9})):
+        others = []
+        for i in range(3):
+            run(tars, tmp_path / f"{number}-{i}", **{**FEW, **options}, worker=f"{i}/3")
+            others.append(tmp_path / f"{number}-{i}")
+        told = refused(lambda others=others: merge(others, tmp_path / "d", progress=False))
+        assert f"{tmp_path / 'd'} holds another merge that broke off" in told and f"different {next(iter(options))}" in told
+    first.write_bytes(whole)
+    assert merge(copies, tmp_path / "d", progress=False)["kept"] == 75
+    assert without_source(contents(tmp_path / "d")) == without_source(clean)
+
+
 def test_damage_on_the_way_is_noticed(parts, clean, tmp_path):
     copies = [shutil.copytree(part, tmp_path / part.name) for part in parts]
     path = sorted(copies[1].glob("train/*.arrow"))[0]

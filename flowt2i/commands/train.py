@@ -4,12 +4,14 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from flowt2i.commands.common import add_json, add_moved, configuration, only_dataset
 from flowt2i.config import PRESETS, Config, describe_fields
-from flowt2i.errors import INTERRUPTED
+from flowt2i.errors import INTERRUPTED, UserError
+from flowt2i.memory import is_out_of_memory
 
 
 def add(commands: Any) -> None:
@@ -36,16 +38,20 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = configuration(args)
+    main_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        config, data = configuration(args), args.data if args.print_config else args.data or only_dataset()
+    except UserError:
+        if main_rank:
+            raise
+        return leave_to_rank_0()  # it was given the same words
     if args.print_config:
         print(json.dumps(resolved_config(config, args.data), indent=2))
         return 0
-    data = args.data or only_dataset()
     run = args.out or Path("runs") / f"{config.preset}-{data.resolve().name}"
     from flowt2i.training.distributed import ToldElsewhere
     from flowt2i.training.loop import Stopped, train
 
-    main_rank = os.environ.get("RANK", "0") == "0"
     try:
         summary = train(config, data, run, args.resume, codec=args.codec, text=args.text)
     except Stopped as stopped:
@@ -53,7 +59,12 @@ def run(args: argparse.Namespace) -> int:
             print(f"flowt2i train: {stopped}", file=sys.stderr)
         return INTERRUPTED
     except ToldElsewhere:
-        return 2
+        return leave_to_rank_0()
+    except (RuntimeError, MemoryError) as error:  # later than the start, where the micro-batch is fitted
+        if not is_out_of_memory(error):
+            raise
+        what = str(error).splitlines()[0] if str(error) else "main memory"
+        raise UserError(f"out of memory ({what}): free some, or run again with --resume latest and a smaller --train.micro_batch") from error
     if not main_rank:
         return 0
     if args.json:
@@ -66,6 +77,12 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f'next: flowt2i generate "…" --model {run} --out picture.png', file=sys.stderr)
     return 0
+
+
+def leave_to_rank_0() -> int:
+    """The status of a mistake that rank 0 says. Not at once: torchrun ends all ranks when the first one ends, and rank 0 may not have spoken yet."""
+    time.sleep(2)
+    return 2
 
 
 def resolved_config(config: Config, data: Path | None) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def merge(folders: list[Path], out: Path, progress: bool = True) -> dict[str, An
         with turn(out):
             if not (out / "plan.json").exists():
                 _begin(first, out)
+            elif not (out / "dataset.json").exists():
+                _check_goes_on(out, first)
             for (group, piece), part in home.items():
                 if load_unit(out, group, piece) is None:
                     _copy_unit(part, part.units[group, piece], out)
@@ -93,6 +95,14 @@ def _check_same(one: _Part, other: _Part) -> None:
             mine, theirs = (spec.model_copy(update={"id": ""}) for spec in (mine, theirs))
         if mine != theirs:
             raise UserError(f"{both} were prepared with different {'sources' if name == 'shards' else name}: they cannot be one dataset")
+
+
+def _check_goes_on(out: Path, first: _Part) -> None:
+    """What a merge that broke off began must be what is to be merged now."""
+    try:
+        _check_same(_read(out), first)
+    except UserError as error:
+        raise UserError(f"{out} holds another merge that broke off ({error}): name another --out, or delete {out}") from error
 
 
 def _homes(parts: list[_Part]) -> dict[UnitId, _Part]:

@@ -123,9 +123,7 @@ def make_plan(folder: Path, options: PrepareOptions, shards: list[Shard], codec:
         if not why and (kept or others or not options.share().alone):
             return plan, load_tokenizer(plan.text, folder)
     clear(folder)  # no sample was kept yet, so nothing is lost by starting again, with other options or a mended source
-    tokenizer = make_tokenizer(
-        options.text, captions=_prefix(options, shards), max_tokens=options.max_tokens, vocab_size=options.vocab_size
-    )
+    tokenizer = make_tokenizer(options.text, captions=_prefix(options, shards), max_tokens=options.max_tokens, vocab_size=options.vocab_size)
     sizes = _estimates(shards)
     total = None if None in sizes else sum(size or 0 for size in sizes)
     estimate = min(total, options.limit) if total is not None and options.limit else options.limit if total is None else total

@@ -173,10 +173,7 @@ _SENTENCE = {
 PHRASES: dict[str, tuple[str, ...]] = {
     "one": tuple(lead.format(x="{a}") for lead in (*_LEAD, "a drawing of {x}", "there is {x}", "{x} by itself")),
     "many": tuple(lead.format(x="{n}") for lead in (*_LEAD, "a drawing of {x}", "there are {x}", "a group of {x}")),
-    **{
-        relation: (*(lead.format(x=side) for lead in (*_LEAD, "there is {x}") for side in sides), _SENTENCE[relation])
-        for relation, sides in _SIDE.items()
-    },
+    **{relation: (*(lead.format(x=side) for lead in (*_LEAD, "there is {x}") for side in sides), _SENTENCE[relation]) for relation, sides in _SIDE.items()},
 }
 GROUNDS = ("{x}", "{x} on a {g} background", "{x} against a {g} background", "on a {g} background, {x}")
 

@@ -60,7 +60,9 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
     aside, old = _beside(target, "tmp"), _beside(target, "old")
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values()) + (1 << 20)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.exists():
+            target.parent.mkdir(parents=True)
+            _sync_folder(run)
         shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free
         if free < needed:
@@ -112,7 +114,7 @@ def recover(run: Path) -> None:
 
 
 def write_manifest(path: Path, leave_out: tuple[str, ...] = ()) -> None:
-    """Sync every file under a folder and record its size and sha256, the manifest itself last. leave_out: names that may change later."""
+    """Sync everything under a folder and record size and sha256 of its files, the manifest itself last. leave_out: names that may change later."""
     entries = {}
     for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (MANIFEST, *leave_out)):
         entries[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
@@ -122,6 +124,8 @@ def write_manifest(path: Path, leave_out: tuple[str, ...] = ()) -> None:
         json.dump(entries, handle, indent=1)
         handle.flush()
         os.fsync(handle.fileno())
+    for inner in sorted(p for p in path.rglob("*") if p.is_dir()):
+        _sync_folder(inner)
     _sync_folder(path)
 
 

@@ -1,8 +1,10 @@
 """The ranks of a run: PyTorch's own engine under `torchrun`, or one process."""
 
+import hashlib
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +20,7 @@ T = TypeVar("T")
 
 
 class ToldElsewhere(UserError):
-    """What all ranks stop for, and rank 0 says."""
+    """What all ranks stop for, and another rank says."""
 
 
 @dataclass(frozen=True)
@@ -102,21 +104,61 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
+_store: Any = None  # of the process group at work: where ranks leave each other word without a collective
+_rendezvous: Any = None  # where the ranks met, and this one's number
+_groups = _questions = 0  # process groups so far, and votes
+
+
 def start(timeout_s: float = 600) -> World:
     """Join the ranks that `torchrun` started, or stand alone. A rank that hears nothing of the others for `timeout_s` seconds gives up."""
+    global _store, _rendezvous, _groups
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = best_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        _rendezvous = _rendezvous or next(dist.rendezvous("env://", timeout=timeout))[:2]
+        store, rank = _rendezvous
         if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # several nodes do not count their restarts alike: docs/running.md says what to set there
             # torchrun keeps one store over restarts: without a prefix ranks would find the addresses of those that were killed (pytorch issue 135712)
             store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        _store, _groups = dist.PrefixStore(f"group-{_groups}", store), _groups + 1
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
     return World(int(os.environ.get("RANK", 0)), size, device)
+
+
+def votes(world: World, answer: str, patience_s: float) -> dict[int, str]:
+    """What the ranks answer, asked without a collective: a rank that hangs in one is missing after so many seconds."""
+    global _questions
+    _questions += 1
+    key = lambda rank, question=_questions: f"votes/{question}/{rank}"
+    _store.set(key(world.rank), answer)
+    end = time.monotonic() + patience_s
+    found: dict[int, str] = {}
+    for rank in range(world.size):
+        try:
+            _store.wait([key(rank)], timedelta(seconds=max(0.1, end - time.monotonic())))
+            found[rank] = _store.get(key(rank)).decode()
+        except dist.DistStoreError:
+            continue
+    return found
+
+
+def said_once(error: UserError) -> UserError:
+    """An error for its rank to say; what rank 0 says too, the others leave to it."""
+    if isinstance(error, ToldElsewhere) or not dist.is_initialized() or _store is None:
+        return error
+    key = f"said/{hashlib.sha256(str(error).encode()).hexdigest()}"
+    try:
+        if dist.get_rank() == 0:
+            _store.set(key, "")
+            return error
+        _store.wait([key], timedelta(seconds=5))
+    except RuntimeError:  # rank 0 is silent, or gone
+        return error
+    return ToldElsewhere(str(error))
 
 
 def lost_rank(error: BaseException) -> bool:
@@ -130,7 +172,19 @@ _ended: list[Any] = []  # process groups that are over
 
 
 def stop() -> None:
-    """Leave the ranks. The groups are kept: a thread of one that its destructor meets at work aborts the process (seen with gloo, torch 2.13)."""
+    """Leave the ranks."""
+    _leave()
+
+
+def restart(timeout_s: float) -> None:
+    """A process group of its own for what follows: collectives that broke off stay behind in the old one. For all ranks."""
+    if dist.is_initialized():
+        _leave()
+        start(timeout_s)
+
+
+def _leave() -> None:
+    """Groups are kept: a thread of one that its destructor meets at work aborts the process (seen with gloo, torch 2.13)."""
     if dist.is_initialized():
         _ended.extend(dist.distributed_c10d._world.pg_map)
         dist.destroy_process_group()

@@ -1,15 +1,19 @@
-"""What would stop a run after hours is tried before step 0; what the run will take is said after its first steps.
+"""What would stop a run after hours is tried before step 0, and what the run will take is said.
 
-Late failures that are cheap to find early: no room for checkpoints, a folder in which files cannot be synced or renamed, a VAE that cannot
-decode. So a checkpoint of one number is written and read back, one picture is drawn in one solver step, and the free space is compared with
-what the run's checkpoints will take. The first step needs no rehearsal: it is the run's own first step. A whole checkpoint is not written
-here either: it would cost a big model seconds at every start. `flowt2i doctor` does both.
+Every start, new or resumed (`check`): is there room for the run's checkpoints, can a file be written, synced, renamed and read back in its
+folder, can a picture be drawn and decoded. A fraction of a second.
+
+A new run besides (`rehearse`): its first step, with its own samples, at a learning rate of 0; and a whole checkpoint with the state that the
+optimizer has then, by the way that all later ones will go. Nothing of it stays: the weights were not changed, the optimizer forgets, the
+average never saw the step, and there is no other state. So the run is bit by bit the one without a dry run. A resume need not rehearse: the
+run has made steps and checkpoints before, and starting a big model again stays quick.
 """
 
 import math
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +29,8 @@ from flowt2i.training.optim import Optimizer, state_keys
 if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
 
+QUICK = 5.0  # seconds: a first step below this says little of the speed, for most of it is warming up
+FOLDER = ".dry-run"  # within the run's
 SLACK = 1 << 20  # bytes beside the tensors: description, tokenizer, log
 
 
@@ -32,7 +38,7 @@ SLACK = 1 << 20  # bytes beside the tensors: description, tokenizer, log
 
 
 def check(trainer: "Trainer") -> None:
-    """UserError, on all ranks alike, where the run would fail later. Costs a fraction of a second and leaves the run as it was."""
+    """UserError, on all ranks alike, where the run would fail later: the quick part, for every start."""
     if not trainer.config.train.dry_run or (trainer.steps and trainer.step >= trainer.steps):
         return
     trainer.world.on_main(lambda: _try(trainer))
@@ -44,9 +50,48 @@ def _try(trainer: "Trainer") -> None:
     draw_one(trainer)
 
 
+def rehearse(trainer: "Trainer") -> bool:
+    """The first step of a new run and a whole checkpoint, on all ranks; UserError on all where one fails. The run is as it was afterwards.
+
+    False where there was nothing to rehearse.
+    """
+    if not trainer.config.train.dry_run or trainer.resumed_from:
+        return False
+    with tqdm(desc="dry run", total=2, unit="part", leave=False, disable=not trainer.progress) as bar:
+        try:
+            seconds = _timed_step(trainer)
+            if trainer.compiled or seconds < QUICK:  # the first one compiles or warms up, the second shows the speed
+                seconds = _timed_step(trainer)
+            bar.update()
+            if trainer.stopping():  # a signal came meanwhile: the run takes one step, saves and stops
+                return True
+            trainer.saver.rehearse(trainer.run_folder / FOLDER, *trainer.contents())
+            bar.update()
+        finally:
+            trainer.optimizer.forget()
+    if trainer.progress:
+        written, took = trainer.saver.rehearsed
+        print(f"dry run: a step, a checkpoint of {size(written)} in {took:.1f} s and a picture: all work", file=sys.stderr)
+        trainer.forecast.tell(seconds)
+    return True
+
+
+def _timed_step(trainer: "Trainer") -> float:
+    started = time.perf_counter()
+    trainer.rehearse_step()
+    if trainer.world.device.type == "cuda":
+        torch.cuda.synchronize(trainer.world.device)
+    return time.perf_counter() - started
+
+
+def clear(run: Path) -> None:
+    """Remove what a dry run left that was killed."""
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
+
+
 def require_space(trainer: "Trainer") -> None:
     """UserError where the newest checkpoints have no room; a warning where those that are kept for good will have none."""
-    run, space = trainer.run_folder, checkpoint_space(trainer)
+    run, space = trainer.run_folder, checkpoint_space(trainer, trainer.steps)
     there = len(checkpoint.list_steps(run))
     needed, free = space.now(there), shutil.disk_usage(run).free
     if free < needed:
@@ -64,14 +109,13 @@ def require_space(trainer: "Trainer") -> None:
 
 def write_one(trainer: "Trainer") -> None:
     """A checkpoint of one number: written, synced, renamed, read back as real ones are."""
-    folder = trainer.run_folder / ".dry-run"
+    folder = trainer.run_folder / FOLDER
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed just here
         written = checkpoint.save(folder, 0, {"model": {"number": torch.ones(1)}}, {"state.json": "{}"}, {"tokenizer": trainer.data / "tokenizer"})
         if problem := checkpoint.damage(written):
             raise UserError(f"a checkpoint written into {trainer.run_folder} does not read back ({problem}): choose another --out")
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear(trainer.run_folder)
 
 
 def draw_one(trainer: "Trainer") -> None:
@@ -115,8 +159,8 @@ class Space(NamedTuple):
         return max(1, self.at_once - there) * self.each + SLACK
 
 
-def checkpoint_space(trainer: "Trainer") -> Space:
-    at_once, for_good = checkpoints_kept(trainer.config.train, trainer.steps)
+def checkpoint_space(trainer: "Trainer", steps: int) -> Space:
+    at_once, for_good = checkpoints_kept(trainer.config.train, steps)
     return Space(checkpoint_bytes(trainer.model, trainer.optimizer, trainer.ema is not None), at_once, for_good)
 
 
@@ -139,7 +183,7 @@ def checkpoints_kept(config: TrainConfig, steps: int) -> tuple[int, int]:
 
 
 class Forecast:
-    """Says once, when the first steps have shown the speed, what the run will take in time, memory and disk."""
+    """Says once what the run will take in time, memory and disk: after a rehearsal, else when the first steps have shown the speed."""
 
     FROM, STEPS, SECONDS = 2, 20, 5.0  # the first two steps compile and warm up; then so many steps, or fewer where they are slow
 
@@ -149,19 +193,23 @@ class Forecast:
     def after_step(self) -> None:
         if self.told:
             return
-        trainer = self.trainer
-        done, now = trainer.step - trainer.first, time.perf_counter()
+        done, now = self.trainer.step - self.trainer.first, time.perf_counter()
         if done == self.FROM:
             self.begun = now
         counted = done - self.FROM
-        known = trainer.steps or not trainer.config.train.minutes  # `train.minutes` becomes a number of steps after a while
-        if counted >= 2 and known and (counted >= self.STEPS or now - self.begun >= self.SECONDS):
-            self.told = True
-            tqdm.write(self.text((now - self.begun) / counted), file=sys.stderr)
+        if counted >= 2 and (counted >= self.STEPS or now - self.begun >= self.SECONDS):
+            self.tell((now - self.begun) / counted)
+
+    def tell(self, per_step: float) -> None:
+        self.told = True
+        tqdm.write(self.text(per_step), file=sys.stderr)
 
     def text(self, per_step: float) -> str:
-        trainer, space = self.trainer, checkpoint_space(self.trainer)
-        left = f"{duration((trainer.steps - trainer.step) * per_step)} to go" if trainer.steps else f"{duration(1000 * per_step)} for 1,000 steps, no end set"
+        trainer = self.trainer
+        minutes = trainer.config.train.minutes
+        steps = trainer.steps or trainer.step + int(minutes * 60 / per_step)  # `train.minutes` becomes a number of steps after a while
+        space = checkpoint_space(trainer, steps)
+        left = f"{duration((steps - trainer.step) * per_step)} to go" if steps > trainer.step else f"{duration(1000 * per_step)} for 1,000 steps, no end set"
         kept = f"{space.at_once} at once" + (f", {space.for_good} for good" if space.for_good else "")
         memory = "of the GPU" if trainer.world.device.type == "cuda" else "of main memory"
         return (

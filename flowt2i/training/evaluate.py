@@ -24,6 +24,8 @@ from flowt2i.training.tracking import Tracker
 if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
 
+AT_ONCE = 64  # pictures drawn together on a rank
+
 
 def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
     """Validation loss of raw and EMA weights by time bin, a preview grid, and on scenes data the prompt-following score."""
@@ -67,15 +69,23 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
 
 
 def sample_over_ranks(world: World, pipeline: Pipeline, prompts: list[str], seed: int, **settings: Any) -> Samples:
-    """`pipeline.sample` with the prompts divided over the ranks, as many for each: all pictures, on every rank. UserError on all where one fails."""
+    """`pipeline.sample` with the prompts divided over the ranks, as many for each: all pictures, on every rank. UserError on all where one fails.
+
+    A batch that fails on one rank does not end its work: the others would wait for it in the next pass of a sharded model.
+    """
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("an empty prompt: say what the picture should show")
     share = world.share(len(prompts))
-    try:
-        mine = pipeline.sample([prompts[k] for k in share], seed=seed + int(share.min(initial=len(prompts))), **settings)
-        failure = None
-    except UserError as error:
-        mine, failure = None, error
-    if world.any(failure is not None) or mine is None:
+    parts: list[Samples] = []
+    failure: UserError | None = None
+    for rows in np.split(share, range(AT_ONCE, len(share), AT_ONCE)):
+        try:
+            parts.append(pipeline.sample([prompts[k] for k in rows], seed=seed + int(rows.min(initial=len(prompts))), batch_size=AT_ONCE, **settings))
+        except UserError as error:
+            failure = failure or error
+    if world.any(failure is not None):
         raise failure or UserError("another rank could not draw its pictures")
+    mine = replace(parts[0], images=np.concatenate([part.images for part in parts]))
     images = world.collect(mine.images, len(prompts))
     return replace(mine, images=images, prompts=list(prompts), seeds=[seed + k for k in range(len(prompts))])
 

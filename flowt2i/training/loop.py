@@ -7,8 +7,10 @@ A step: fetch, draw noise and times, forward and backward (gradients are summed 
 the other ranks that all is finite and whether to stop, optimizer, EMA, counters; then log, evaluate, save. State is counted in optimizer steps.
 """
 
+import contextlib
 import errno
 import fcntl
+import gc
 import json
 import math
 import signal
@@ -41,11 +43,11 @@ from flowt2i.training.compiling import compile_blocks, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
-from flowt2i.training.fit_memory import fitting_micro_batch
+from flowt2i.training.fit_memory import StartAgain, fitting_micro_batch, smaller
 from flowt2i.training.objective import Objective, Terms, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
-from flowt2i.training.saver import Saver
-from flowt2i.training.tracking import Tracker
+from flowt2i.training.saver import Contents, Saver
+from flowt2i.training.tracking import Tracker, picture_name
 
 WARM, TIMED = 5, 20  # `train.minutes`: the first steps (compilation) do not count; the speed is first known after so many
 
@@ -122,8 +124,10 @@ class Trainer:
         self.wrapped: nn.Module = parallel.replicate(self.objective) if world.size > 1 and not self.sharded else self.objective
         self.saver = Saver(world, self.run_folder, config.train.keep_recent, config.train.keep_every)
         self.logged_saves = 0
+        self.forecast = dryrun.Forecast(self)
         self.budget = seconds(config.train.stop_after)
         self.stop_signal: int | None = None
+        self.stop_reason = "by a signal"  # to another rank
 
     # ---- set-up -------------------------------------------------------------------------------------------------------
 
@@ -141,6 +145,7 @@ class Trainer:
     def _find_resume(self, resume: str | None) -> Path | None:
         """Where to continue from, or None for a new run. Never silently starts over. Rank 0 looks, for all."""
         checkpoint.recover(self.run_folder)
+        dryrun.clear(self.run_folder)
         steps = checkpoint.list_steps(self.run_folder)
         if resume is None:
             if steps:
@@ -241,36 +246,59 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Train to the end. Returns a summary; raises Stopped after saving when a signal came or the time was up."""
-        if self.steps and self.step >= self.steps and self.world.main:
+        if self.complete and self.world.main:
             print(f"{self.run_folder} is complete at step {self.step}: raise --train.steps to go on, or choose another --out", file=sys.stderr)
+        with self._signals():
+            self._make_ready()
+            return self._run()
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.steps) and self.step >= self.steps
+
+    def _make_ready(self) -> None:
+        """What comes before the first step: all that could fail later is tried, and the micro-batch fitted to the memory."""
         dryrun.check(self)
         if self.resumed_from and self.world.main:
             for moved in checkpoint.set_aside(self.run_folder, self.step):
                 print(f"a later checkpoint of the branch that is left now lies in {moved}", file=sys.stderr)
-        if self.world.device.type == "cuda":  # a CPU's memory is virtual: it does not say when it is full
+        if self.world.device.type == "cuda" and not self.complete:  # a CPU's memory is virtual: it does not say when it is full
             self.fit_memory()
-        self._write_config()
-        tracker = Tracker(self.run_folder, self.config, self.step) if self.world.main else None
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        if self.world.main and self.progress:
+        if self.progress:
             print(self.headline(), file=sys.stderr)
+        if not dryrun.rehearse(self) and self.world.size > 2 and not self.sharded and not self.complete:
+            self._settle_buckets()
+        self._write_config()
+
+    def _settle_buckets(self) -> None:
+        """A gradient that is thrown away: DDP lays its buckets anew after its first one, and the sum of three ranks or more rounds by where a
+        number lies in a bucket. Without this a resume's first step would round otherwise than the uninterrupted run's.
+        """
+        self._gradient(self._fetched(), logging=False)
+        self.optimizer.zero_grad()
+
+    def _run(self) -> dict[str, Any]:
+        """The steps that are left, with what is logged, shown and saved between them."""
+        tracker = Tracker(self.run_folder, self.config, self.step) if self.world.main else None
         bar = tqdm(total=self.steps or None, initial=self.step, unit="step", desc="training", disable=not self.progress, smoothing=0.05)
         batches: Any = iter(self._loader())
         batch_size, every = self.config.data.batch_size, self.config.train
         since, since_step = time.perf_counter(), self.step
         evaluation: dict[str, Any] = {}
-        forecast = dryrun.Forecast(self)
         try:
-            while not self.steps or self.step < self.steps:
+            shown = self.complete and self.world.on_main(self._was_shown)
+            if self.complete and not shown:  # it was stopped between its last checkpoint and its last evaluation
+                evaluation = evaluate(self, tracker, last=True)
+            while not self.complete:
                 logging = (self.step + 1) % every.log_every == 0
                 factor = learning_rate(self.config.optim, self.step, self._schedule_steps())
                 outcome = self._step(batches, factor, logging)
                 self.step += 1
                 if self.step == self.first + 1:  # the optimizer has its state now
-                    self.saver.reserve(self._tensors())
+                    self.saver.reserve(self._tensors())  # what a dry run has not got ready
                 self._set_budget(bar)
                 bar.update()
-                forecast.after_step()
+                self.forecast.after_step()
                 if logging and tracker:
                     now = time.perf_counter()
                     rate = (self.step - since_step) * batch_size / max(1e-9, now - since)
@@ -285,22 +313,22 @@ class Trainer:
                         line["muon_lr"] = self.config.optim.muon_lr * factor
                     tracker.scalars(self.step, line | {"images_per_s": rate, "statistics": outcome.statistics} | self._last_save())
                     bar.set_postfix_str(f"loss {outcome.loss:.3f}, {rate:.0f} images/s")
-                last = self.steps and self.step >= self.steps
+                last = self.complete
                 if last or outcome.stop or self.step % every.checkpoint_every == 0:
                     self.save()
                 if last or (every.eval_every and self.step % every.eval_every == 0 and not outcome.stop):
-                    evaluation = evaluate(self, tracker, last=bool(last))
+                    evaluation = evaluate(self, tracker, last=last)
                     since, since_step = time.perf_counter(), self.step
                 if last or outcome.stop:
                     self.saver.wait()
                 if outcome.stop and not last:
                     raise Stopped(f"stopped {self._why()} at step {self.step}; continue with --resume latest")
+            if not evaluation and not shown and self.stopping():
+                raise Stopped(f"stopped {self._why()} after the last step, {self.step}, before its evaluation; make that with --resume latest")
         finally:
             self.saver.settle()  # whatever ended the run, a checkpoint that was begun is finished
             if self.saver.failed and sys.exc_info()[1] is not self.saver.error and self.world.main:
                 warnings.warn(str(self.saver.error), stacklevel=2)
-            for which, handler in handlers.items():
-                signal.signal(which, handler)
             batches.close()  # loader processes end here, not when a traceback is dropped
             bar.close()
             if tracker:
@@ -311,6 +339,21 @@ class Trainer:
 
     def _step(self, batches: Any, factor: float, logging: bool) -> Outcome:
         """One optimizer step over the global batch. UserError, before anything is updated, where a loss or the gradient is not finite."""
+        outcome = self._gradient(batches, logging)
+        self.optimizer.step(factor)
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update()
+        return outcome
+
+    def rehearse_step(self) -> None:
+        """The step to come, with its own samples and noise, at a learning rate of 0: the weights stay, the optimizer has a state."""
+        self._gradient(self._fetched(), logging=False)
+        self.optimizer.step(0.0)
+        self.optimizer.zero_grad()
+
+    def _gradient(self, batches: Any, logging: bool) -> Outcome:
+        """Forward and backward over the global batch: the gradient, clipped. UserError on all ranks where it or a loss is not finite."""
         draw, t = self._draw(self.step)
         total = torch.zeros((), device=self.world.device)
         statistics: dict[str, float] = {}
@@ -327,15 +370,16 @@ class Trainer:
                 statistics = self._statistics(data, draw.noise[part], t[part], terms.output.detach())
         norm = clip_gradients(self.model, self.config.optim.clip)
         loss_value, norm_value, stop = self._agree(total, norm)
-        self.optimizer.step(factor)
-        self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.update()
         return Outcome(loss_value, norm_value, stop, statistics)
 
     def _rows(self) -> list[slice]:
         """Rows of the global batch that this rank works through, one slice a micro-batch."""
         return stream.micro_rows(self.config.data.batch_size, self.micro, self.world.rank, self.world.size)
+
+    def _fetched(self) -> Iterator[Batch]:
+        """The micro-batches of the step at hand, without the loader."""
+        indices = stream.sample_indices(self.config.train.seed, self.step, self.config.data.batch_size, self.count)
+        return (self.dataset.fetch(indices[part]) for part in self._rows())
 
     def _draw(self, step: int) -> tuple[stream.Draw, Tensor]:
         """The randomness of a step's global batch, and its times."""
@@ -360,8 +404,7 @@ class Trainer:
 
         Raises on all ranks alike where one of them has a loss that is not finite, or could not write a checkpoint.
         """
-        out_of_time = time.perf_counter() - self.started > self.budget
-        flags = [self.stop_signal is not None, out_of_time, self.saver.failed, *(rank == self.world.rank for rank in range(self.world.size))]
+        flags = [self.stop_signal is not None, self._is_late(), self.saver.failed, *(rank == self.world.rank for rank in range(self.world.size))]
         shared = torch.cat([total[None], torch.tensor(flags, dtype=total.dtype).to(total.device, non_blocking=True)])
         shared[4:] *= ~torch.isfinite(total)  # each rank marks its own place
         loss, signalled, late, failed, *bad, norm_value = torch.cat([self.world.sum(shared), norm.detach()[None]]).tolist()
@@ -392,31 +435,39 @@ class Trainer:
         """Whether this rank's rows of the step at hand, by themselves, have a finite gradient."""
         self.optimizer.zero_grad()
         draw, t = self._draw(self.step)
-        indices = stream.sample_indices(self.config.train.seed, self.step, self.config.data.batch_size, self.count)
-        for part in self._rows():
-            self._forward(self.objective, self.dataset.fetch(indices[part]), draw, t, part)[1].losses.mean().backward()
+        for part, batch in zip(self._rows(), self._fetched()):
+            self._forward(self.objective, batch, draw, t, part)[1].losses.mean().backward()
         finite = all(bool(torch.isfinite(p.grad).all()) for p in self.model.parameters() if p.grad is not None)
         self.optimizer.zero_grad()
         return finite
 
     def stopping(self) -> bool:
-        """Whether a signal reached any rank: asked between the parts of what takes long (by all ranks)."""
-        return self.world.any(self.stop_signal is not None)
+        """Whether a signal reached any rank, or the time is up: asked between the parts of what takes long (by all ranks)."""
+        return self.world.any(self.stop_signal is not None or self._is_late())
+
+    def _is_late(self) -> bool:
+        return time.perf_counter() - self.started > self.budget
 
     def _why(self) -> str:
         """Why the run stops before its end."""
-        return f"by signal {self.stop_signal}" if self.stop_signal is not None else self.stop_reason
+        if self.stop_signal is not None:
+            return f"by signal {self.stop_signal}"
+        return f"after {self.config.train.stop_after}" if self._is_late() else self.stop_reason
 
     def fit_memory(self) -> None:
         """Halve the micro-batch, on all ranks alike, until a forward and backward pass at it fits; said in one line.
 
-        Nothing of the training changes but the micro-batch: what a step draws is a function of its number.
+        Nothing of the training changes but the micro-batch: what a step draws is a function of its number. Raises StartAgain where a
+        sharded pass did not fit: see there.
         """
         asked, share = self.micro, self.config.data.batch_size // self.world.size
-        self.micro = fitting_micro_batch(asked, share, self._fits)
-        if self.micro == asked:
+        if self.sharded:
+            micro = asked if self._fits(asked) else smaller(asked, share)
+        else:
+            micro = fitting_micro_batch(asked, share, self._fits)
+        if micro == asked:
             return
-        self.accumulate = share // self.micro
+        self.micro, self.accumulate = micro, share // micro
         if self.compiled:
             torch.compiler.reset()
         if self.world.main:
@@ -424,25 +475,42 @@ class Trainer:
                 f"out of memory with a micro-batch of {asked}: going on with {self.micro} x {self.accumulate} accumulation, the same effective batch",
                 stacklevel=2,
             )
+        if self.sharded:
+            raise StartAgain(micro)
 
     def _fits(self, micro: int) -> bool:
-        """Whether a forward and backward pass of this many images fits on every rank.
-
-        A sharded pass that broke off leaves the other ranks waiting for this one: then the user must choose.
-        """
+        """Whether a forward and backward pass of this many images fits on every rank."""
         fits = True
         try:
             self._probe(micro)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if self.sharded:
-                raise UserError(f"out of memory with a micro-batch of {micro}: choose a smaller --train.micro_batch") from None
             fits = False
         self.optimizer.zero_grad()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        return not self.world.any(not fits)
+        return self._fits_shares(micro, fits) if self.sharded else not self.world.any(not fits)
+
+    def _fits_shares(self, micro: int, fits: bool) -> bool:
+        """The same where the model is sharded: a rank whose pass went on may wait in it for one whose pass broke off, so no collective can ask it.
+
+        UserError from the first rank that was short, where another gives no answer.
+        """
+        patience = min(60.0, self.config.train.timeout_s / 2)
+        answers = distributed.votes(self.world, "fits" if fits else "short", patience)
+        silent = [rank for rank in range(self.world.size) if rank not in answers]
+        if silent:
+            short = min((rank for rank, answer in answers.items() if answer == "short"), default=None)
+            if short is None:
+                raise UserError(f"rank {silent[0]} gave no answer for {patience:.0f} s: it was lost, or hangs")
+            if self.world.rank != short:
+                raise distributed.ToldElsewhere("out of memory")
+            raise UserError(
+                f"rank {short} ran out of memory with a micro-batch of {micro}, rank {silent[0]} did not: "
+                f"choose a smaller --train.micro_batch, or free what else uses rank {short}'s memory"
+            )
+        return all(answer == "fits" for answer in answers.values())
 
     def _probe(self, micro: int) -> None:
         """The pass that takes most: over the samples with the longest captions, beside an optimizer's state."""
@@ -495,6 +563,16 @@ class Trainer:
             bar.refresh()
             self._write_config()
 
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT are only noted within: the step at work is finished first."""
+        handlers = {which: signal.signal(which, self._on_signal) for which in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for which, handler in handlers.items():
+                signal.signal(which, handler)
+
     def _on_signal(self, number: int, frame: Any) -> None:
         self.stop_signal = number
 
@@ -507,16 +585,26 @@ class Trainer:
 
     def save(self) -> None:
         """Have a checkpoint written (by rank 0, beside the training) and superseded ones dropped; `saver.wait` says when it stands."""
+        self.saver.save(self.step, *self.contents())
+
+    def contents(self) -> Contents:
+        """What a checkpoint holds now: tensors, texts and folders."""
         state = {"step": self.step, "images_seen": self.step * self.config.data.batch_size, "steps": self.steps}
         state["ema_updates"] = self.ema.updates if self.ema else 0
         texts = {"state.json": json.dumps(state), "config.json": self.config.model_dump_json(indent=2)}
         texts["dataset.json"] = self.description.model_dump_json(indent=2)
-        self.saver.save(self.step, self._tensors(), texts, {"tokenizer": self.data / "tokenizer"})
+        return self._tensors(), texts, {"tokenizer": self.data / "tokenizer"}
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by file and name."""
+        """The tensors of a checkpoint, by file and name."""
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
         return tensors | ({"ema": self.ema.model.state_dict()} if self.ema else {})
+
+    def _was_shown(self) -> bool:
+        """Whether the evaluation at this step and its pictures are there."""
+        log = self.run_folder / "eval.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []  # whole ones: a `Tracker` was here
+        return any(json.loads(line)["step"] == self.step for line in lines) and (self.run_folder / picture_name(self.step, "samples")).exists()
 
     def _last_save(self) -> dict[str, Any]:
         """What the newest finished write took, once, for the log."""
@@ -552,6 +640,22 @@ def train(config: Config, data: Path, run: Path, resume: str | None = None, prog
 
     UserError for what the user can mend, Stopped after a signal (all saved).
     """
+    try:
+        while True:
+            try:
+                return _train(config, data, run, resume, progress, **where)
+            except StartAgain as again:
+                config = config.model_copy(deep=True)
+                config.train.micro_batch = again.micro
+            gc.collect()  # what is left of the model that was too large
+            distributed.restart(config.train.timeout_s)
+    except UserError as error:
+        raise distributed.said_once(error) from error
+    finally:
+        distributed.stop()
+
+
+def _train(config: Config, data: Path, run: Path, resume: str | None, progress: bool, **where: str | None) -> dict[str, Any]:
     trainer = None
     try:
         trainer = Trainer(config, data, run, resume, progress, **where)
@@ -567,4 +671,3 @@ def train(config: Config, data: Path, run: Path, resume: str | None = None, prog
     finally:
         if trainer:
             trainer.close()
-        distributed.stop()

@@ -68,6 +68,11 @@ class Optimizer:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
+    def forget(self) -> None:
+        """Be as before the first step."""
+        for part in self.parts:
+            part.state.clear()
+
     def state(self) -> dict[str, torch.Tensor]:
         """State tensors under `parameter name/state name`."""
         out = {}

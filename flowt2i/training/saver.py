@@ -4,6 +4,7 @@ One write at a time: a save that comes before the last one is written waits for 
 ranks next agree on it (`failed`), and raised by `wait`.
 """
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from flowt2i.training import checkpoint
 from flowt2i.training.distributed import World
 from flowt2i.training.parallel import whole
 
+Contents = tuple[dict[str, dict[str, Tensor]], dict[str, str], dict[str, Path]]  # file -> name -> tensor; file -> text; name -> folder to copy in
 Kinds = dict[tuple[str, str], tuple[torch.Size, torch.dtype, bool]]  # (file, name) -> shape, type, whether it comes from a GPU
 
 
@@ -27,6 +29,7 @@ class Saver:
         self.world, self.run, self.keep_recent, self.keep_every = world, run, keep_recent, keep_every
         self.error: BaseException | None = None
         self.reports: list[dict[str, float]] = []  # of each checkpoint written: step, bytes, stall_s, write_s
+        self.rehearsed = (0, 0.0)  # of a rehearsal on rank 0: bytes, seconds that it took to write and prove
         self._buffers: dict[tuple[str, str], Tensor] = {}  # kept: fresh memory would cost more time than the copy
         self._thread: threading.Thread | None = None
 
@@ -40,8 +43,9 @@ class Saver:
 
     def reserve(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Get the memory for the copies ready, beside the training: to be given fresh memory takes longer than to copy into it."""
-        if self.world.main:
-            kinds = {(stem, name): (t.shape, t.dtype, t.device.type == "cuda") for stem, named in tensors.items() for name, t in named.items()}
+        wanted = {(stem, name): (t.shape, t.dtype, t.device.type == "cuda") for stem, named in tensors.items() for name, t in named.items()}
+        kinds = {key: kind for key, kind in wanted.items() if key not in self._buffers}
+        if self.world.main and kinds:
             self._thread = threading.Thread(target=self._reserve, args=(kinds,), name="reserve")
             self._thread.start()
 
@@ -55,6 +59,18 @@ class Saver:
         stall = time.perf_counter() - started
         self._thread = threading.Thread(target=self._write, args=(step, copied, texts, copies, stall), name="checkpoint")
         self._thread.start()
+
+    def rehearse(self, aside: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> None:
+        """A whole checkpoint, written into a folder of its own as real ones are, proved, and removed. Raises on all ranks where it fails."""
+        self.reserve(tensors)
+        self.settle()
+        copied = self._copy(tensors)
+        if self.world.main and not self.failed:
+            self._thread = threading.Thread(target=self._rehearse, args=(aside, copied, texts, copies), name="dry run")
+            self._thread.start()
+        while self.world.size > 1 and self.world.any(self.writing):  # asked again and again: a slow disk may take longer than ranks wait for each other
+            time.sleep(0.05)
+        self.wait()
 
     def settle(self) -> None:
         """Return when nothing is being written."""
@@ -105,11 +121,25 @@ class Saver:
         except BaseException as error:
             self.error = error
             return
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        self.reports.append({"step": step, "bytes": size, "stall_s": round(stall, 4), "write_s": round(time.perf_counter() - started, 4)})
+        self.reports.append({"step": step, "bytes": _bytes(path), "stall_s": round(stall, 4), "write_s": round(time.perf_counter() - started, 4)})
+
+    def _rehearse(self, aside: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> None:
+        started = time.perf_counter()
+        try:
+            path = checkpoint.save(aside, 0, tensors, texts, copies)
+            checkpoint.prove(path)
+            self.rehearsed = (_bytes(path), time.perf_counter() - started)
+        except BaseException as error:
+            self.error = error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def summary(self) -> dict[str, Any]:
         """Of a run's saves: how many, the longest stall of the training, the longest write."""
         if not self.reports:
             return {}
         return {"checkpoints": len(self.reports), **{f"longest_{key}": max(r[key] for r in self.reports) for key in ("stall_s", "write_s")}}
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -71,7 +71,7 @@ class Tracker:
 
     def image(self, step: int, name: str, picture: Image.Image) -> Path:
         """Save a picture as RUN/samples/step-*.png, and send it on."""
-        path = self.run / "samples" / f"step-{step:08d}{'' if name == 'samples' else '-' + name}.png"
+        path = self.run / picture_name(step, name)
         path.parent.mkdir(exist_ok=True)
         picture.save(path)
         if self._board:
@@ -89,6 +89,11 @@ class Tracker:
             self._board.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def picture_name(step: int, name: str) -> str:
+    """Where in a run's folder a picture lies."""
+    return f"samples/step-{step:08d}{'' if name == 'samples' else '-' + name}.png"
 
 
 def _cut(path: Path, step: int) -> None:
