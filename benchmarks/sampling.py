@@ -36,8 +36,9 @@ SOLVERS: list[dict[str, Any]] = [
     *({"solver": "dopri5", "tolerance": t} for t in (0.1, 0.03)),
 ]
 SCHEDULES: list[dict[str, Any]] = [
-    *({"solver": s, "steps": 8, "shift": shift} for s in ("euler", "ab2") for shift in (0.5, 1.5, 2.0, 3.0)),
-    *({"solver": "ab2", "steps": 6, "shift": shift} for shift in (1.5, 2.0)),
+    *({"solver": s, "steps": 8, "shift": shift} for s in ("euler", "ab2", "sde") for shift in (0.5, 2.0, 3.0, 5.0, 8.0)),
+    *({"solver": s, "steps": n, "shift": 5.0} for s, n in [("ab2", 4), ("ab2", 6), ("ab2", 12), ("ab2", 16), ("euler", 16), ("euler", 25), ("euler", 50)]),
+    *({"solver": s, "steps": 4, "shift": 5.0} for s in ("heun", "midpoint", "ab4")),
 ]
 GUIDANCE: list[dict[str, Any]] = [
     {"guidance": 1.0}, {"guidance": 2.0}, {"guidance": 4.0}, {"guidance": 5.0},

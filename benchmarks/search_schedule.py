@@ -28,7 +28,7 @@ from flowt2i import Pipeline
 from flowt2i.commands.common import newest_run
 from flowt2i.schedules import SEARCHED, shift_times, uniform_times
 
-SHIFTS = (0.5, 1.0, 2.0, 3.0, 5.0)  # of the grids that the search may start from
+SHIFTS = (1.0, 2.0, 4.0, 6.0, 9.0)  # of the grids that the search may start from
 
 
 def distance(images: np.ndarray, reference: np.ndarray) -> float:
@@ -57,7 +57,7 @@ def search(
     starts = [np.log(np.diff(shift_times(uniform_times(steps).double(), shift).numpy())) for shift in SHIFTS]
     scored = [(loss(logs), i) for i, logs in enumerate(tqdm(starts, desc="starts", leave=False))]
     best, number = min(scored)
-    logs, width = starts[number], 0.5
+    logs, width = starts[number], 0.25
     random = np.random.default_rng(0)
     with tqdm(range(tries), desc="searching", leave=False) as bar:
         for _ in bar:
@@ -94,7 +94,7 @@ def main() -> None:
 
     result = {
         "times": times, "distance": round(found, 4), "test": tested(schedule=",".join(map(str, times))),
-        "test_uniform": tested(schedule="uniform", shift=1.0), "test_shift_2": tested(schedule="uniform", shift=2.0),
+        "test_uniform": tested(schedule="uniform", shift=1.0), "test_shift_5": tested(schedule="uniform", shift=5.0),
     }  # fmt: skip
     if args.name:
         known = json.loads(SEARCHED.read_text())
