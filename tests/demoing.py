@@ -47,7 +47,8 @@ def write_model(folder: Path, seed: int = 0, step: int = 1, prompts: tuple[str, 
     aside.mkdir(parents=True, exist_ok=True)
     tokenizer.save(aside)
     description.save(aside)
-    texts = {"config.json": config.model_dump_json(), "dataset.json": (aside / "dataset.json").read_text(), "state.json": json.dumps({"step": step, "images_seen": 0})}
+    state = json.dumps({"step": step, "images_seen": 0})
+    texts = {"config.json": config.model_dump_json(), "dataset.json": (aside / "dataset.json").read_text(), "state.json": state}
     checkpoint.save(folder, step, {"model": dict(model.state_dict())}, texts, {"tokenizer": aside / "tokenizer"})
     return folder
 
