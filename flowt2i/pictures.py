@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -38,8 +38,8 @@ class Samples:
         return pictures
 
 
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Save a picture with the settings in its `info` as PNG text."""
+def save_png(picture: Image.Image, path: Path | IO[bytes]) -> None:
+    """Save a picture with the settings in its `info` as PNG text, to a path or an open file."""
     text = PngInfo()
     text.add_text("flowt2i", str(picture.info.get("flowt2i", "")))
     picture.save(path, "PNG", pnginfo=text)

@@ -1,28 +1,40 @@
 """`flowt2i demo`: the web page."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from flowt2i.commands.common import add_model, examples, load_pipeline
+from flowt2i.commands.common import examples
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="the web page",
-        description="A page that draws pictures from prompts and shows them forming.",
-        **examples("flowt2i demo", "flowt2i demo --model runs/quickstart --port 7861"),
+        description="A page that draws pictures from prompts and shows them forming, and a small HTTP API; for this machine only, unless you --share.",
+        **examples(
+            "flowt2i demo",
+            "flowt2i demo --model runs/quickstart --port 7861",
+            "flowt2i demo --model runs/a runs/b --only",
+            "flowt2i demo --share --auth friend:some-password",
+        ),
     )
-    add_model(parser)
+    parser.add_argument("--model", type=Path, nargs="+", default=[], metavar="PATH",
+                        help="run folder, checkpoint, exported model or hub id, one or several (default: the newest under runs/ and models/)")  # fmt: skip
+    parser.add_argument("--only", action="store_true", help="offer no other model than --model (default: also those under runs/ and models/)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
-    parser.add_argument("--share", action="store_true", help="also through a public gradio.live address; anyone with the link can use it")
+    parser.add_argument("--share", action="store_true", help="also through a public gradio.live address; needs --auth or --public")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="let in only those who know these, on the page and in the API")
+    parser.add_argument("--public", action="store_true", help="with --share: anyone who has the link may draw")
     for flag in ("--codec", "--text", "--device"):
         parser.add_argument(flag, help="as in generate")
     parser.set_defaults(run=run, weights="auto")
 
 
 def run(args: argparse.Namespace) -> int:
-    from flowt2i.demo import serve
+    from flowt2i.demo import Library, found, parse_auth, serve
 
-    serve(load_pipeline(args), port=args.port, share=args.share)
+    auth = parse_auth(args.auth)
+    library = Library(args.model, [] if args.only and args.model else found(), weights=args.weights, device=args.device, codec=args.codec, text=args.text)
+    serve(library, port=args.port, share=args.share, auth=auth, public=args.public)
     return 0
