@@ -191,16 +191,24 @@ def _memorisation(report: Report, pictures: Pictures) -> str:
     blocks = []
     for name, found in report.memorisation.items():
         share = found["near_copies"]
+        verdict = (
+            "The interval lies wholly above that of the held-out pictures: the model copies."
+            if found["copies"]
+            else "That is no more than new pictures show: no sign of copying."
+        )
         text = (
             f"{share['accuracy']:.1%} [{share['low']:.1%}, {share['high']:.1%}] of {share['n']:,} samples are near copies, within {found['threshold']:.3g} "
-            f"of a training picture, as {found['expected']:.1%} of {found['heldout_n']:,} held-out pictures are. Median distance {found['median']:.3g}, of "
-            f"held-out pictures {found['heldout_median']:.3g}; z = {found['z']:+.1f} (below -3: nearer to the training set than new pictures should be)."
+            f"of a training picture, as {found['expected']:.1%} (at most {found['expected_high']:.1%}) of {found['heldout_n']:,} held-out pictures are. "
+            f"{verdict} Median distance {found['median']:.3g}, of held-out pictures {found['heldout_median']:.3g}; z = {found['z']:+.1f}."
         )
         blocks.append(f"<h3>{page.escape(name)}</h3>" + page.paragraph(text))
         shown = pictures.pairs.get(name, [])
         captions = [f"{pair['distance']:.3g}{' (near copy)' if pair['near_copy'] else ''} · {pair['caption']}" for pair in found.get("pairs", [])]
         blocks.append(page.pairs(shown, captions) if shown else "")
-    lead = page.paragraph("The samples nearest to a training picture: sample left, training picture right; below, their distance and the training caption.")
+    lead = page.paragraph(
+        "The samples nearest to a training picture: sample left, training picture right; below, their distance and the training caption. "
+        "z compares all distances: it is far below 0 for copies, but for blurred or flat pictures too, which lie near everything: alone it tells nothing."
+    )
     return page.section("Does it repeat its training pictures?", lead, *blocks) if blocks else ""
 
 
