@@ -10,12 +10,23 @@ import pytest
 
 from flowt2i.cli import main
 from flowt2i.config import resolve
+from flowt2i.data.options import PrepareOptions
+from flowt2i.data.prepare import prepare
 from flowt2i.description import DatasetDescription
+from flowt2i.errors import UserError
 from flowt2i.evaluation import charts, on_track, page
 from flowt2i.evaluation.charts import Series, line_chart
 from flowt2i.evaluation.report import Pictures, Report, Score, html
 from flowt2i.training import checkpoint
 from flowt2i.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def scenes_data(tmp_path_factory) -> Path:
+    """As everywhere, but with held-out pictures enough for near copies."""
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    prepare(PrepareOptions(sources=["scenes"], out=out, count=240, heldout=0.5, workers=1), progress=False)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +94,32 @@ def test_a_report_of_a_run(runs, scenes_data, tmp_path, capsys):
     seen = checked(text)
     assert seen.count("svg") == 5 and seen.count("img") == 12 + 2 * 8 * len(report["memorisation"])
     assert "prefers-color-scheme" in text and "width=device-width" in text and report["samples"][0]["prompt"] in text
+
+
+@pytest.mark.parametrize("words, passes, told", [
+    (["--solver", "dopri5", "--tolerance", "0.5"], None, "dopri5 chooses its own"),
+    (["--negative", "a red star"], [2, 4, 4, 4, 4, 4], ""),  # no guidance at 1: nothing to lead away from
+    (["--solver", "heun", "--guidance-interval", "0.4", "1"], [3, 5, 5, 5, 5, 5], ""),  # guided in the last evaluations only, as counted
+])  # fmt: skip
+def test_every_sampler_has_its_report(runs, tmp_path, words, passes, told):
+    assert evaluate("--model", runs[0], "--metrics", "scenes", "--num", "2", "--curve-num", "2", "--out", tmp_path, *words) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    counted = [point["evaluations"] for point in report["curves"]["guidance"]]
+    assert counted == passes if passes else counted[0] >= 6
+    assert ("evaluations" in report["curves"]) == (not told) and told in " ".join(report["notes"])
+
+
+def test_a_curve_that_cannot_be_drawn_costs_only_itself(runs, tmp_path, monkeypatch):
+    from flowt2i.evaluation import assemble
+
+    def sweep(*words):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(assemble, "sweep", sweep)
+    assert evaluate("--model", runs[0], "--metrics", "scenes", "--num", "2", "--out", tmp_path) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["scores"] and [note for note in report["notes"] if "disk is full" in note]
+    assert "disk is full" in (tmp_path / "report.html").read_text()
 
 
 def test_two_models_side_by_side(runs, tmp_path, capsys):
@@ -213,9 +250,18 @@ def test_nothing_is_said_where_nothing_compares(quickstart, scenes_data):
     assert on_track.standing(line, resolve("stability"), description) is None
     assert on_track.standing(line, config, description.model_copy(update={"source": "emoji"})) is None
     assert on_track.standing(line | {"images_seen": 10**9}, config, description) is None
+    other_sampler = resolve("quickstart", ["--sample.guidance", "1"])  # a score of other pictures; the loss means the same
+    assert on_track.comparable(other_sampler, description)[1] == {"loss", "validation"}
+    assert "score" not in on_track.standing(line, other_sampler, description).line
+    assert on_track.comparable(resolve("quickstart", ["--sample.images", "4"]), description)[1] == {"score", "loss", "validation"}
     other_flow = resolve("quickstart", ["--flow.floor", "0.1"])
     assert on_track.comparable(other_flow, description)[1] == {"score"}
     assert "validation" not in on_track.standing(line, other_flow, description).line
+
+
+def test_a_run_that_diverged_is_behind(quickstart):
+    line = {"images_seen": 113_216, "validation": {"loss": float("nan")}, "score": float("nan")}
+    assert on_track.standing(line, *quickstart).verdict == "behind"
 
 
 def test_curves_survive_a_log_that_a_kill_cut_short(tmp_path):

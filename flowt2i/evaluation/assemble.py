@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flowt2i import solvers
 from flowt2i.config import load_config
 from flowt2i.data import scenes as scenes_data
 from flowt2i.description import DatasetDescription
@@ -17,12 +16,17 @@ from flowt2i.evaluation import clip, compare, on_track, scenes
 from flowt2i.evaluation.intervals import Z95
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.metrics import Context, Scores
+from flowt2i.evaluation.pictures import STRIDE
 from flowt2i.evaluation.report import Pictures, Point, Report, Score
+from flowt2i.pipeline import Pipeline
+from flowt2i.settings import is_guided
 from flowt2i.training import checkpoint
 
 STEPS = (1, 2, 4, 8, 16, 50)  # solver steps of the curve against cost
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 SHOWN = 24  # samples in the report: the first ones
+COUNTED = 4  # pictures on which passes of the net are counted
+UNGUIDED = {"negative": None, "guide": None}  # what acts through guidance is left out where there is none
 CURVE = 256  # prompts at each point of a curve, unless asked for others
 
 
@@ -52,16 +56,22 @@ def assemble(context: Context, found: dict[str, Scores], model: Path, left_out: 
     if measure:
         asked = prompts[:curve]
         report.curves = {"measure": measure.name, "share": measure.share, "n": len(asked)}
-        report.curves["evaluations"] = sweep(context, measure, asked, "steps", STEPS)
-        report.curves["guidance"] = sweep(context, measure, asked, "guidance", GUIDANCE)
+        for name, setting, values in (("evaluations", "steps", STEPS), ("guidance", "guidance", GUIDANCE)):
+            if setting == "steps" and report.settings["solver"] == "dopri5":
+                report.notes.append("No curve over steps: dopri5 chooses its own.")
+                continue
+            try:
+                report.curves[name] = sweep(context, measure, asked, setting, values)
+            except UserError as error:  # the scores were worth their time: the report is written without this curve
+                report.notes.append(f"No curve over {setting}: {error}")
     elif curve:
         report.notes.append("No curves over steps and guidance: on data other than the scenes they need a CLIP (--clip ID_OR_FOLDER) or --metrics kid.")
     return report, pictures
 
 
-def evaluations(settings: dict[str, Any]) -> int:
-    """Passes of the net a picture takes, guidance's counted."""
-    return solvers.EVALUATIONS[settings["solver"]](settings["steps"]) * (1 if settings["guidance"] == 1 else 2)
+def evaluations(pipeline: Pipeline, prompts: Sequence[str], seed: int, settings: dict[str, Any]) -> int:
+    """Passes of the net a picture takes, guidance's included, counted on a few pictures (all take as many, but with dopri5)."""
+    return pipeline.sample(list(prompts[:COUNTED]), seed=(seed + 1) * STRIDE, **settings).evaluations
 
 
 def from_scores(found: dict[str, Scores]) -> list[Score]:
@@ -123,11 +133,13 @@ def measure_for(context: Context, kernel: bool) -> Measure | None:
 
 def sweep(context: Context, measure: Measure, prompts: Sequence[str], setting: str, values: Sequence[float]) -> list[Point]:
     """The measure at each value of one setting (`steps` or `guidance`), all with the same prompts and the same noise."""
-    pipeline, points = context.need_pipeline("report"), []
+    pipeline, seed, points = context.need_pipeline("report"), noise_seed(context), []
     for value in tqdm(values, desc=f"curve over {setting}", unit="point", disable=not (context.progress and context.world.main), leave=False):
-        chosen = {setting: int(value) if setting == "steps" else value}
-        images = context.images(prompts, seed=noise_seed(context), settings=chosen)
-        points.append(Point(value, *measure.of(images, prompts), evaluations=evaluations(pipeline.settings(**context.settings | chosen))))
+        chosen: dict[str, Any] = {setting: int(value) if setting == "steps" else value}
+        if not is_guided(pipeline.settings(**context.settings | chosen | UNGUIDED)):
+            chosen |= UNGUIDED
+        images = context.images(prompts, seed=seed, settings=chosen)
+        points.append(Point(value, *measure.of(images, prompts), evaluations=evaluations(pipeline, prompts, seed, context.settings | chosen)))
     return points
 
 
