@@ -4,8 +4,9 @@
     flowt2i train --config quickstart --data data/scenes --out runs/reference --train.steps 3900 --train.eval_every 300 --train.score_prompts 256
     python benchmarks/reference_curve.py runs/reference runs/quickstart runs/quickstart-seed1 runs/quickstart-seed2
 
-All runs must be of one preset with the same flow settings, their pictures drawn alike. Writes flowt2i/evaluation/reference_curves/PRESET.json (`--out` another file): training loss
-(means of 60 stretches of log.jsonl), validation loss and score (eval.jsonl) against images seen. A run with one evaluation gives one point.
+All runs must be of one preset with the same flow settings, their pictures drawn alike. Writes flowt2i/evaluation/reference_curves/PRESET.json (`--out`
+another file): training loss (means of 60 stretches of log.jsonl), validation loss and score (eval.jsonl) against images seen. A run with one
+evaluation gives one point.
 """
 
 import argparse

@@ -116,7 +116,7 @@ def measure_for(context: Context, kernel: bool) -> Measure | None:
         clip_net = clip.Clip.load(context.clip_name, context.world.device)
 
         def clip_score(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, float, float]:
-            spread = clip.score(clip_net, images, prompts)["clip"]
+            spread = clip.score(clip_net, images, prompts, context.world)["clip"]
             return spread["mean"], spread["low"], spread["high"]
 
         return Measure(f"CLIP score ({clip_net.name})", False, clip_score)
@@ -186,7 +186,7 @@ def set_side_by_side(first: Context, second: Context, models: tuple[Path, Path])
     elif first.clip_name:
         net = clip.Clip.load(first.clip_name, first.world.device)
         drawn = first.images(prompts, seed=noise_seed(first)), second.images(prompts, seed=noise_seed(first))
-        rows = compare.of_clip(net, *drawn, prompts)
+        rows = compare.of_clip(net, *drawn, prompts, first.world)
     else:
         raise UserError("two models of real data are compared by a CLIP: add --clip openai/clip-vit-base-patch32 (or a folder with another CLIP)")
     report = Report(f"{models[0]} against {models[1]}", a.settings(**first.settings), f"A: {first.protocol()}; B: {second.protocol()}")

@@ -20,7 +20,7 @@ from flowt2i.description import DatasetDescription
 from flowt2i.evaluation.intervals import wilson
 from flowt2i.settings import NAMES
 
-TOLERANCE = 0.1  # of a loss. A choice: the spread of seeds at one length is not measured (our runs, 113,000 to 134,000 images long, end within 7% of each other)
+TOLERANCE = 0.1  # of a loss. A choice: the spread of seeds at one length is not measured (our runs, 113,000 to 134,000 images long, end within 7%)
 REACH = 1.05  # a curve is still read this far past its ends
 Points = list[list[float]]  # [images seen, value], in order
 
