@@ -16,7 +16,7 @@ from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import charts, on_track, page
 from flowt2i.evaluation.charts import Series, line_chart
-from flowt2i.evaluation.report import Pictures, Report, Score, html
+from flowt2i.evaluation.report import Pictures, Point, Report, Score, html, write
 from flowt2i.training import checkpoint
 from flowt2i.training.loop import train
 
@@ -216,6 +216,19 @@ def test_what_people_wrote_is_text_not_html():
     checked(text)
     assert "<script" not in text and "&lt;script&gt;" in text
     assert page.data_uri(np.zeros((8, 8, 3), np.uint8)).startswith("data:image/png;base64,iVBOR")
+
+
+def test_what_is_not_finite_and_no_character_is_reported_all_the_same(tmp_path):
+    nan = float("nan")
+    report = Report("run", {}, "protocol", [Score("kid-10@64", nan, "protocol", nan, nan, 10)], [{"prompt": "half a \ud83d smile", "seed": 0}])
+    report.training = {"batch_size": 8, "preset": "quickstart", "score_prompts": 4, "score": [[8, nan], [16, nan]]}
+    report.training |= {"loss": [[8, nan]], "validation": [[8, 1.0], [16, nan]]}
+    report.curves = {"measure": "kernel distance", "share": False, "n": 2, "guidance": [Point(1.0, nan, nan, nan, 2)]}
+    write(report, Pictures(samples=[np.zeros((8, 8, 3), np.uint8)]), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert checked(text).count("svg") == 1 and text.count("No value is finite") == 3 and "half a ? smile" in text
+    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN, which JSON does not know
+    assert found["training"]["loss"] == [[8, None]] and found["scores"][0]["value"] is None
 
 
 # ---- on track

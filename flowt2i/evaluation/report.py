@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -88,16 +89,25 @@ class Pictures:
 def write(report: Report, pictures: Pictures, out: Path) -> list[Path]:
     """report.json and report.html in `out`. UserError where it cannot be written."""
     report.made = report.made or time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    files = {out / "report.json": json.dumps(asdict(report), indent=1) + "\n", out / "report.html": html(report, pictures)}
+    files = {out / "report.json": json.dumps(finite(asdict(report)), indent=1, allow_nan=False) + "\n", out / "report.html": html(report, pictures)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
             aside = path.with_name(path.name + ".tmp")
-            aside.write_text(text)
+            aside.write_text(text, "utf-8", errors="replace")  # captions may hold halves of characters, which no encoding has
             aside.replace(path)
     except OSError as error:
         raise UserError(f"cannot write the report into {out} ({error.strerror}): give another --out") from error
     return list(files)
+
+
+def finite(value: Any) -> Any:
+    """Numbers, texts, lists and objects as JSON knows them: null where a number is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -157,9 +167,9 @@ def _training(report: Report) -> str:
         if own:
             x, y = _xy(own)
             n = found.get("score_prompts") if is_share else None
-            band = [wilson(round(value * n), n) for value in y] if n else []
+            band = [wilson(round(value * n), n) if math.isfinite(value) else (value, value) for value in y] if n else []
             lines.append(Series("this run", x, y, [low for low, _ in band], [high for _, high in band]))
-            svg = line_chart(
+            svg = _chart(
                 lines, x_label=f"images seen ({found['batch_size']} a step)", y_label=label, y_format=percent if is_share else short,
                 from_zero=is_share, y_log=not is_share, name=title,
             )  # fmt: skip
@@ -178,7 +188,7 @@ def _curves(report: Report) -> str:
         if points:
             line = Series(found["measure"], [p.x for p in points], [p.value for p in points], [p.low for p in points], [p.high for p in points])
             form = percent if found["share"] else short
-            svg = line_chart([line], x_label=label, y_label=found["measure"], x_log=log, y_format=form, from_zero=found["share"], name=title)
+            svg = _chart([line], x_label=label, y_label=found["measure"], x_log=log, y_format=form, from_zero=found["share"], name=title)
             shown.append((title, svg, [line]))
     if not shown:
         return ""
@@ -234,6 +244,14 @@ def _comparison(report: Report, pictures: Pictures) -> str:
 def _how(report: Report) -> str:
     notes = "".join(page.paragraph(note) for note in report.notes)
     return page.section("How this was made", page.code(report.protocol), notes)
+
+
+def _chart(lines: Sequence[Series], **options: Any) -> str:
+    """A chart, or what there is to say where no point is finite."""
+    try:
+        return line_chart(lines, **options)
+    except ValueError:
+        return page.paragraph("No value is finite: the training diverged, or the settings are beyond what the model stands.")
 
 
 def _xy(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
