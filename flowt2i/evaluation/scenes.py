@@ -10,14 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from flowt2i.data import scenes, scenes_check
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally, wilson
 from flowt2i.evaluation.metrics import Context, Scores
-from flowt2i.pipeline import Pipeline
 from flowt2i.settings import describe
 
 __all__ = ["ATOMS", "FIRST_SEED", "PUBLISHED", "concepts", "kind", "metric", "score_images", "tally", "totals", "verdicts", "wilson"]
@@ -55,7 +53,7 @@ def _metric(context: Context, heldout: bool) -> Scores:
 
 
 def score_images(images: Iterable[np.ndarray], prompts: Sequence[str]) -> dict[str, Any]:
-    """Shares with their intervals: "all" (every concept right), each atom, by kind of prompt and by number of concepts. images uint8 [H, W, 3], one a prompt."""
+    """Shares with their intervals: "all" (every concept right), each atom, by kind of prompt, by number of concepts. images uint8 [H, W, 3], one a prompt."""
     return totals(verdicts(images, prompts))
 
 
