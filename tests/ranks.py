@@ -164,7 +164,7 @@ def pictures(run: str, data: str, words: list[str]) -> dict[str, Any]:
     that are scored, and for a feature net that rank 1 alone cannot load."""
     trainer = Trainer(resolve("quickstart", words), Path(data), Path(run), None, progress=False)
     pipeline, prompts, calls = trainer.pipeline(), ["a", "b", "c", "d"], 0
-    draw = pipeline._batch
+    draw = pipeline.to_images
 
     def failing(*args: Any) -> Any:
         nonlocal calls
@@ -177,7 +177,7 @@ def pictures(run: str, data: str, words: list[str]) -> dict[str, Any]:
         evaluation.loss_on_heldout(trainer, trainer.ema_objective or trainer.objective)  # as before all pictures: it makes the objective FSDP2's root
         said = []
         for texts in (prompts, ["a", "b", "c", " "]):
-            with mock.patch.object(pipeline, "_batch", failing):
+            with mock.patch.object(pipeline, "to_images", failing):
                 try:
                     evaluation.sample_over_ranks(trainer.world, pipeline, texts, seed=0)
                 except UserError as error:
@@ -185,7 +185,7 @@ def pictures(run: str, data: str, words: list[str]) -> dict[str, Any]:
         shape = evaluation.sample_over_ranks(trainer.world, pipeline, prompts, seed=0).images.shape
         calls, drawing = 0, Drawing(pipeline, prompts, 0, {})
         with mock.patch.object(scored, "BLOCK", 1):
-            with mock.patch.object(pipeline, "_batch", failing):
+            with mock.patch.object(pipeline, "to_images", failing):
                 scored_error = error_of(lambda: drawing.images(trainer.world, progress=False))
             again = drawing.images(trainer.world, progress=False).shape
         lone = UserError("no net") if trainer.world.rank == 1 else None

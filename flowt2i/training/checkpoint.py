@@ -66,10 +66,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
         shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free
         if free < needed:
-            raise UserError(
-                f"no room for a checkpoint in {target.parent}: {size(needed)} needed, {size(free)} free; "
-                f"{_then(target, 'free some')}"
-            )
+            raise UserError(f"no room for a checkpoint in {target.parent}: {size(needed)} needed, {size(free)} free; {_then(target, 'free some')}")
         aside.mkdir()
         for stem, named in tensors.items():
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
@@ -87,8 +84,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a disk that is full
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"could not write the checkpoint {target}: {getattr(error, 'strerror', None) or error} ({size(needed)} needed); "
-            f"{_then(target, 'mend it')}"
+            f"could not write the checkpoint {target}: {getattr(error, 'strerror', None) or error} ({size(needed)} needed); {_then(target, 'mend it')}"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
     return target

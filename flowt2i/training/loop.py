@@ -432,9 +432,7 @@ class Trainer:
         if self.step:  # at step 0 no learning rate had a part in it
             again = "resume" if checkpoint.list_steps(self.run_folder) else "start again"
             advice = f"{again} with a lower --optim.lr, or {advice}"
-        return self.world.fail(
-            f"loss {loss} or gradient norm {norm} is not finite at step {self.step} (samples of {samples}): nothing was updated; {advice}"
-        )
+        return self.world.fail(f"loss {loss} or gradient norm {norm} is not finite at step {self.step} (samples of {samples}): nothing was updated; {advice}")
 
     def _own_gradient_is_finite(self) -> bool:
         """Whether this rank's rows of the step at hand, by themselves, have a finite gradient."""
