@@ -61,7 +61,7 @@ def weights_file(folder: Path, wanted: str) -> tuple[str, str]:
     wanted: "ema", "raw", or "auto" (EMA where there is one). UserError where they are not there.
     """
     mark = read_mark(folder)
-    stems = {mark.weights: "model"} if mark else {"ema": "ema", "raw": "model"}
+    stems: dict[str, str] = {mark.weights: "model"} if mark else {"ema": "ema", "raw": "model"}
     if wanted not in ("auto", "ema", "raw"):
         raise UserError(f"no weights {wanted!r}: choose ema, raw or auto")
     there = [kind for kind, stem in stems.items() if (folder / f"{stem}.safetensors").exists()]

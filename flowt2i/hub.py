@@ -1,5 +1,6 @@
 """Our models on the Hugging Face hub: fetched as safetensors, JSON and text only, sent as a whole folder."""
 
+import contextlib
 from pathlib import Path
 
 from flowt2i.errors import UserError
@@ -26,6 +27,7 @@ def local(model: str | Path) -> Path:
     if looks_like_path(id) or id.count("/") != 1:
         return Path(model)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     ways = f"give a run folder, a checkpoint or an exported model, or download {id} on another machine and pass its folder"
     with hub_told(f"model {id!r}", ways), quiet():
@@ -34,7 +36,8 @@ def local(model: str | Path) -> Path:
         if not (folder / MARK).exists():
             raise UserError(f"model {id!r} on the hub was not written by `flowt2i export` (it has no {MARK}): give another id")
         if format_of(folder) == "flowt2i":
-            folder = Path(snapshot_download(id, allow_patterns=PATTERNS, etag_timeout=5))
+            with contextlib.suppress(LocalEntryNotFoundError):
+                folder = Path(snapshot_download(id, allow_patterns=PATTERNS, etag_timeout=5))
             if not checkpoint.is_whole(folder):  # a download was broken off, and the hub cannot be reached now; or it was pushed like that
                 raise UserError(f"model {id!r} was not fetched whole: run this again where the hub can be reached, or give a folder of your own")
     return folder

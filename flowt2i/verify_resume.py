@@ -148,12 +148,13 @@ def _train(command: Sequence[str], run: Path, ranks: int, stop_at: int = 0) -> N
 def what_failed(told: str) -> str:
     """The line of a training's stderr that says why it failed: of the rank that failed first, among torchrun's own lines and other ranks' complaints."""
     lines = told.splitlines()
-    if said := next((line for line in lines if line.startswith("flowt2i train: error:")), None):
-        return said
+    said = [line for line in lines if line.startswith("flowt2i train: error:")]
+    if mistake := next((line for line in said if "another rank was lost" not in line), None):
+        return mistake
     errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b", line) and "ChildFailedError" not in line]
     first = re.search(r"^Root Cause.*?^ *rank +: (\d+)", told, re.DOTALL | re.MULTILINE)
     own = [line for line in errors if first and line.startswith(f"[rank{first[1]}]: ")]
-    return next(reversed(own or errors), told[-300:])
+    return next(reversed(own or errors or said), told[-300:])
 
 
 def _child(stop_at: int, words: Sequence[str]) -> int:

@@ -54,8 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
             if files is None:
                 return self._missing("RepoNotFound")
             entries = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()]
-            names = [{"rfilename": name} for name in files]
-            return self._answer(entries if "/tree/" in path else {"id": found[1], "modelId": found[1], "sha": SHA, "siblings": names, "private": found[1] in self.server.private})
+            info = {"id": found[1], "modelId": found[1], "sha": SHA, "private": found[1] in self.server.private}
+            return self._answer(entries if "/tree/" in path else info | {"siblings": [{"rfilename": name} for name in files]})
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             data = self.server.files.get(found[1], {}).get(found[2])
             if data is None:
@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             if id in self.server.files:
                 return self._answer({"error": "You already created this model repo", "url": f"{self.server.address}/{id}"}, 409)
             self.server.files[id] = {}
-            if wanted.get("private"):
+            if wanted.get("visibility") == "private" or wanted.get("private"):  # newer and older versions of huggingface_hub
                 self.server.private.add(id)
             return self._answer({"url": f"{self.server.address}/{id}", "name": id})
         if path == "/api/validate-yaml":

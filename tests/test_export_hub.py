@@ -143,6 +143,11 @@ def test_a_model_that_was_fetched_in_part(run, tmp_path, online, capsys):
         capsys.readouterr()
     assert main(["generate", "x", "--model", "me/scenes"]) == 2
     assert "'me/scenes' was not fetched whole" in one_line(capsys)
+    with serving() as other:
+        online(other.address)
+        other.files["me/torn"] = {name: data for name, data in hub.files["me/scenes"].items() if not name.startswith("tokenizer/")}
+        assert main(["generate", "x", "--model", "me/torn"]) == 2
+        assert "'me/torn' was not fetched whole" in one_line(capsys)
 
 
 def test_a_path_is_never_looked_for_on_the_hub(run, online, tmp_path):
