@@ -2,7 +2,7 @@
 """Quality against evaluations, for solvers, schedules and guidance: a table and a plot.
 
     python benchmarks/sampling.py --model runs/quickstart --num 200 --out sampling.png
-    python benchmarks/sampling.py --only solvers --num 100                  # solvers, schedules or guidance alone
+    python benchmarks/sampling.py --only solvers --num 100                  # solvers, schedules, guidance or the default alone
     python benchmarks/sampling.py --guide runs/quickstart/checkpoints/step_00001000 --only guidance
 
 Every setting draws the same prompts from the same seeds, so differences are paired. `distance` is the root mean square difference (pixels in [0, 1]) to
@@ -40,6 +40,7 @@ SCHEDULES: list[dict[str, Any]] = [
     *({"solver": s, "steps": n, "shift": 5.0} for s, n in [("ab2", 4), ("ab2", 6), ("ab2", 12), ("ab2", 16), ("euler", 16), ("euler", 25), ("euler", 50)]),
     *({"solver": s, "steps": 4, "shift": 5.0} for s in ("heun", "midpoint", "ab4")),
 ]
+DEFAULT: list[dict[str, Any]] = [{"solver": "ab2", "steps": 8, "shift": 5.0}]  # of the preset `quickstart`
 GUIDANCE: list[dict[str, Any]] = [
     {"guidance": 1.0}, {"guidance": 2.0}, {"guidance": 4.0}, {"guidance": 5.0},
     {"guidance_rule": "zero-star"}, {"guidance_rule": "zero-star", "zero_init": 0.04}, {"guidance_rescale": 0.5}, {"guidance_rescale": 1.0},
@@ -83,6 +84,8 @@ def settings_to_measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         chosen += SOLVERS
     if args.only in (None, "schedules"):
         chosen += SCHEDULES + [{"solver": s, "steps": n, "schedule": name} for name in args.schedule for s in ("euler", "ab2") for n in (6, 8)]
+    if args.only in (None, "default"):
+        chosen += DEFAULT
     if args.only in (None, "guidance"):
         chosen += [base, *(base | g for g in GUIDANCE)]
         chosen += [base | {"guidance": g, "guide": str(args.guide)} for g in (1.5, 2.0, 3.0) if args.guide]
@@ -137,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="default: the newest run")
     parser.add_argument("--num", type=int, default=200, help="prompts (default 200)")
-    parser.add_argument("--only", choices=["solvers", "schedules", "guidance"])
+    parser.add_argument("--only", choices=["solvers", "schedules", "guidance", "default"])
     parser.add_argument("--solver", default="ab2", help="of the comparison of guidance (default ab2)")
     parser.add_argument("--steps", type=int, default=8, help="of the comparison of guidance (default 8)")
     parser.add_argument("--guide", type=Path, help="a weaker checkpoint, for autoguidance")
