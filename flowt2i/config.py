@@ -293,7 +293,7 @@ def load_config(path: Path) -> Config:
         values = json.loads(Path(path).read_text())
         values.pop("resolved", None)  # what RUN/config.json adds for people
         return Config.model_validate(values)
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a configuration: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -158,7 +158,10 @@ class Trainer:
             if source is None:
                 print(f"no checkpoint in {self.run_folder} yet: starting at step 0", file=sys.stderr)
             return source
-        return checkpoint.find(Path(resume))
+        source = checkpoint.find(Path(resume))
+        if not (source / "state.json").exists():
+            raise UserError(f"--resume {resume} is an exported model, without the optimizer's state: resume from a run folder or a checkpoint")
+        return source
 
     def _lock(self) -> None:
         """Keep other trainings out of the run folder, for as long as rank 0 lives."""
