@@ -624,6 +624,8 @@ class Trainer:
         if self.world.main:
             facts = {"data": str(self.data), "micro_batch": self.micro, "accumulation": self.accumulate, "ranks": self.world.size, "steps": self.steps}
             facts |= {"device": str(self.world.device), "compiled": self.compiled, "model": self.model_config.model_dump()}
+            if self.world.device.type == "cuda":
+                facts["device_name"] = torch.cuda.get_device_name(self.world.device)
             resolved = self.config.model_dump() | {"resolved": facts | {"parameters": count_parameters(self.model)}}
             aside = self.run_folder / "config.json.tmp"
             aside.write_text(json.dumps(resolved, indent=2) + "\n")
