@@ -72,6 +72,7 @@ class Drawing:
     negative: str | None = None
     guide: "Pipeline | None" = None
     given: Given | None = None
+    alive: Callable[[], None] | None = None  # called before every evaluation of a network: what it raises ends the drawing
     evaluated: int = 0  # captioned pictures that went through a network
 
     def batch(self, starts: list[Start], preview: Preview | None = None, every: int = 1) -> np.ndarray:
@@ -133,6 +134,8 @@ class Drawing:
 
     def _counted(self, field: TextVelocity) -> TextVelocity:
         def count(z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+            if self.alive:
+                self.alive()
             self.evaluated += len(z)
             return field(z, t, text, mask)
 

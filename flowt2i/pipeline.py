@@ -96,7 +96,7 @@ class Pipeline:
         shift: float | None = None, seed: int = 0, num: int = 1, batch_size: int = 64, preview: Preview | None = None, preview_every: int = 1,
         progress: Callable[[int], Any] | None = None, negative: str | None = None, guide: "Pipeline | str | Path | None" = None,
         init: Picture | None = None, strength: float | None = None, mask: Picture | None = None, variation: float = 0.0, to: str | None = None,
-        to_seed: int | None = None, mix: float | None = None, **more: Any,
+        to_seed: int | None = None, mix: float | None = None, alive: Callable[[], None] | None = None, **more: Any,
     ) -> Samples:  # fmt: skip
         """Draw `num` pictures of each prompt. Picture k of the call has the seed `seed + k`, whatever batch it falls into.
 
@@ -106,14 +106,15 @@ class Pipeline:
         init: a picture to start from, by `strength` (0: nothing of it changes, 1: nothing of it is left; 0.6 if not given); with a `mask` (bright: draw
         anew) the rest of it stays, and strength is 1 if not given. variation, to, to_seed, mix: see `editing.starts`.
         preview(step, steps, images) is called every `preview_every` steps with the predicted clean pictures of the batch at work;
-        progress(n) after each batch of n. UserError on settings out of range.
+        progress(n) after each batch of n. alive() is called before every evaluation of a network: what it raises ends the drawing.
+        UserError on settings out of range.
         """
         chosen = self.settings(steps, solver, guidance, shift, negative, guide, **more)
         starts = editing.starts([prompts] if isinstance(prompts, str) else list(prompts), seed, num, variation, to, to_seed, mix)
         if batch_size < 1 or preview_every < 1:
             raise UserError("batch_size and preview_every must be at least 1")
         started = time.perf_counter()
-        drawing = Drawing(self, chosen, chosen.get("negative"), self._guide(guide), given_picture(self, init, strength, mask))
+        drawing = Drawing(self, chosen, chosen.get("negative"), self._guide(guide), given_picture(self, init, strength, mask), alive)
         size = 1 if chosen["solver"] == "dopri5" else batch_size  # its steps follow the error of a batch, and a picture must not depend on its neighbours
         images = []
         for first in range(0, len(starts), size):

@@ -337,3 +337,16 @@ class TestCommandLine:
         assert main([*words, "--json"]) == 0
         protocol = json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]
         assert "ab2 2 steps" in protocol and "guidance rescale 0.5" in protocol and f"guide {weaker}" in protocol
+
+
+def test_a_drawing_ends_at_the_next_evaluation_when_asked(pipeline):
+    asked = []
+
+    def alive():
+        asked.append(0)
+        if len(asked) == 6:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        pipeline.sample(PROMPT, steps=100, solver="rk4", alive=alive)
+    assert len(asked) == 6
