@@ -34,6 +34,18 @@ def taken_along(folder: Path, name: str) -> str | None:
     return str(folder / name) if (folder / name / "config.json").exists() else None
 
 
+def step_of(folder: Path) -> int | None:
+    """The training step of a checkpoint or an exported model; None where it does not say."""
+    try:
+        if (folder / MARK).exists():
+            step = json.loads((folder / MARK).read_text())["training"]["step"]
+        else:
+            step = json.loads((folder / "state.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # that a picture can be told from others is no reason to refuse the model
+        return None
+    return step if type(step) is int else None
+
+
 def _entry(folder: Path, name: str) -> str:
     try:
         return str(json.loads((folder / MARK).read_text())[name])

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from flowt2i import Pipeline, editing, flow
+from flowt2i import settings as choices
 from flowt2i.cli import main
-from flowt2i.config import SolverName, resolve
+from flowt2i.config import SampleConfig, SolverName, resolve
+from flowt2i.drawing import given_picture
 from flowt2i.errors import UserError
 from flowt2i.pictures import read_settings, save_png
 from flowt2i.solvers import EVALUATIONS, SOLVERS
@@ -96,7 +98,6 @@ def test_captions_are_encoded_once_a_batch(pipeline):
 def test_an_interval_saves_evaluations(pipeline):
     times = {"steps": 4, "schedule": "0,0.1,0.4,0.7,1"}
     assert pipeline.sample(PROMPT, guidance=2.0, guidance_from=0.3, guidance_until=0.5, **times).evaluations == 5
-    assert pipeline.sample(PROMPT, guidance=2.0, zero_init=0.05, **times).evaluations == 6
     plain, empty = (pipeline.sample(PROMPT, guidance=g, guidance_from=f, **times).images for g, f in ((1.0, 0.0), (2.0, 0.9)))
     assert np.array_equal(plain, empty)
 
@@ -105,7 +106,7 @@ def test_each_kind_of_guidance_draws_something_else(pipeline, weaker):
     kinds = [{}, {"guidance_rule": "zero-star"}, {"guidance_rescale": 0.7}, {"negative": OTHER}, {"guide": weaker}, {"zero_init": 0.3}]
     drawn = [pipeline.sample(PROMPT, steps=4, guidance=4.0, **kind) for kind in kinds]
     assert all(differ(a.images, b.images) > 1 for i, a in enumerate(drawn) for b in drawn[:i])
-    assert [s.evaluations for s in drawn] == [8, 8, 8, 8, 8, 4], "a guide costs an evaluation as the empty caption does"
+    assert [s.evaluations for s in drawn] == [8, 8, 8, 8, 8, 6], "a guide costs an evaluation as the empty caption does"
     own = pipeline.sample(PROMPT, steps=4, guidance=4.0, guide=pipeline).images
     assert differ(own, pipeline.sample(PROMPT, steps=4, guidance=1.0).images) <= 1, "a model that guides itself changes nothing"
 
@@ -128,6 +129,55 @@ def test_a_compiled_network_draws_the_same(tiny_run):
     assert differ(compiled.sample(PROMPT, steps=3).images, eager.sample(PROMPT, steps=3).images) <= 2
 
 
+class TestZeroInit:
+    """Drawing begins at T with the noise as it is: the network is first asked at T, whatever the grid and the solver."""
+
+    @pytest.mark.parametrize("solver", ["euler", "ab2", "heun", "rk4", "dopri5", "sde"])
+    def test_the_way_begins_at_its_time(self, pipeline, solver):
+        asked, field = [], pipeline.field
+        pipeline.field = lambda z, t, text, mask: asked.append((float(t), z)) or field(z, t, text, mask)
+        try:
+            pipeline.sample(PROMPT, steps=8, solver=solver, tolerance=0.05, guidance=1.0, zero_init=0.04, seed=3)
+        finally:
+            del pipeline.field
+        assert min(t for t, _ in asked) == pytest.approx(0.04) == asked[0][0]
+        assert torch.equal(asked[0][1], pipeline.initial_noise([3]))
+
+    def test_it_is_as_a_grid_that_begins_there(self, pipeline):
+        zero, plain = (pipeline.sample(PROMPT, steps=4, guidance=2.0, **s).images for s in ({"zero_init": 1e-5}, {}))
+        assert differ(zero, plain) <= 2, "a step that begins just before T does not stand still for its whole length"
+        assert pipeline.sample(PROMPT, schedule="0,0.1,0.4,0.7,1", guidance=2.0, zero_init=0.05).evaluations == 8
+        assert pipeline.sample(PROMPT, schedule="0,0.1,0.4,0.7,1", guidance=2.0, zero_init=0.09).evaluations == 6
+
+    def test_what_is_kept_is_on_its_path_when_it_begins(self, pipeline, circle):
+        asked, field = [], pipeline.field
+        pipeline.field = lambda z, t, text, mask: asked.append((float(t), z)) or field(z, t, text, mask)
+        try:
+            pipeline.sample(PROMPT, steps=4, guidance=1.0, zero_init=0.3, strength=0.9, init=circle[0], mask=circle[1], seed=3)
+        finally:
+            del pipeline.field
+        given = given_picture(pipeline, circle[0], 0.9, circle[1])
+        noise, kept = pipeline.initial_noise([3]), (given.latents <= 0.5).expand(1, 3, -1, -1)
+        t, z = asked[0]
+        assert t == pytest.approx(0.3)
+        assert torch.allclose(z[kept], editing.start_from(given.data, noise, 0.7)[kept], atol=1e-5)
+        assert torch.allclose(z[~kept], editing.start_from(given.data, noise, 0.9)[~kept], atol=1e-5)
+
+
+class TestWhichTimes:
+    def test_the_models_own_shift_is_for_its_own_schedule(self):
+        own = SampleConfig(shift=5.0, steps=8)
+        used = lambda **given: tuple(choices.resolve(own, given)[name] for name in ("schedule", "steps", "shift"))
+        assert used() == ("uniform", 8, 5.0) and used(steps=4) == ("uniform", 4, 5.0)
+        assert used(schedule="quickstart") == ("quickstart", 8, 1.0) and used(schedule="quickstart", shift=2.0) == ("quickstart", 8, 2.0)
+        assert used(schedule="0,0.1,0.4,1") == ("0,0.1,0.4,1", 3, 1.0) and used(schedule="0,0.1,0.4,1", steps=6)[1] == 6
+
+    def test_a_written_schedule_of_the_configuration_says_its_steps(self):
+        own = SampleConfig(schedule="0,0.1,0.4,1", shift=2.0)
+        assert choices.resolve(own, {})["steps"] == 3 and choices.resolve(own, {})["shift"] == 2.0
+        assert choices.resolve(own, {"steps": 7})["steps"] == 7 and choices.resolve(own, {"schedule": "uniform"})["steps"] == 50
+
+
 class TestBetween:
     def test_slerp(self):
         g = torch.Generator().manual_seed(0)
@@ -141,11 +191,12 @@ class TestBetween:
         to_a, to_b = ((at(0.5) * x).sum((1, 2, 3)) for x in (a, b))
         assert torch.allclose(to_a, to_b, atol=1e-4), "halfway in angle"
 
+    @pytest.mark.parametrize("solver", ["euler", "sde"])
     @pytest.mark.parametrize("way", [{"to": OTHER}, {"to_seed": 99}, {"to": OTHER, "to_seed": 99}])
-    def test_a_way_begins_and_ends_where_it_should(self, pipeline, way):
-        drawn = pipeline.sample(PROMPT, steps=4, seed=5, num=3, **way)
-        first = pipeline.sample(PROMPT, steps=4, seed=5).images[0]
-        last = pipeline.sample(way.get("to", PROMPT), steps=4, seed=way.get("to_seed", 5)).images[0]
+    def test_a_way_begins_and_ends_where_it_should(self, pipeline, way, solver):
+        drawn = pipeline.sample(PROMPT, steps=4, solver=solver, seed=5, num=3, **way)
+        first = pipeline.sample(PROMPT, steps=4, solver=solver, seed=5).images[0]
+        last = pipeline.sample(way.get("to", PROMPT), steps=4, solver=solver, seed=way.get("to_seed", 5)).images[0]
         assert differ(drawn.images[0], first) <= 1 and differ(drawn.images[2], last) <= 1
         assert differ(drawn.images[1], first) > 1 and differ(drawn.images[1], last) > 1
         assert drawn.evaluations == 4 * (3 if "to" in way else 2) and [b["mix"] for b in drawn.between] == [0, 0.5, 1]
@@ -259,6 +310,8 @@ def test_previews_of_every_solver(pipeline, solver):
         ({"guidance_rescale": 2.0}, "rescale"),
         ({"guidance_rule": "zero"}, "'zero-star'"),
         ({"zero_init": 1.0}, "zero init"),
+        ({"shift": 0.001}, "shift"),
+        ({"schedule": "0,0.999998,1", "shift": 0.01}, "too near"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"negative": "x", "guidance": 1.0}, "guidance"),
         ({"variation": float("nan")}, "variation"),
