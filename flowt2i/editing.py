@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
 from flowt2i import flow
-from flowt2i.data.images import load_square
+from flowt2i.data.images import load_square, upright_size
 from flowt2i.data.sample import Dropped
 from flowt2i.errors import UserError
 from flowt2i.solvers import Velocity
@@ -130,8 +130,7 @@ def load_picture(picture: Picture, size: int, what: str) -> tuple[np.ndarray, tu
             content = Path(picture).read_bytes()
         square = load_square(content, size)
         with Image.open(io.BytesIO(content)) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return square, (image.height, image.width) if turned else image.size
+            return square, upright_size(image)
     except OSError as error:
         raise UserError(f"cannot read {what} {str(picture)[:200]!r}: {error.strerror or error}") from error
     except ValueError as error:  # a name that no file can have

@@ -38,7 +38,8 @@ class Samples:
         return pictures
 
 
-_TEXTS = ("prompt", "to", "solver", "schedule", "guidance_rule", "negative", "guide", "init", "mask", "init_pixels", "mask_pixels", "model", "weights", "version")
+_TEXTS = ("prompt", "to", "solver", "schedule", "guidance_rule", "negative", "guide", "init", "mask", "init_pixels", "mask_pixels",
+          "model", "weights", "version")  # fmt: skip
 _INTEGERS = ("seed", "to_seed", "steps", "step")
 _NUMBERS = ("mix", "shift", "tolerance", "guidance", "guidance_rescale", "guidance_from", "guidance_until", "zero_init", "strength")
 

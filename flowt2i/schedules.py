@@ -88,5 +88,5 @@ def make_times(schedule: str, steps: int, shift: float = 1.0) -> Tensor:
         times = resample_times(torch.tensor(known, dtype=torch.float64), steps)
     times = shift_times(times, shift).float()
     if not (times.diff() > 0).all():
-        raise UserError(f"schedule {schedule[:60]!r} at {steps} steps and shift {shift:g}: times are too near each other, choose fewer steps or a shift nearer 1")
+        raise UserError(f"schedule {schedule[:60]!r} at {steps} steps and shift {shift:g}: times are too near each other, choose fewer steps or a shift near 1")
     return times

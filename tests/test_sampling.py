@@ -279,6 +279,95 @@ def test_the_same_picture_again_from_its_metadata(pipeline, weaker, circle, tmp_
         assert name in (*places, "num", "variation") or told[name] == value
 
 
+class TestOtherModels:
+    """A picture tells which model drew it; another one draws something else, and says so."""
+
+    def test_another_model_or_step_or_weights_is_told(self, pipeline, weaker, recwarn):
+        picture = pipeline.sample(PROMPT, steps=2).pictures()[0]
+        assert read_settings(picture)["step"] == 4
+        pipeline.redraw(picture)
+        assert not recwarn.list
+        early = Pipeline.from_pretrained(weaker, device="cpu")
+        with pytest.warns(UserWarning, match=r"drawn by tiny \(EMA weights, step 4\), and this is .*step 2\)") as told:
+            early.redraw(picture)
+        assert len(told) == 1 and "\n" not in str(told[0].message)
+
+    def test_like_takes_the_weights_of_the_picture(self, tiny_run, tmp_path, capsys):
+        common = ["--model", str(tiny_run), "--json"]
+        assert main(["generate", PROMPT, "--steps", "2", "--weights", "raw", "--out", str(tmp_path / "a.png"), *common]) == 0
+        assert main(["generate", "--like", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), *common]) == 0
+        assert "warning" not in capsys.readouterr().err
+        assert np.array_equal(Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png"))
+        assert read_settings(tmp_path / "b.png")["weights"] == "raw"
+        assert main(["generate", "--like", str(tmp_path / "a.png"), "--weights", "ema", "--out", str(tmp_path / "c.png"), *common]) == 0
+        assert read_settings(tmp_path / "c.png")["weights"] == "EMA"
+
+    def test_a_guide_is_loaded_and_compiled_as_the_model_is(self, tiny_run, weaker, monkeypatch):
+        pipeline, asked = Pipeline.from_pretrained(tiny_run, device="cpu", codec="vae", text="t5"), []
+        monkeypatch.setattr(Pipeline, "from_pretrained", lambda path, **options: asked.append(options) or Pipeline.__new__(Pipeline))
+        monkeypatch.setattr(Pipeline, "compile", lambda self: asked.append("compiled") or self)
+        pipeline._compiled = True
+        with pytest.raises(AttributeError):  # nothing was loaded, so its description is missing
+            pipeline._guide(weaker)
+        assert asked == [{"device": torch.device("cpu"), "codec": "vae", "text": "t5"}, "compiled"]
+
+
+@pytest.mark.parametrize(
+    "told, what",
+    [
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x", "steps": 2.0}, "steps"),
+        ({"prompt": "x", "seed": True}, "seed"),
+        ({"prompt": "x", "guidance": "3"}, "guidance"),
+        ({"prompt": "x", "guidance": 10**400}, "guidance"),
+        ({"prompt": "x", "num": 10**9}, "num"),
+        ({"prompt": "x", "preview": "x"}, "preview"),
+        ({"prompt": "x", "init": ["a"]}, "init"),
+        ({"prompt": "x", "init": "a\0b"}, "init"),
+        ({"prompt": "x", "init": "a" * 5000}, "init"),
+        ({"prompt": "x", "to_seed": 7, "mix": float("nan")}, "mix"),
+        ({"prompts": ["x"]}, "sheet"),
+    ],
+)
+def test_odd_settings_in_a_png_are_told_in_a_line(pipeline, tmp_path, told, what):
+    picture = Image.new("RGB", (8, 8))
+    picture.info["flowt2i"] = json.dumps(told)
+    save_png(picture, tmp_path / "odd.png")
+    with pytest.raises(UserError, match=what) as caught:
+        pipeline.redraw(tmp_path / "odd.png")
+    assert "\n" not in str(caught.value)
+
+
+def test_pngs_made_to_harm_are_told_in_a_line(pipeline, tmp_path, monkeypatch):
+    picture = Image.new("RGB", (8, 8))
+    picture.info["flowt2i"] = "[" * 100_000
+    save_png(picture, tmp_path / "deep.png")
+    with pytest.raises(UserError, match="tells its settings"):
+        pipeline.redraw(tmp_path / "deep.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UserError, match="tells its settings"):
+        read_settings(tmp_path / "deep.png")
+    with pytest.raises(UserError, match="cannot read"):
+        pipeline.sample(PROMPT, init="a\0b")
+
+
+def test_a_mix_of_a_whole_number_is_a_number(pipeline):
+    picture = {"prompt": PROMPT, "seed": 5, "to_seed": 99, "mix": 1, "steps": 2, "shift": 1}
+    assert differ(pipeline.redraw(picture).images, pipeline.sample(PROMPT, seed=99, steps=2, shift=1.0).images) <= 1
+    pipeline.sample(PROMPT, seed=5, to=OTHER, mix=1, steps=2)
+
+
+def test_a_mask_fits_a_photograph_as_it_is_seen(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "photo.jpg", exif=exif)
+    Image.new("L", (60, 90), 255).save(tmp_path / "mask.png")
+    assert editing.load_init(tmp_path / "photo.jpg", tmp_path / "mask.png", 32)[1].all()
+    Image.new("L", (90, 60), 255).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="90x60 pixels and the picture 60x90"):
+        editing.load_init(tmp_path / "photo.jpg", tmp_path / "mask.png", 32)
+
+
 def test_redrawing_needs_the_picture_it_began_with(pipeline, circle, tmp_path):
     picture = pipeline.sample(PROMPT, steps=3, init=circle[0], mask=circle[1]).pictures()[0]
     Image.new("RGB", (96, 96), "red").save(circle[0])
@@ -351,6 +440,7 @@ class TestCommandLine:
         "words, told",
         [
             (["x", "--steps", "-1"], "steps -1"),
+            (["x", "--num", "1000000000"], "--num 1000000000"),
             (["x", "--steps", "nan"], "invalid int"),
             (["x", "--steps", "1000000000"], "steps 1000000000"),
             (["x", "--guidance", "inf"], "guidance inf"),

@@ -71,7 +71,7 @@ def _rms(x: Tensor) -> float:
 
 
 def _first_step(velocity: Velocity, z: Tensor, v: Tensor, t: Tensor, most: float, rtol: float, atol: float) -> float:
-    """A first guess of the step from the field's size and change (Hairer, Nørsett & Wanner, Solving ODEs I, sec. II.4). One evaluation, at most `most` ahead."""
+    """A first guess of the step from the field's size and change (Hairer, Nørsett & Wanner, Solving ODEs I, sec. II.4). One evaluation, within `most`."""
     scale = atol + rtol * z.abs()
     size, slope = _rms(z / scale), _rms(v / scale)
     trial = min(0.01 * size / slope if min(size, slope) > 1e-5 else 1e-6, most)
