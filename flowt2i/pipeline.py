@@ -144,6 +144,8 @@ class Pipeline:
     ) -> dict[str, Any]:  # fmt: skip
         """All settings of `SampleConfig` that will be used, checked, and what guidance leads away from where that is given; UserError says which is wrong."""
         chosen = choices.resolve(self.config.sample, {"steps": steps, "solver": solver, "guidance": guidance, "shift": shift, **more})
+        if negative is not None and not isinstance(negative, str):
+            raise UserError(f"the negative prompt is {str(negative)[:50]!r}: give a text")
         negative = negative if negative and negative.strip() else None
         if (negative or guide is not None) and not choices.is_guided(chosen):
             raise UserError("a negative prompt or a guide acts through guidance, which is off at 1: set another scale")

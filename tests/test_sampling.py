@@ -403,6 +403,7 @@ def test_previews_of_every_solver(pipeline, solver):
         ({"schedule": "0,0.999998,1", "shift": 0.01}, "too near"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"negative": "x", "guidance": 1.0}, "guidance"),
+        ({"negative": 5}, "negative"),
         ({"variation": float("nan")}, "variation"),
         ({"variation": 0.5, "to": "x"}, "leave one out"),
         ({"mix": 0.5}, "to_seed"),
