@@ -37,7 +37,7 @@ def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first
     parser.add_argument("--steps", type=int, help="solver steps (default: the model's, as for all that follows)")
     parser.add_argument("--solver", help="euler, heun, midpoint, rk4, ab2, ab4, dopri5 (adaptive) or sde (stochastic)")
     parser.add_argument("--schedule", help="times of the steps: uniform, a searched grid by name, or the times themselves, such as 0,0.02,0.1,0.4,1")
-    parser.add_argument("--shift", type=float, help="above 1: shorter steps next to the noise, where layout is decided; 1: as the schedule says (so it is with --schedule)")
+    parser.add_argument("--shift", type=float, help="above 1: shorter steps next to the noise, where layout is decided; with --schedule 1: as it says")
     parser.add_argument("--tolerance", type=float, help="of dopri5, relative and absolute")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1: none")
     parser.add_argument("--guidance-rule", help="cfg (plain) or zero-star (CFG-Zero*)")
