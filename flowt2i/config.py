@@ -222,7 +222,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flow": {"logit_mean": -1.3, "floor": 0.4},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
         "train": {"minutes": 11.5, "micro_batch": 0, "ema": 0.99, "eval_every": 0, "checkpoint_every": 500},
-        "sample": {"guidance": 3.0},
+        "sample": {"steps": 8, "shift": 5.0, "guidance": 3.0},
     },
     "seed": SEED_RECIPE,
 }  # fmt: skip
@@ -293,7 +293,7 @@ def load_config(path: Path) -> Config:
         values = json.loads(Path(path).read_text())
         values.pop("resolved", None)  # what RUN/config.json adds for people
         return Config.model_validate(values)
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a configuration: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
