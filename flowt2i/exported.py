@@ -1,5 +1,6 @@
 """What an exported folder says of itself, as far as loading it goes (`flowt2i/export/` writes them)."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,3 +75,14 @@ def weights_file(folder: Path, wanted: str) -> tuple[str, str]:
 def taken_along(folder: Path, name: str) -> str | None:
     """Folder of the net (VAE or ENCODER) that an exported model took along, or None."""
     return str(folder / name) if (folder / name / "config.json").exists() else None
+
+
+def step_of(folder: Path) -> int | None:
+    """The training step of a checkpoint or an exported model; None where it does not say."""
+    mark = read_mark(folder)
+    if mark:
+        return mark.training.step
+    try:
+        return int(json.loads((folder / "state.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # telling pictures apart by it is no reason to refuse the model
+        return None
