@@ -42,7 +42,7 @@ def main() -> None:
     ]
     reference = {
         "preset": first.preset, "codec": description.codec.kind, "image_size": description.codec.image_size, "flow": first.flow.model_dump(),
-        "sample": on_track.drawn_with(first.sample), "prediction": first.model.prediction,
+        "samples": [on_track.drawn_with(first.sample)], "prediction": first.model.prediction,
         "made_by": "python benchmarks/reference_curve.py " + " ".join(run.name for run in args.runs), "runs": runs,
     }  # fmt: skip
     out = args.out or Path(on_track.__file__).parent / "reference_curves" / f"{first.preset}.json"

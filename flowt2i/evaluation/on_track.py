@@ -2,7 +2,8 @@
 
 The curves are package data, `reference_curves/PRESET.json`, written by `python benchmarks/reference_curve.py RUN…` from the log.jsonl and eval.jsonl of runs.
 They hold for the preset on the built-in scenes; a loss is compared only where it means the same (same flow settings, same prediction, same image size),
-a score only where the pictures were drawn alike (same sampler, steps, guidance).
+a score only where the pictures were drawn alike: by the settings that the curves were drawn with, first of `samples`, or by others there that were measured
+to score the same.
 The learning rate falls over the second half of a run, so a run that is laid out for far fewer or more images than ours is ahead or behind in between.
 """
 
@@ -57,7 +58,7 @@ def comparable(config: Config, description: DatasetDescription) -> tuple[dict[st
     if description.codec.kind != reference["codec"] or description.codec.image_size != reference["image_size"]:
         return None, set()
     same_loss = config.flow.model_dump() == reference["flow"] and config.model.prediction == reference["prediction"]
-    same_pictures = drawn_with(config.sample) == drawn_with(SampleConfig(**reference["sample"]))
+    same_pictures = drawn_with(config.sample) in [drawn_with(SampleConfig(**settings)) for settings in reference["samples"]]
     return reference, {*({"score"} if same_pictures else ()), *({"loss", "validation"} if same_loss else ())}
 
 
