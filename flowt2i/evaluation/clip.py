@@ -42,12 +42,7 @@ class Clip:
     @classmethod
     def load(cls, id: str, device: str | torch.device | None = None) -> "Clip":
         """From a folder or a hub id; UserError, one line, where it cannot be had or is no CLIP."""
-        folder = find_pretrained(id, stem="model", what="CLIP", instead="--metrics kid", tokenizer=True, also="preprocessor_config.json")
-        kind = read_config(folder).get("model_type")
-        if kind != "clip":
-            raise UserError(f"CLIP {id!r} is a model of type {kind!r}, not 'clip': pass one such as 'openai/clip-vit-base-patch32'")
-        if not (folder / "preprocessor_config.json").is_file():
-            raise UserError(f"CLIP {id!r} has no preprocessor_config.json: fetch it again, it says how pictures are to be scaled")
+        folder = find(id)
         from transformers import AutoTokenizer, CLIPModel
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the one that needs no torchvision
 
@@ -87,15 +82,33 @@ class Clip:
         return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
 
 
-def metric(context: Context) -> Scores:
-    """`clip`: pictures of held-out captions, and beside them the real pictures of these captions."""
+def find(id: str) -> Path:
+    """The folder of a CLIP, by folder or hub id; UserError, one line, where it cannot be had or is no CLIP."""
+    folder = find_pretrained(id, stem="model", what="CLIP", instead="--metrics kid", tokenizer=True, also="preprocessor_config.json")
+    kind = read_config(folder).get("model_type")
+    if kind != "clip":
+        raise UserError(f"CLIP {id!r} is a model of type {kind!r}, not 'clip': pass one such as 'openai/clip-vit-base-patch32'")
+    if not (folder / "preprocessor_config.json").is_file():
+        raise UserError(f"CLIP {id!r} has no preprocessor_config.json: fetch it again, it says how pictures are to be scaled")
+    return folder
+
+
+def check(context: Context, name: str = "clip") -> None:
+    """UserError for what is wrong before any work: no CLIP, no model, no data of the model's codec."""
     if not context.clip_name:
         raise UserError("the clip score needs a net: add --clip openai/clip-vit-base-patch32 (or a folder with another CLIP)")
+    find(context.clip_name)
+    described = DatasetDescription.load(context.need_data(name))
+    require_same(context.need_pipeline(name).description.codec, described.codec, "codec of the model and of --data")
+
+
+def metric(context: Context) -> Scores:
+    """`clip`: pictures of held-out captions, and beside them the real pictures of these captions."""
+    check(context)
     pipeline = context.need_pipeline("clip")
     net = Clip.load(context.clip_name, context.world.device)
     found = score(net, context.images(), context.prompts, context.world, context.progress)
     described = DatasetDescription.load(context.need_data("clip"))
-    require_same(pipeline.description.codec, described.codec, "codec of the model and of --data")
     data = ImageTextDataset(context.need_data("clip"), "heldout" if described.heldout_count else "train")
     captions = data.captions()
     rows = [k for k in map(int, spread(len(data))) if captions[k].strip()][: context.num]

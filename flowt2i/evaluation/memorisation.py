@@ -69,8 +69,8 @@ class Nearest:
 
 def metric(context: Context) -> Scores:
     """`memorisation`: asked with held-out captions, and with captions of training pictures; in pixels, and in a net's features where one is at hand."""
+    check(context)
     pipeline, data = context.need_pipeline("memorisation"), context.need_data("memorisation")
-    check_data(pipeline.description, data)
     train, heldout = ImageTextDataset(data, "train"), ImageTextDataset(data, "heldout")
     trained = min(pipeline.config.data.subset or len(train), len(train))
     kinds: dict[str, Features] = {"pixels": pixel_features}
@@ -112,6 +112,11 @@ def metric(context: Context) -> Scores:
             scores.lines.append(f"{kind + ', ' + whose:38s} {share['accuracy']:6.1%} near copies {interval}   n={share['n']}   {expected}")
     scores.lines.append(f"({Z_NOTE})")
     return scores
+
+
+def check(context: Context, name: str = "memorisation") -> None:
+    """What is wrong before any work: no model, or data that do not go with it."""
+    check_data(context.need_pipeline(name).description, context.need_data(name))
 
 
 def check_data(trained_on: DatasetDescription, data: Path) -> None:
