@@ -88,7 +88,7 @@ def test_a_report_of_a_run(runs, scenes_data, tmp_path, capsys):
     assert [p["evaluations"] for p in report["curves"]["guidance"]][:2] == [2, 4]  # guidance 1 needs one pass
     assert [x for x, _ in report["training"]["validation"]] == [16, 32] and len(report["training"]["loss"]) == 4
     kinds = {name.partition(",")[0] for name in report["memorisation"]}
-    assert "pixels" in kinds and all(len(m["pairs"]) == 8 and 0 <= m["near_copies"]["accuracy"] <= 1 for m in report["memorisation"].values())
+    assert "pixels" in kinds and all(len(m["pairs"]) == 8 and m["verdict"] and 0 <= m["near_copies"]["accuracy"] <= 1 for m in report["memorisation"].values())
     assert len(report["samples"]) == 12 and report["samples"][3]["seed"] == 1_000_003
     text = (tmp_path / "report.html").read_text()
     seen = checked(text)

@@ -53,7 +53,7 @@ METHOD = (
     f"{PERCENTILE:g} of the distances of up to {MOST_HELDOUT} held-out pictures"
 )
 
-VERDICTS = {True: "it copies", False: "no more than new pictures"}
+VERDICTS = {"held-out captions": "it copies", "training captions": "these captions call their own pictures back"}  # where there are more than of new pictures
 Z_NOTE = "z is also far below 0 for blurred or flat pictures, which lie near everything: near copies tell of copying, z alone does not"
 
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 [N, H, W, 3] -> float32 [N, D], compared by Euclidean distance
@@ -103,12 +103,13 @@ def metric(context: Context) -> Scores:
                  "distance": float(part.distance[k]), "near_copy": bool(part.distance[k] <= judged["threshold"])}
                 for k in order
             ]  # fmt: skip
+            judged["verdict"] = VERDICTS[whose] if judged["copies"] else "no more than new pictures"
             share = judged["near_copies"]
             scores.values[name], scores.details["intervals"][name] = share["accuracy"], share
             scores.details["memorisation"][f"{kind}, {whose}"] = judged
             scores.pictures[f"{kind}, {whose}"] = [(a, b) for a, b in pairs]
             interval = f"[{share['low']:.1%}, {share['high']:.1%}]"
-            expected = f"held-out pictures {judged['expected']:.1%}: {VERDICTS[judged['copies']]}; z {judged['z']:+.1f}"
+            expected = f"held-out pictures {judged['expected']:.1%}: {judged['verdict']}; z {judged['z']:+.1f}"
             scores.lines.append(f"{kind + ', ' + whose:38s} {share['accuracy']:6.1%} near copies {interval}   n={share['n']}   {expected}")
     scores.lines.append(f"({Z_NOTE})")
     return scores

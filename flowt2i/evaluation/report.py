@@ -201,15 +201,10 @@ def _memorisation(report: Report, pictures: Pictures) -> str:
     blocks = []
     for name, found in report.memorisation.items():
         share = found["near_copies"]
-        verdict = (
-            "The interval lies wholly above that of the held-out pictures: the model copies."
-            if found["copies"]
-            else "That is no more than new pictures show: no sign of copying."
-        )
         text = (
             f"{share['accuracy']:.1%} [{share['low']:.1%}, {share['high']:.1%}] of {share['n']:,} samples are near copies, within {found['threshold']:.3g} "
             f"of a training picture, as {found['expected']:.1%} (at most {found['expected_high']:.1%}) of {found['heldout_n']:,} held-out pictures are. "
-            f"{verdict} Median distance {found['median']:.3g}, of held-out pictures {found['heldout_median']:.3g}; z = {found['z']:+.1f}."
+            f"So: {found['verdict']}. Median distance {found['median']:.3g}, of held-out pictures {found['heldout_median']:.3g}; z = {found['z']:+.1f}."
         )
         blocks.append(f"<h3>{page.escape(name)}</h3>" + page.paragraph(text))
         shown = pictures.pairs.get(name, [])
