@@ -4,9 +4,11 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from flowt2i.cli import main
 from flowt2i.config import resolve
@@ -15,9 +17,11 @@ from flowt2i.data.prepare import prepare
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import charts, on_track, page
+from flowt2i.evaluation.assemble import measure_for
 from flowt2i.evaluation.charts import Series, line_chart
 from flowt2i.evaluation.report import Pictures, Point, Report, Score, html, write
 from flowt2i.training import checkpoint
+from flowt2i.training.distributed import World
 from flowt2i.training.loop import train
 
 
@@ -122,6 +126,25 @@ def test_a_curve_that_cannot_be_drawn_costs_only_itself(runs, tmp_path, monkeypa
     assert "disk is full" in (tmp_path / "report.html").read_text()
 
 
+def test_a_curve_of_kernel_distances():
+    """Of other data than scenes, without a CLIP; two pictures are too few, which is said and costs the curve alone."""
+
+    def net(images):
+        return torch.from_numpy(images.reshape(len(images), -1)[:, :8].copy()).float()
+
+    net.dim, net.name = 8, "first pixels"
+    pipeline = SimpleNamespace(description=SimpleNamespace(is_scenes=False))
+    real = SimpleNamespace(features=torch.rand(40, 8) * 255)
+    context = SimpleNamespace(
+        need_pipeline=lambda what: pipeline, clip_name="", net=lambda: net, reference_of=lambda: real, world=World(0, 1, torch.device("cpu"))
+    )
+    measure = measure_for(context, kernel=True)
+    value, low, high = measure.of(np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8), [""] * 100)
+    assert low < value < high and measure.name == "kernel distance (first pixels)"
+    with pytest.raises(UserError, match="three pictures"):
+        measure.of(np.zeros((2, 8, 8, 3), np.uint8), ["", ""])
+
+
 def test_two_models_side_by_side(runs, tmp_path, capsys):
     assert evaluate("--compare", *runs, "--num", "12", "--out", tmp_path, "--json") == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -161,7 +184,6 @@ def test_mistakes_are_one_line_and_exit_2(runs, words, told, capsys):
 def test_a_model_of_other_data_and_one_that_diverged(runs, scenes_data, tmp_path, capsys):
     import shutil
 
-    import torch
     from safetensors.torch import load_file, save_file
 
     source = checkpoint.newest_good(runs[0])

@@ -16,7 +16,7 @@ from flowt2i.evaluation import clip, compare, on_track, scenes
 from flowt2i.evaluation.intervals import Z95
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.metrics import Context, Scores
-from flowt2i.evaluation.pictures import STRIDE
+from flowt2i.evaluation.pictures import STRIDE, features
 from flowt2i.evaluation.report import Pictures, Point, Report, Score
 from flowt2i.pipeline import Pipeline
 from flowt2i.settings import is_guided
@@ -124,7 +124,9 @@ def measure_for(context: Context, kernel: bool) -> Measure | None:
         net, reference = context.net(), context.reference_of()
 
         def distance(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, float, float]:
-            found = kernel_distance(net(images), reference.features)
+            if len(images) < 3:
+                raise UserError("a kernel distance needs three pictures or more: take a larger --curve-num")
+            found = kernel_distance(features(net, images, context.world, progress=False), reference.features)
             return found.value, found.value - Z95 * found.error, found.value + Z95 * found.error
 
         return Measure(f"kernel distance ({net.name})", False, distance)
