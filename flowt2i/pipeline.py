@@ -166,7 +166,7 @@ class Pipeline:
         wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "step", "init_pixels", "mask_pixels")} | instead
         for name in ("init", "mask", "guide"):
             if isinstance(wanted.get(name), str) and name not in instead and not os.path.exists(wanted[name]):
-                raise UserError(f"the picture was made with {name} {wanted[name]!r}, which is not there: give it with --{name}")
+                raise UserError(f"the picture was made with {name} {wanted[name][:200]!r}, which is not there: give it with --{name}")
         samples = self.sample(wanted.pop("prompt"), **wanted)
         for name in ("init", "mask"):
             if name not in instead and told.get(f"{name}_pixels") != samples.settings.get(f"{name}_pixels"):
@@ -238,7 +238,8 @@ def _name(told: dict[str, Any]) -> str:
     """ "quickstart (EMA weights, step 5000)"."""
     facts = [f"{told['weights']} weights"] if told.get("weights") else []
     facts += [f"step {told['step']}"] if "step" in told else []
-    return (told.get("model") or "a model without a name") + (f" ({', '.join(facts)})" if facts else "")
+    name = (told.get("model") or "a model without a name") + (f" ({', '.join(facts)})" if facts else "")
+    return "".join(c if c.isprintable() else "?" for c in name)[:200]  # a PNG may come from anyone, and this goes to a terminal
 
 
 def compute_dtype(config: Config) -> torch.dtype:

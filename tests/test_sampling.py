@@ -291,6 +291,8 @@ class TestOtherModels:
         with pytest.warns(UserWarning, match=r"drawn by tiny \(EMA weights, step 4\), and this is .*step 2\)") as told:
             early.redraw(picture)
         assert len(told) == 1 and "\n" not in str(told[0].message)
+        with pytest.warns(UserWarning, match=r"drawn by a\?\?\[2Jb, and") as told:
+            pipeline.redraw({"prompt": PROMPT, "seed": 0, "steps": 1, "model": "a\n\x1b[2Jb"})
 
     def test_like_takes_the_weights_of_the_picture(self, tiny_run, tmp_path, capsys):
         common = ["--model", str(tiny_run), "--json"]
