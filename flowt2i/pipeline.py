@@ -43,7 +43,7 @@ class Pipeline:
         self.model, self.config, self.description, self.tokenizer, self.encoder = model, config, description, tokenizer, encoder
         self._codec, self.name, self.weights, self.step = codec, name, weights, step
         self._guides: dict[str, Pipeline] = {}
-        self._moved: dict[str, str | None] = {}  # folders of VAE and text encoder that were named at loading: a guide looks there too
+        self._moved: dict[str, Any] = {}  # folders of VAE and text encoder that were named at loading: a guide looks there too
         self._compiled = False
         self.device = next(model.parameters()).device
         self.mean = torch.tensor(description.latent_mean, device=self.device).view(1, -1, 1, 1)
@@ -160,7 +160,7 @@ class Pipeline:
         Warns where this is not the model that drew it.
         """
         told = checked(picture if isinstance(picture, dict) else read_settings(picture))
-        before = {name: told[name] for name in ("model", "weights", "step") if name in told}
+        before: dict[str, Any] = {name: told[name] for name in ("model", "weights", "step") if name in told}
         if any(self.told().get(name) != value for name, value in before.items()):
             warnings.warn(f"the picture was drawn by {_name(before)}, and this is {_name(self.told())}: it will differ", stacklevel=2)
         wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "step", "init_pixels", "mask_pixels")} | instead
