@@ -66,10 +66,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
         shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free
         if free < needed:
-            raise UserError(
-                f"no room for a checkpoint in {target.parent}: {size(needed)} needed, {size(free)} free; earlier ones are untouched: "
-                "free some and run again with --resume latest"
-            )
+            raise UserError(f"no room for a checkpoint in {target.parent}: {size(needed)} needed, {size(free)} free; {_then(target, 'free some')}")
         aside.mkdir()
         for stem, named in tensors.items():
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
@@ -87,18 +84,28 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a disk that is full
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"could not write the checkpoint {target}: {getattr(error, 'strerror', None) or error} ({size(needed)} needed); "
-            "earlier ones are untouched: mend it and run again with --resume latest"
+            f"could not write the checkpoint {target}: {getattr(error, 'strerror', None) or error} ({size(needed)} needed); {_then(target, 'mend it')}"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _then(path: Path, mend: str) -> str:
+    """What to do where a checkpoint could not be written."""
+    return f"earlier ones are untouched: {mend} and run again with --resume latest" if _has_others(path) else f"{mend} and run again"
+
+
+def _has_others(path: Path) -> bool:
+    """Whether there are checkpoints beside this one."""
+    return any(folder(path.parents[1], step) != path for step in list_steps(path.parents[1]))
 
 
 def prove(path: Path) -> None:
     """UserError where a checkpoint just written does not read back as it was written."""
     problem = damage(path)
     if problem:
-        raise UserError(f"the checkpoint {path} does not read back ({problem}): look after this disk; earlier ones are untouched")
+        untouched = "; earlier ones are untouched" if _has_others(path) else ""
+        raise UserError(f"the checkpoint {path} does not read back ({problem}): look after this disk{untouched}")
 
 
 def recover(run: Path) -> None:
