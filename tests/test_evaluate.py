@@ -66,7 +66,8 @@ def test_kernel_distance_of_a_model(run, dinov2, scenes_data, capsys, small_bloc
     net = load_net(str(dinov2))
     real = heldout.fetch(range(len(heldout))).stored.permute(0, 2, 3, 1).numpy()
     assert found[name] == pytest.approx(kernel_distance(net(drawn), net(real)).value, rel=1e-6)
-    a, b = net(real)[torch.from_numpy(spread(len(real)))][:34].split(17)
+    mixed = net(real)[torch.from_numpy(spread(len(real)))]
+    a, b = mixed[: min(30, len(mixed) // 2)], mixed[min(30, len(mixed) // 2) :]
     assert found[f"{name}/floor"] == pytest.approx(kernel_distance(a, b).value, rel=1e-6) and found["errors"][name] > 0
     assert len(list((scenes_data / "references").iterdir())) == 1
     assert scores(words, capsys) == found
@@ -123,12 +124,23 @@ def test_folders_against_closed_form(dinov2, tmp_path, capsys, small_blocks):  #
     assert f"pictures of {made}" in found["protocols"]["kid"]
     assert main(["evaluate", *words]) == 0  # few pictures: only the kernel distance, and why
     text = capsys.readouterr().out
-    assert "frechet was left out: a Fréchet distance of fewer than 2,048" in text and "25 each, for want of more" in text
+    assert "frechet was left out: a Fréchet distance of fewer than 2,048" in text and "25 real pictures against 25 others; wider" in text
     assert (real / ".references").is_dir() and main(["evaluate", *words[:4], "--metrics", "kid", "--net", str(dinov2), "--num", "20", "--json"]) == 0
     array = tmp_path / "made.npy"
     np.save(array, images(40, seed=1))
     capsys.readouterr()
     assert scores(["--images", str(array), *words[2:]], capsys)["kid-dinov2-tiny-40@40"] == found["kid-dinov2-tiny-40@40"]
+
+
+def test_the_floor_of_a_frechet_distance(dinov2, tmp_path, capsys):  # noqa: F811
+    """As many real pictures as are scored against the rest; of too few it is said, and none is given where a side is too small for any Fréchet distance."""
+    made, real = write(tmp_path / "made", images(30, seed=1)), write(tmp_path / "real", images(50, seed=2))
+    words = ["evaluate", "--images", str(made), "--reference", str(real), "--metrics", "frechet", "--net", str(dinov2)]
+    cases = [(10, 20, "20 real pictures against 30 others\n"), (10, 30, "25 real pictures against 25 others; too high"), (26, 30, "no floor")]
+    for least, num, told in cases:
+        with mock.patch.object(distribution, "LEAST", least):
+            assert main([*words, "--num", str(num)]) == 0
+        assert told in capsys.readouterr().out
 
 
 def test_fid_is_only_of_inception(inception_file, tmp_path, capsys):  # noqa: F811
@@ -313,8 +325,12 @@ def test_what_a_vae_loses(latents, dinov2, capsys, small_blocks):  # noqa: F811
     files = sorted((latents / "images").glob("*.png"))
     real = np.stack([np.asarray(Image.open(files[k])) for k in spread(len(files))])
     through = distribution.through_codec(pipeline, real[:20])
-    assert rebuilt == pytest.approx(kernel_distance(net(through), net(real)).value, rel=1e-3) and rebuilt > 0  # a grey level by the batch
+    assert rebuilt == pytest.approx(kernel_distance(net(through), net(real[20:])).value, rel=1e-3) and rebuilt > 0  # a grey level by the batch
     assert np.abs(through.astype(int) - real[:20]).mean() > 5
+    floor = found["kid-dinov2-tiny-20@64/floor"]
+    with mock.patch.object(distribution, "through_codec", lambda _, images_: images_):  # a codec that loses nothing: no better than real pictures
+        found = scores([*words, "--reference", str(latents / "images")], capsys)
+    assert found["kid-dinov2-tiny-20@64/reconstruction"] == pytest.approx(floor, rel=1e-5, abs=1e-8)
     assert main(["evaluate", *words]) == 0
     text = capsys.readouterr().out
     assert "seen through the VAE" in text and "reconstruction" not in text

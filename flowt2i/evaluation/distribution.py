@@ -1,7 +1,7 @@
 """How near the distribution of a model's pictures is to that of real ones: FID, Fréchet distance on any net, and kernel distance.
 
-Each score comes with what real pictures score at the same number (no model can be told apart below that), and with a VAE with
-what real pictures score that went through it (no model on its latents can be better).
+Each score comes with a floor: what as many real pictures score in place of the drawn ones, against the rest of the reference (pictures against themselves
+would say nothing). With a VAE there is another: the same real pictures, gone through it, against the same rest (no model on its latents can be better).
 """
 
 import numpy as np
@@ -42,24 +42,34 @@ def _frechet(context: Context, net_name: str) -> Scores:
     net = context.net(net_name)
     name = "fid-inception" if net.name == "inception" else f"frechet-{net.name}"
     title = f"{name}-{context.count}@{context.resolution}"
-    features, rebuilt = context.features(net_name), _reconstruction(context, reference, net_name)
+    first, rest = reference.parted(context.count)
+    has_floor = len(first) >= LEAST  # and so the rest, which is no smaller
+    features, rebuilt = context.features(net_name), _reconstruction(context, reference, net_name) if has_floor else None
 
     def distances() -> dict[str, float]:
-        real = Moments.of(reference.features)
-        a, b = reference.halves(context.count)
-        found = {title: frechet_distance(Moments.of(features), real), f"{title}/floor": frechet_distance(Moments.of(a), Moments.of(b))}
-        return found | ({f"{title}/reconstruction": frechet_distance(Moments.of(rebuilt), real)} if rebuilt is not None else {})
+        found = {title: frechet_distance(Moments.of(features), Moments.of(reference.features))}
+        if has_floor:
+            real = Moments.of(rest)
+            found[f"{title}/floor"] = frechet_distance(Moments.of(first), real)
+            if rebuilt is not None:
+                found[f"{title}/reconstruction"] = frechet_distance(Moments.of(rebuilt), real)
+        return found
 
     values = context.world.on_main(distances)
-    lines = [f"{name:30s} {values[title]:10.3f}", f"  {'floor':28s} {values[f'{title}/floor']:10.3f}   {_floor_text(context, reference)}"]
+    lines = [f"{name:30s} {values[title]:10.3f}"]
+    if has_floor:
+        too_few = "; too high, fewer than are scored: no bound" if len(first) < context.count else ""
+        lines.append(f"  {'floor':28s} {values[f'{title}/floor']:10.3f}   {_floor_text(first, rest)}{too_few}")
+    else:
+        lines.append(f"  no floor: for it the reference needs {2 * LEAST:,} pictures, and has {reference.identity.count:,}")
     if rebuilt is not None:
-        lines.append(f"  {'reconstruction':28s} {values[f'{title}/reconstruction']:10.3f}   {_rebuilt_text(rebuilt)}")
-    return Scores(values, f"{title}, {_reference_text(reference)}, {context.protocol()}", lines + _latents_text(context, reference))
+        lines.append(f"  {'reconstruction':28s} {values[f'{title}/reconstruction']:10.3f}   {_rebuilt_text(rebuilt, rest)}")
+    return Scores(values, f"{title}, {_reference_text(reference)}, {context.protocol()}", lines + _latents_text(reference))
 
 
 def kid(context: Context) -> Scores:
     """Kernel distance on the net that was asked for (on Inception-v3: KID), with its standard error."""
-    if min(context.count, LEAST_KERNEL) < LEAST_KERNEL:
+    if context.count < LEAST_KERNEL:
         raise Skipped(f"a kernel distance of {context.count} pictures is all error: take --num {LEAST_KERNEL} or more, better some hundreds")
     reference = context.reference_of()
     if reference.identity.count < LEAST_KERNEL:
@@ -67,32 +77,36 @@ def kid(context: Context) -> Scores:
     net = context.net()
     name = f"kid-{net.name}"
     title = f"{name}-{context.count}@{context.resolution}"
+    first, rest = reference.parted(context.count)
     features, rebuilt = context.features(), _reconstruction(context, reference, None)
 
     def distances() -> dict[str, Estimate]:
-        a, b = reference.halves(context.count)
-        found = {title: kernel_distance(features, reference.features), f"{title}/floor": kernel_distance(a, b)}
-        return found | ({f"{title}/reconstruction": kernel_distance(rebuilt, reference.features)} if rebuilt is not None else {})
+        found = {title: kernel_distance(features, reference.features), f"{title}/floor": kernel_distance(first, rest)}
+        return found | ({f"{title}/reconstruction": kernel_distance(rebuilt, rest)} if rebuilt is not None else {})
 
     found = context.world.on_main(distances)
     text = {part: f"{estimate.value * 1000:10.3f} ± {estimate.error * 1000:.3f}" for part, estimate in found.items()}
     lines = [f"{name:30s} {text[title]}   in thousandths, ± one standard error"]
-    lines.append(f"  {'floor':28s} {text[f'{title}/floor']}   {_floor_text(context, reference)}")
+    too_few = "; wider than the score's error: fewer pictures" if len(first) < context.count else ""
+    lines.append(f"  {'floor':28s} {text[f'{title}/floor']}   {_floor_text(first, rest)}{too_few}")
     if rebuilt is not None:
-        lines.append(f"  {'reconstruction':28s} {text[f'{title}/reconstruction']}   {_rebuilt_text(rebuilt)}")
+        lines.append(f"  {'reconstruction':28s} {text[f'{title}/reconstruction']}   {_rebuilt_text(rebuilt, rest)}")
     values = {part: estimate.value for part, estimate in found.items()}
     errors = {part: estimate.error for part, estimate in found.items()}
     more = f", the first {MOST:,} a side" if max(context.count, reference.identity.count) > MOST else ""
     protocol = f"{title}{more}, {_reference_text(reference)}, {context.protocol()}"
-    return Scores(values, protocol, lines + _latents_text(context, reference), {"errors": errors})
+    return Scores(values, protocol, lines + _latents_text(reference), {"errors": errors})
 
 
 def _reconstruction(context: Context, reference: Reference, net_name: str | None) -> Tensor | None:
-    """Features of the reference's pictures that went through the model's VAE and back, as many as are scored; None without a VAE or without the originals."""
+    """Features of the pictures of the floor (`Reference.parted`, the first) that went through the model's VAE and back: [m, dim].
+
+    None without a VAE or without the originals.
+    """
     pipeline = context.pipeline
     if pipeline is None or pipeline.description.codec.kind != "vae" or reference.originals is None:
         return None
-    net, originals, count = context.net(net_name), reference.originals, min(context.count, reference.identity.count)
+    net, originals, count = context.net(net_name), reference.originals, len(reference.parted(context.count)[0])
     work = lambda rows: net(through_codec(pipeline, originals(rows))).numpy()
     found = pictures.over_ranks(context.world, count, work, (net.dim,), np.float32, context.progress, "real pictures through the VAE")
     return torch.from_numpy(found)
@@ -113,17 +127,15 @@ def _reference_text(reference: Reference) -> str:
     return f"reference {reference.identity.hash[:8]} ({reference.identity.count} {reference.identity.source})"
 
 
-def _floor_text(context: Context, reference: Reference) -> str:
-    m = len(reference.halves(context.count)[0])
-    fewer = f", for want of more: fewer than the {context.count:,} scored" if m < context.count else ""
-    return f"real against real, {m:,} each{fewer}"
+def _floor_text(first: Tensor, rest: Tensor) -> str:
+    return f"{len(first):,} real pictures against {len(rest):,} others"
 
 
-def _rebuilt_text(rebuilt: Tensor) -> str:
-    return f"{len(rebuilt):,} real ones through the VAE and back"
+def _rebuilt_text(rebuilt: Tensor, rest: Tensor) -> str:
+    return f"{len(rebuilt):,} real ones through the VAE and back, against {len(rest):,} others"
 
 
-def _latents_text(context: Context, reference: Reference) -> list[str]:
+def _latents_text(reference: Reference) -> list[str]:
     if not reference.identity.made.startswith("decoded"):
         return []
     return ["  (the data holds latents, so real pictures are seen through the VAE; what it loses shows against --reference FOLDER of the originals)"]

@@ -57,10 +57,10 @@ class Reference:
     def __init__(self, identity: Identity, features: Tensor, originals: Callable[[range], np.ndarray] | None = None):
         self.identity, self.features, self.originals = identity, features, originals
 
-    def halves(self, n: int) -> tuple[Tensor, Tensor]:
-        """Two disjoint halves of real pictures, `n` each or as many as there are: [m, dim] twice."""
+    def parted(self, n: int) -> tuple[Tensor, Tensor]:
+        """The first `n` pictures, half of all at most, and the rest: [m, dim] and [count - m, dim]. What real pictures score in place of drawn ones."""
         m = min(n, len(self.features) // 2)
-        return self.features[:m], self.features[m : 2 * m]
+        return self.features[:m], self.features[m:]
 
     def save(self, folder: Path) -> None:
         """Write FOLDER/HASH, whole or not at all."""
