@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -17,12 +19,14 @@ from test_nets import dinov2, images, inception_file  # noqa: F401
 from flowt2i.cli import main
 from flowt2i.config import resolve
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.errors import UserError
 from flowt2i.evaluation import distribution, pictures
 from flowt2i.evaluation.frechet import Moments, frechet_distance
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.nets import load_net
 from flowt2i.evaluation.reference import spread
 from flowt2i.pipeline import Pipeline
+from flowt2i.training.distributed import World
 from flowt2i.training.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -292,6 +296,59 @@ def test_one_and_two_ranks_agree(run, dinov2, tmp_path):  # noqa: F811
     one, two = ({name: value for name, value in each.items() if isinstance(value, float)} for each in found)
     assert one.keys() == two.keys() and len(one) > 10
     assert all(one[name] == pytest.approx(two[name], rel=1e-6, abs=1e-9) for name in one), (one, two)
+
+
+class TwoRanks(World):
+    """Two ranks in two threads, which meet in a list each."""
+
+    meeting, said = threading.Barrier(2), [None, None]
+
+    def together(self, mine):
+        self.said[self.rank] = mine
+        self.meeting.wait(10)
+        both = list(self.said)
+        self.meeting.wait(10)
+        return both
+
+    def any(self, flag):
+        return any(self.together(flag))
+
+    def collect(self, mine, count):
+        return np.concatenate(self.together(mine))[:count]
+
+
+def test_ranks_share_their_pictures_after_every_block(small_blocks):
+    """However long a block takes, no rank has more than one block to wait for, and a mistake ends both at the end of its round."""
+    done: list[list[int]] = [[], []]
+
+    def both(wrong: int) -> list:
+        def rank(number: int):
+            def work(rows):
+                done[number].append(rows.start // 8)
+                assert abs(len(done[0]) - len(done[1])) <= 1
+                if rows.start // 8 == wrong:
+                    raise UserError("broken")
+                return np.arange(rows.start, rows.stop)[:, None]
+
+            world = TwoRanks(number, 2, torch.device("cpu"))
+            try:
+                return pictures.over_ranks(world, 36, work, (1,), np.int64, False, "")[:, 0].tolist()
+            except UserError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(rank, (0, 1)))
+
+    assert both(-1) == [list(range(36))] * 2 and done == [[0, 2, 4], [1, 3, 4]]
+    done[:] = [], []
+    with mock.patch.object(pictures, "raise_everywhere", told_by_any):
+        assert both(1) == ["broken"] * 2 and done == [[0], [1]]
+
+
+def told_by_any(world, failure):
+    said = [error for error in world.together(failure) if error]
+    if said:
+        raise said[0]
 
 
 @pytest.fixture(scope="module")

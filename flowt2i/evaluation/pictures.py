@@ -66,27 +66,28 @@ class Drawing:
 def over_ranks(
     world: World, count: int, work: Callable[[range], np.ndarray], shape: tuple[int, ...], dtype: Any, progress: bool, title: str
 ) -> np.ndarray:  # fmt: skip
-    """Results [count, *shape] of `work` on blocks of rows, on every rank. Blocks are divided over the ranks, as many for each, padded and cut.
+    """Results [count, *shape] of `work` on blocks of rows, on every rank, in main memory.
 
-    Raises on all ranks where a block fails on one. That does not end the rank's work: the others would wait for it in the next block of a sharded model.
+    In rounds of one block a rank, the last block repeated where they do not come out even (a sharded model needs every rank at every pass). After each
+    round the ranks agree whether one failed, and then raise together, and share what they made: none runs ahead, and waits longer than one block takes.
     """
     blocks = -(-count // BLOCK)
-    share = world.share(blocks)
-    mine = np.zeros((len(share), BLOCK, *shape), dtype)
-    failure: Exception | None = None
-    bar = tqdm(total=count, desc=title, unit="image", disable=not (progress and world.main), leave=False)
-    for place, number in enumerate(share.tolist()):
-        rows = range(number * BLOCK, min((number + 1) * BLOCK, count))
-        try:
-            mine[place, : len(rows)] = work(rows)
-        except Exception as error:
-            failure = failure or error
-            if world.size == 1:
-                break
-        bar.update(min(len(rows) * world.size, count - bar.n))
-    bar.close()
-    raise_everywhere(world, failure)
-    return world.collect(mine, blocks).reshape(-1, *shape)[:count]
+    results = np.zeros((count, *shape), dtype)
+    with tqdm(total=count, desc=title, unit="image", disable=not (progress and world.main), leave=False) as bar:
+        for first in range(0, blocks, world.size):
+            number = min(first + world.rank, blocks - 1)
+            rows = range(number * BLOCK, min((number + 1) * BLOCK, count))
+            mine = np.zeros((1, BLOCK, *shape), dtype)
+            failure: Exception | None = None
+            try:
+                mine[0, : len(rows)] = work(rows)
+            except Exception as error:  # said after the round: the others are at work
+                failure = error
+            raise_everywhere(world, failure)
+            made = world.collect(mine, world.size).reshape(-1, *shape)[: count - first * BLOCK]
+            results[first * BLOCK : first * BLOCK + len(made)] = made
+            bar.update(len(made))
+    return results
 
 
 def raise_everywhere(world: World, failure: Exception | None) -> None:
