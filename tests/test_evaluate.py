@@ -24,7 +24,7 @@ from flowt2i.evaluation import distribution, pictures
 from flowt2i.evaluation.frechet import Moments, frechet_distance
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.nets import load_net
-from flowt2i.evaluation.reference import spread
+from flowt2i.evaluation.reference import captioned, data_hash, same_data, spread
 from flowt2i.pipeline import Pipeline
 from flowt2i.training.distributed import World
 from flowt2i.training.loop import train
@@ -65,7 +65,8 @@ def test_kernel_distance_of_a_model(run, dinov2, scenes_data, capsys, small_bloc
     name = "kid-dinov2-tiny-30@64"
     assert found["protocol"].startswith(f"{name}, reference ") and "euler 2 steps, guidance 3, shift 1, seed 0, EMA weights" in found["protocol"]
     heldout = ImageTextDataset(scenes_data, "heldout")
-    prompts = [heldout.caption(k % len(heldout)) for k in range(30)]
+    order = spread(len(heldout))  # of prompts and of real pictures alike
+    prompts = [heldout.caption(int(order[k % len(heldout)])) for k in range(30)]
     drawn = Pipeline.from_pretrained(run, device="cpu").sample(prompts, seed=1_000_000, steps=2, batch_size=8).images
     net = load_net(str(dinov2))
     real = heldout.fetch(range(len(heldout))).stored.permute(0, 2, 3, 1).numpy()
@@ -76,6 +77,28 @@ def test_kernel_distance_of_a_model(run, dinov2, scenes_data, capsys, small_bloc
     assert len(list((scenes_data / "references").iterdir())) == 1
     assert scores(words, capsys) == found
     assert len(list((run / "evaluation").iterdir())) == 1
+
+
+def test_captions_are_asked_for_in_a_mixed_order():
+    """Data lies sorted by source: the first few captions would be all of one. What has no caption is left out, of both."""
+    captions = [f"{source} {k}" for source in "abcd" for k in range(100)]
+    captions[::7] = [" "] * len(captions[::7])
+    rows = captioned(captions)
+    assert sorted(rows) == [k for k, caption in enumerate(captions) if caption.strip()]
+    assert rows.tolist() == [k for k in spread(len(captions)) if captions[k].strip()]
+    first = [captions[k][0] for k in rows[:60]]
+    assert all(first.count(source) >= 8 for source in "abcd")
+
+
+def test_data_are_the_same_where_pictures_division_and_captions_are(scenes_data, tmp_path):
+    ours = ImageTextDataset(scenes_data, "heldout")
+    again, other = ImageTextDataset(scenes_data, "heldout"), ImageTextDataset(scenes_data, "heldout")
+    other.description = ours.description.model_copy(update={"heldout_fraction": 0.3})
+    reworded = ImageTextDataset(scenes_data, "heldout")
+    reworded.captions = lambda: ["a", *ours.captions()[1:]]  # type: ignore[method-assign]
+    found = [data_hash(dataset) for dataset in (ours, again, other, reworded, ImageTextDataset(scenes_data, "train"))]
+    assert found[0] == found[1] and len(set(found)) == 4
+    assert same_data(ours.description, again.description) and not same_data(ours.description, other.description)
 
 
 def test_an_evaluation_goes_on_where_it_was_stopped(run, dinov2, tmp_path, capsys, small_blocks):  # noqa: F811

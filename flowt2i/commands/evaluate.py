@@ -184,12 +184,13 @@ def build_context(args: argparse.Namespace, world: "World", names: list[str]) ->
 def trained_on(pipeline: Any) -> Path | None:
     """The dataset of a run, where it still lies there unchanged."""
     from flowt2i.description import DatasetDescription
+    from flowt2i.evaluation.reference import same_data
 
     try:
         run = Path(pipeline.name)
         home = next(folder for folder in (run, run.parent, run.parent.parent) if (folder / "config.json").exists() and (folder / "checkpoints").exists())
         data = Path(json.loads((home / "config.json").read_text())["resolved"]["data"])
-        return data if DatasetDescription.load(data).fingerprint == pipeline.description.fingerprint else None
+        return data if same_data(DatasetDescription.load(data), pipeline.description) else None
     except (StopIteration, OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -64,7 +64,7 @@ def _frechet(context: Context, net_name: str) -> Scores:
         lines.append(f"  no floor: for it the reference needs {2 * LEAST:,} pictures, and has {reference.identity.count:,}")
     if rebuilt is not None:
         lines.append(f"  {'reconstruction':28s} {values[f'{title}/reconstruction']:10.3f}   {_rebuilt_text(rebuilt, rest)}")
-    return Scores(values, f"{title}, {_reference_text(reference)}, {context.protocol()}", lines + _latents_text(reference))
+    return Scores(values, f"{title}, {_reference_text(reference)}, {_drawn_text(context)}", lines + _latents_text(reference))
 
 
 def kid(context: Context) -> Scores:
@@ -94,7 +94,7 @@ def kid(context: Context) -> Scores:
     values = {part: estimate.value for part, estimate in found.items()}
     errors = {part: estimate.error for part, estimate in found.items()}
     more = f", the first {MOST:,} a side" if max(context.count, reference.identity.count) > MOST else ""
-    protocol = f"{title}{more}, {_reference_text(reference)}, {context.protocol()}"
+    protocol = f"{title}{more}, {_reference_text(reference)}, {_drawn_text(context)}"
     return Scores(values, protocol, lines + _latents_text(reference), {"errors": errors})
 
 
@@ -125,6 +125,10 @@ def through_codec(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
 
 def _reference_text(reference: Reference) -> str:
     return f"reference {reference.identity.hash[:8]} ({reference.identity.count} {reference.identity.source})"
+
+
+def _drawn_text(context: Context) -> str:
+    return context.protocol() + (f", {context.asked}" if context.pipeline else "")
 
 
 def _floor_text(first: Tensor, rest: Tensor) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError, nearest
 from flowt2i.evaluation import pictures, reference
 from flowt2i.evaluation.nets import FeatureNet, load_net
@@ -108,14 +109,19 @@ class Context:
         return pictures.read_folder(self.folder, self.num, self.progress and self.world.main)
 
     @cached_property
-    def prompts(self) -> list[str]:
-        """Captions of the held-out images (of all, where none is held out), in order, over again where there are more pictures than captions."""
+    def captions(self) -> ImageTextDataset:
+        """The held-out images, whose captions are asked for; all where none is held out."""
         data = self.need_data("distribution")
-        split = "heldout" if ImageTextDataset(data).description.heldout_count else "train"
-        captions = [text for text in ImageTextDataset(data, split).captions() if text.strip()]
-        if not captions:
-            raise UserError(f"the {split} split of {data} has no captions to draw: prepare data with captions")
-        return [captions[k % len(captions)] for k in range(self.num)]
+        return ImageTextDataset(data, "heldout" if DatasetDescription.load(data).heldout_count else "train")
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """Captions of the held-out images (of all, where none is held out), in `reference.captioned`'s order, over again where there are too few."""
+        captions = self.captions.captions()
+        rows = reference.captioned(captions)
+        if not len(rows):
+            raise UserError(f"the {self.captions.split} split of {self.data} has no captions to draw: prepare data with captions")
+        return [captions[rows[k % len(rows)]] for k in range(self.num)]
 
     @property
     def count(self) -> int:
@@ -141,6 +147,11 @@ class Context:
         if net.name not in self._features:
             self._features[net.name] = pictures.features(net, self.images(), self.world, self.progress, f"features of {self.count} pictures")
         return self._features[net.name]
+
+    @cached_property
+    def asked(self) -> str:
+        """Which captions `prompts` are."""
+        return f"{self.captions.split} captions of data {reference.data_hash(self.captions)[:8]} in mixed order"
 
     def protocol(self) -> str:
         """How the pictures came about."""

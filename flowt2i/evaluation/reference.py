@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import pictures
 from flowt2i.evaluation.nets import RESIZE, FeatureNet
@@ -26,6 +27,7 @@ from flowt2i.training.distributed import World
 
 MOST = 50_000  # pictures; of more, these many at even distances
 SPLITS = ("heldout", "train")
+DIVIDED = ("fingerprint", "train_count", "heldout_count", "heldout_fraction")  # of a description: which pictures, and which of them are held out
 
 
 class Identity(BaseModel):
@@ -33,14 +35,14 @@ class Identity(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = 1
+    format: Literal[2] = 2
     net: str  # name
     net_fingerprint: str  # weights, size, scaling
     resize: str  # to the net's size
     resolution: int  # side of the pictures before that
     count: int
     source: Literal["heldout", "train", "folder"]
-    source_hash: str  # of the dataset, or of the pictures of a folder
+    source_hash: str  # of the split of a dataset, or of the pictures of a folder
     made: str  # how the pictures came to their resolution
 
     @property
@@ -119,7 +121,7 @@ def _of_split(split: str, net: FeatureNet, resolution: int, data: Path, world: W
     rows = spread(len(dataset))
     identity = Identity(
         net=net.name, net_fingerprint=net.fingerprint, resize=RESIZE, resolution=resolution, count=len(rows), source=split,  # type: ignore[arg-type]
-        source_hash=dataset.description.fingerprint, made="as prepared" if spec.kind == "pixels" else f"decoded by VAE {spec.fingerprint[:12]}",
+        source_hash=data_hash(dataset), made="as prepared" if spec.kind == "pixels" else f"decoded by VAE {spec.fingerprint[:12]}",
     )  # fmt: skip
     if spec.kind == "pixels":
         originals = lambda part: dataset.fetch(rows[part.start : part.stop]).stored.permute(0, 2, 3, 1).contiguous().numpy()
@@ -159,9 +161,26 @@ def _kept_or_made(
 
 
 def spread(count: int) -> np.ndarray:
-    """Which of `count` pictures a reference is made of, in a fixed mixed order: all, or `MOST` at even distances."""
+    """Which of `count` pictures a score looks at, in a fixed mixed order (data lies sorted by source): all, or `MOST` at even distances. int64."""
     chosen = np.arange(count) if count <= MOST else np.linspace(0, count - 1, MOST).round().astype(np.int64)
     return np.random.Generator(np.random.Philox(0)).permutation(chosen)
+
+
+def captioned(captions: Sequence[str]) -> np.ndarray:
+    """Rows of a split that are asked for, from its captions: those that say something, in the order of `spread`. int64."""
+    return np.array([k for k in spread(len(captions)).tolist() if captions[k].strip()], np.int64)
+
+
+def data_hash(dataset: ImageTextDataset) -> str:
+    """sha256 of what a score of this split depends on: pictures, how they are divided, the captions of the split."""
+    digest = hashlib.sha256(json.dumps([dataset.split, *(getattr(dataset.description, name) for name in DIVIDED)]).encode())
+    digest.update(json.dumps(dataset.captions()).encode())
+    return digest.hexdigest()
+
+
+def same_data(a: DatasetDescription, b: DatasetDescription) -> bool:
+    """Whether two descriptions, of a model and of a dataset, are of the same pictures, divided alike."""
+    return all(getattr(a, name) == getattr(b, name) for name in DIVIDED)
 
 
 @torch.no_grad()
