@@ -1,5 +1,6 @@
 """`flowt2i evaluate`: distribution scores of a small real model and of folders, references, what is kept and gone on with, ranks, mistakes."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,17 +15,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from test_nets import dinov2, images, inception_file  # noqa: F401
 
 from flowt2i.cli import main
 from flowt2i.config import resolve
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.data.options import PrepareOptions
+from flowt2i.data.prepare import prepare
 from flowt2i.errors import UserError
 from flowt2i.evaluation import distribution, pictures
 from flowt2i.evaluation.frechet import Moments, frechet_distance
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.nets import load_net
 from flowt2i.evaluation.reference import captioned, data_hash, same_data, spread
+from flowt2i.export.export import export
 from flowt2i.pipeline import Pipeline
 from flowt2i.training.distributed import World
 from flowt2i.training.loop import train
@@ -199,6 +204,14 @@ def test_a_reference_that_does_not_fit_is_refused_by_name(run, dinov2, inception
         (folder / "reference.json").write_text(json.dumps(facts | fields))
         return str(folder)
 
+    def other_features(name: str, features: torch.Tensor, **fields) -> str:
+        folder = Path(changed(name))
+        save_file({"features": features}, folder / "reference.safetensors")
+        digest = hashlib.sha256((folder / "reference.safetensors").read_bytes()).hexdigest()
+        facts = json.loads((folder / "reference.json").read_text())
+        (folder / "reference.json").write_text(json.dumps(facts | {"features_sha256": digest} | fields))
+        return str(folder)
+
     model = ["evaluate", "--model", str(run), "--metrics", "kid", "--net", str(dinov2), "--reference", str(kept), "--num", "16", "--steps", "1"]
     cases = [
         (model, "another resolution: 40, and 64"),
@@ -206,7 +219,11 @@ def test_a_reference_that_does_not_fit_is_refused_by_name(run, dinov2, inception
         ([*again, "--net", str(other)], "another net_fingerprint"),
         ([*again[:4], changed("count", count=30), *again[5:], "--net", str(dinov2)], "count is 30"),
         ([*again[:4], changed("resize", resize="bilinear"), *again[5:], "--net", str(dinov2)], "another resize: 'bilinear'"),
-        ([*again[:4], changed("more", colour="blue"), *again[5:], "--net", str(dinov2)], "not a reference this version reads"),
+        ([*again[:4], changed("coloured", colour="blue"), *again[5:], "--net", str(dinov2)], "not a reference this version reads"),
+        ([*again[:4], changed("list", count=[30]), *again[5:], "--net", str(dinov2)], "not a reference this version reads"),
+        ([*again[:4], other_features("nan", torch.full((24, 32), float("nan"))), *again[5:], "--net", str(dinov2)], "not finite"),
+        ([*again[:4], other_features("narrow", torch.zeros(24, 7)), *again[5:], "--net", str(dinov2)], "7 numbers a picture, and dinov2-tiny gives 32"),
+        ([*again[:4], other_features("more", torch.zeros(24, 32), features_sha256="0"), *again[5:], "--net", str(dinov2)], "not those that were written"),
     ]
     capsys.readouterr()
     for words, told in cases:
@@ -231,6 +248,9 @@ def test_mistakes_are_one_line_and_exit_2(run, dinov2, scenes_data, tmp_path, ca
     np.save(tmp_path / "nan.npy", np.full((4, 8, 8, 3), np.nan, np.float32))
     np.save(tmp_path / "float.npy", np.zeros((4, 8, 8, 3), np.float32))
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "archive.npz", a=np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04" + bytes(20))
     net = ["--net", str(dinov2)]
     model = ["--model", str(run), *net]
     folder = lambda path, *more: ["--images", str(path), "--reference", str(good), *net, *more]
@@ -244,6 +264,9 @@ def test_mistakes_are_one_line_and_exit_2(run, dinov2, scenes_data, tmp_path, ca
         (folder(tmp_path / "nan.npy"), "not finite"),
         (folder(tmp_path / "float.npy"), "float32"),
         (folder(tmp_path / "objects.npy"), "nothing is unpickled"),
+        (folder(tmp_path / "archive.npy"), "several arrays"),
+        (folder(tmp_path / "zip.npy"), "cannot be read as an array"),
+        (folder(good, "--device", "foo"), "cannot be used here"),
         (folder(write(tmp_path / "few", images(5))), "all error"),
         (folder(good, "--metrics", "frechet"), "fewer than 2,048"),
         (folder(good, "--metrics", "loss"), "needs a model"),
@@ -284,6 +307,20 @@ def test_loss_is_what_training_logged(run, capsys):
         assert found[f"loss-16@64/{name}"] == pytest.approx(logged[key]["loss"], rel=1e-6)
         assert found[f"loss-16@64/{name}/t0.4-0.6"] == pytest.approx(logged[key]["t0.4-0.6"], rel=1e-6)
     assert found["loss-16@64/raw"] != found["loss-16@64/ema"]
+
+
+def test_loss_of_an_exported_model_and_of_fewer_images(run, scenes_data, tmp_path, capsys):
+    """An export of the averaged weights has the loss of these, under their name. Images that the model was trained on are no held-out ones."""
+    whole = scores(["--model", str(run), "--metrics", "loss"], capsys)
+    export(run, tmp_path / "export", samples=1)
+    found = scores(["--model", str(tmp_path / "export"), "--data", str(scenes_data), "--metrics", "loss"], capsys)
+    assert found["loss-16@64/ema"] == whole["loss-16@64/ema"] and "loss-16@64/raw" not in found
+    few = scores(["--model", str(run), "--metrics", "loss", "--num", "8"], capsys)
+    assert "the first 8 heldout" in few["protocol"] and few["loss-8@64/ema"] != whole["loss-16@64/ema"] and "floor 0.4, fp32" in few["protocol"]
+    other = tmp_path / "data"
+    prepare(PrepareOptions(sources=["scenes"], out=other, count=96, heldout=0.3, workers=1), progress=False)
+    assert main(["evaluate", "--model", str(run), "--metrics", "loss", "--data", str(other)]) == 2
+    assert "divides the data of the model otherwise" in capsys.readouterr().err
 
 
 def test_several_metrics_at_once(run, dinov2, capsys):  # noqa: F811
@@ -380,8 +417,6 @@ def latents(tiny, tmp_path_factory):
     from diffusers import AutoencoderKL
 
     from flowt2i.data import scenes
-    from flowt2i.data.options import PrepareOptions
-    from flowt2i.data.prepare import prepare
 
     home = tmp_path_factory.mktemp("latents")
     torch.manual_seed(0)

@@ -165,7 +165,10 @@ def build_context(args: argparse.Namespace, world: "World", names: list[str]) ->
     common: dict[str, Any] = {"clip_name": args.clip, "net_name": args.net, "net_weights": args.net_weights, "real": args.reference, "seed": args.seed}
     if args.images:
         if args.device:
-            world = replace(world, device=torch.device(args.device))
+            try:
+                world = replace(world, device=torch.zeros(1, device=args.device).device)
+            except (RuntimeError, AssertionError) as error:
+                raise UserError(f"device {args.device!r} cannot be used here ({str(error).splitlines()[0]}): leave it out, or choose cpu") from error
         return Context(world, args.num or 0, folder=args.images, data=args.data, **common)
     model = args.model or newest_run()
     args.model = source = checkpoint.find(model)  # the newest of now, should training go on
@@ -176,7 +179,7 @@ def build_context(args: argparse.Namespace, world: "World", names: list[str]) ->
     scenes = pipeline.description.is_scenes and (not names or any(name.startswith("scenes") for name in names))
     num = args.num or (2048 if {"fid", "frechet"} & set(names) else PUBLISHED if scenes else 500)
     return Context(
-        replace(world, device=pipeline.device), num, pipeline, args.data or trained_on(pipeline), settings=settings, heldout_pairs=args.heldout_pairs,
+        replace(world, device=pipeline.device), num, pipeline, args.data or trained_on(pipeline), settings=settings, heldout_pairs=args.heldout_pairs, given_num=args.num or 0,
         run=source.parents[1] if source.parent.name == "checkpoints" else source, source=source, **common,
     )  # fmt: skip
 

@@ -52,10 +52,11 @@ class Context:
     """What there is to score: a model's pictures, or a folder of pictures (`folder`), against data."""
 
     world: World
-    num: int
+    num: int  # pictures
     pipeline: Pipeline | None = None
     data: Path | None = None  # prepared dataset
     folder: Path | None = None  # of finished pictures
+    given_num: int = 0  # --num, where it was given: the loss has another number of its own
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)  # of `Pipeline.sample`: steps, solver, guidance, shift
     net_name: str = "efficientnet-lite0"

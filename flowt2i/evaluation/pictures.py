@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +125,9 @@ def keep_in(run: Path, fingerprint: str) -> Path | None:
 def _read(path: Path, count: int) -> np.ndarray | None:
     try:
         images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
-    return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
+    return images if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
 
 
 def _write(path: Path, images: np.ndarray) -> None:
@@ -184,8 +185,11 @@ def read_folder(folder: Path, most: int = 0, progress: bool = False) -> np.ndarr
 def _read_array(path: Path) -> np.ndarray:
     try:
         images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as an array (nothing is unpickled): save uint8 [N, S, S, 3] with numpy.save") from error
+    if not isinstance(images, np.ndarray):  # an archive of arrays under another name
+        images.close()
+        raise UserError(f"{path} is an archive of several arrays (.npz): save one array, uint8 [N, S, S, 3], with numpy.save")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2] or not len(images):
         broken = np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all()
         what = "numbers that are not finite" if broken else f"{images.dtype} {list(images.shape)}"

@@ -71,7 +71,8 @@ class Reference:
         try:
             aside.mkdir(parents=True)
             save_file({"features": self.features.contiguous()}, aside / "reference.safetensors")
-            (aside / "reference.json").write_text(self.identity.model_dump_json(indent=2) + "\n")
+            facts = self.identity.model_dump() | {"features_sha256": _sha256(aside / "reference.safetensors")}
+            (aside / "reference.json").write_text(json.dumps(facts, indent=2) + "\n")
             if not target.exists():
                 aside.rename(target)
         except OSError as error:
@@ -81,12 +82,21 @@ class Reference:
     def load(cls, folder: Path) -> "Reference":
         """UserError where it is not one, or was changed."""
         try:
-            identity = Identity.model_validate_json((folder / "reference.json").read_text())
+            facts = json.loads((folder / "reference.json").read_text())
+            written = facts.pop("features_sha256")
+            identity = Identity.model_validate(facts)
             features = load_file(folder / "reference.safetensors")["features"]
-        except (OSError, ValidationError, ValueError, SafetensorError, KeyError) as error:
+        except (OSError, ValidationError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{folder} is not a reference this version reads: delete it, and it is made again") from error
-        if len(features) != identity.count:
-            raise UserError(f"{folder} is broken: count is {identity.count}, but it holds {len(features)} features; delete it, and it is made again")
+        problem = ""
+        if features.ndim != 2 or len(features) != identity.count:
+            problem = f"count is {identity.count}, but it holds features {list(features.shape)}"
+        elif not torch.isfinite(features).all():
+            problem = "it holds numbers that are not finite"
+        elif _sha256(folder / "reference.safetensors") != written:
+            problem = "its features are not those that were written"
+        if problem:
+            raise UserError(f"{folder} is broken: {problem}; delete it, and it is made again")
         return cls(identity, features)
 
     def check(self, where: str, wanted: dict[str, Any]) -> None:
@@ -95,6 +105,10 @@ class Reference:
             have = getattr(self.identity, name)
             if have != want:
                 raise UserError(f"reference {where} has another {name}: {have!r}, and {want!r} is needed; give --reference heldout, or make one that fits")
+
+    def check_width(self, where: str, net: FeatureNet) -> None:
+        if self.features.shape[1] != net.dim:
+            raise UserError(f"{where} is broken: {self.features.shape[1]} numbers a picture, and {net.name} gives {net.dim}; delete it, and it is made again")
 
 
 def get(where: str, net: FeatureNet, resolution: int, data: Path | None, world: World, progress: bool = True, pipeline: Pipeline | None = None) -> Reference:
@@ -105,6 +119,7 @@ def get(where: str, net: FeatureNet, resolution: int, data: Path | None, world: 
     if where not in SPLITS and (Path(where) / "reference.json").exists():
         reference = Reference.load(Path(where))
         reference.check(where, {"net": net.name, "net_fingerprint": net.fingerprint, "resize": RESIZE, "resolution": resolution})
+        reference.check_width(where, net)
         return reference
     if where in SPLITS:
         if data is None:
@@ -151,8 +166,9 @@ def _kept_or_made(
     """images(rows): the pictures of the reference, in its order."""
     found = world.on_main(lambda: _kept(home, identity) is not None)
     if found:
-        features = Reference.load(home / identity.hash).features
-        return Reference(identity, features, originals)
+        kept = Reference.load(home / identity.hash)
+        kept.check_width(str(home / identity.hash), net)
+        return Reference(identity, kept.features, originals)
     work = lambda part: net(images(part)).numpy()
     made = pictures.over_ranks(world, identity.count, work, (net.dim,), np.float32, progress, f"reference of {identity.count:,} pictures")
     reference = Reference(identity, torch.from_numpy(made), originals)
@@ -196,6 +212,11 @@ def hash_files(files: list[Path], progress: bool = False) -> str:
     for file in tqdm(files, desc="looking at the reference", unit="image", disable=not progress, leave=False):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _kept(home: Path, identity: Identity) -> Reference | None:
