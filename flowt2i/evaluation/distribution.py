@@ -4,6 +4,8 @@ Each score comes with a floor: what as many real pictures score in place of the 
 would say nothing). With a VAE there is another: the same real pictures, gone through it, against the same rest (no model on its latents can be better).
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,10 +16,28 @@ from flowt2i.evaluation import pictures
 from flowt2i.evaluation.frechet import LEAST, Moments, frechet_distance
 from flowt2i.evaluation.kid import MOST, Estimate, kernel_distance
 from flowt2i.evaluation.metrics import Context, Scores, Skipped
-from flowt2i.evaluation.reference import Reference
+from flowt2i.evaluation.reference import SPLITS, Reference
 from flowt2i.pipeline import Pipeline
 
 LEAST_KERNEL = 16  # pictures below which the error of a kernel distance is larger than any difference
+
+
+TOO_FEW = "a Fréchet distance of fewer than {:,} pictures tells of their number more than of the model (its bias goes as 1 / n)"
+
+
+def check(context: Context, name: str) -> None:
+    """What is wrong with numbers, net, reference and data before a picture is drawn: Skipped, UserError."""
+    if name == "kid" and context.count < LEAST_KERNEL:
+        raise Skipped(f"a kernel distance of {context.count} pictures is all error: take --num {LEAST_KERNEL} or more, better some hundreds")
+    if name != "kid" and context.count < LEAST:
+        raise Skipped(f"{TOO_FEW.format(LEAST)}, and these are {context.count:,}: take --num {LEAST} or more, or --metrics kid, which has no bias")
+    context.net("inception" if name == "fid" else None)
+    if context.real in SPLITS and context.data is None:
+        raise UserError(f"the reference {context.real!r} needs the dataset: give --data DIR, or --reference FOLDER of images")
+    if context.real not in SPLITS and not (Path(context.real) / "reference.json").exists():
+        pictures.list_images(Path(context.real))
+    if context.pipeline is not None:
+        context.prompts  # noqa: B018  # captions that are missing are told
 
 
 def fid(context: Context) -> Scores:
@@ -31,13 +51,10 @@ def frechet(context: Context) -> Scores:
 
 
 def _frechet(context: Context, net_name: str) -> Scores:
-    what = "a Fréchet distance of fewer than {:,} pictures tells of their number more than of the model (its bias goes as 1 / n)"
-    if context.count < LEAST:
-        raise Skipped(f"{what.format(LEAST)}, and these are {context.count:,}: take --num {LEAST} or more, or --metrics kid, which has no bias")
     reference = context.reference_of(net_name)
     if reference.identity.count < LEAST:
         raise Skipped(
-            f"{what.format(LEAST)}, and the reference has {reference.identity.count:,}: take --reference train or a folder with more, or --metrics kid"
+            f"{TOO_FEW.format(LEAST)}, and the reference has {reference.identity.count:,}: take --reference train or a folder with more, or --metrics kid"
         )
     net = context.net(net_name)
     name = "fid-inception" if net.name == "inception" else f"frechet-{net.name}"
@@ -69,8 +86,6 @@ def _frechet(context: Context, net_name: str) -> Scores:
 
 def kid(context: Context) -> Scores:
     """Kernel distance on the net that was asked for (on Inception-v3: KID), with its standard error."""
-    if context.count < LEAST_KERNEL:
-        raise Skipped(f"a kernel distance of {context.count} pictures is all error: take --num {LEAST_KERNEL} or more, better some hundreds")
     reference = context.reference_of()
     if reference.identity.count < LEAST_KERNEL:
         raise Skipped(f"the reference has only {reference.identity.count} pictures: take --reference train, or a folder with {LEAST_KERNEL} or more")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flowt2i.codec import stored_to_latents
 from flowt2i.data.dataset import Batch, ImageTextDataset
-from flowt2i.description import require_same
+from flowt2i.description import DatasetDescription, require_same
 from flowt2i.errors import UserError
 from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.evaluation.reference import data_hash, same_data
@@ -19,17 +19,24 @@ from flowt2i.training.objective import Objective
 KINDS = ("raw", "ema")
 
 
-def metric(context: Context) -> Scores:
-    """`evaluate --metrics loss`: over `--num` held-out images, else as many as the model's training looked at (train.eval_images)."""
+def check(context: Context, name: str) -> None:
+    """UserError for a model or data that have no such loss."""
     pipeline, data = context.need_pipeline("loss"), context.need_data("loss")
     if context.source is None:
         raise UserError("the loss score needs a model on disk: give --model")
-    config, device = pipeline.config, pipeline.device
-    dataset = ImageTextDataset(data, "heldout" if ImageTextDataset(data).description.heldout_count else "train")
-    require_same(pipeline.description.codec, dataset.description.codec, "codec of the model and of the data")
-    require_same(pipeline.description.text, dataset.description.text, "text encoder of the model and of the data")
-    if dataset.description.fingerprint == pipeline.description.fingerprint and not same_data(dataset.description, pipeline.description):
+    theirs = DatasetDescription.load(data)
+    require_same(pipeline.description.codec, theirs.codec, "codec of the model and of the data")
+    require_same(pipeline.description.text, theirs.text, "text encoder of the model and of the data")
+    if theirs.fingerprint == pipeline.description.fingerprint and not same_data(theirs, pipeline.description):
         raise UserError(f"{data} divides the data of the model otherwise: of its held-out images the model has seen some; prepare it with the same --heldout")
+
+
+def metric(context: Context) -> Scores:
+    """`evaluate --metrics loss`: over `--num` held-out images, else as many as the model's training looked at (train.eval_images)."""
+    pipeline, data = context.need_pipeline("loss"), context.need_data("loss")
+    assert context.source is not None  # checked
+    config, device = pipeline.config, pipeline.device
+    dataset = ImageTextDataset(data, "heldout" if DatasetDescription.load(data).heldout_count else "train")
     encoder = pipeline.encoder
     text_of = (
         CaptionFeatures(encoder, dataset, pipeline.description.text.dim, device, context.progress and context.world.main)

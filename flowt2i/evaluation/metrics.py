@@ -1,4 +1,7 @@
-"""The table of scores, and what a score is made from. A new one is a function `score(context) -> Scores` in a file of its own, and a line in `METRICS`."""
+"""The table of scores, and what a score is made from. A new one is a function `score(context) -> Scores` in a file of its own, and a line in `METRICS`.
+
+What such a file can refuse without any work it refuses in `check(context, name)`: all checks come before the first score.
+"""
 
 import importlib
 import json
@@ -154,11 +157,19 @@ class Context:
         """Which captions `prompts` are."""
         return f"{self.captions.split} captions of data {reference.data_hash(self.captions)[:8]} in mixed order"
 
+    @cached_property
+    def sampled(self) -> str:
+        """How the model draws: settings, a weaker model that guides it with its weights, and the weights that draw."""
+        pipeline = self.need_pipeline("distribution")
+        settings = pipeline.settings(**self.settings)
+        guide = pipeline._guide(self.settings.get("guide"))
+        if guide is not None:
+            settings["guide"] = f"{Path(str(settings['guide'])).name}@{pictures.weights_hash(guide)[:8]}"
+        return f"{describe(settings)}, {pipeline.weights} weights"
+
     def protocol(self) -> str:
         """How the pictures came about."""
-        if self.pipeline is None:
-            return f"pictures of {self.folder}"
-        return f"{describe(self.pipeline.settings(**self.settings))}, seed {self.seed}, {self.pipeline.weights} weights"
+        return f"pictures of {self.folder}" if self.pipeline is None else f"{self.sampled}, seed {self.seed}"
 
 
 def find(name: str) -> Callable[[Context], Scores]:
@@ -169,16 +180,39 @@ def find(name: str) -> Callable[[Context], Scores]:
     return getattr(importlib.import_module(module), function)
 
 
-def score(names: Sequence[str], context: Context) -> tuple[dict[str, Scores], dict[str, str]]:
-    """Each metric's scores, and why others were left out. UserError where none is left."""
+def check(name: str, context: Context) -> None:
+    """What a metric can say before any work: its module's `check(context, name)`, where it has one."""
+    module = importlib.import_module(METRICS[name].partition(":")[0])
+    if hasattr(module, "check"):
+        module.check(context, name)
+
+
+@dataclass
+class Outcome:
+    """Scores of the metrics that were asked for; why others were left out; and what ended the last one, the scores before it standing."""
+
+    found: dict[str, Scores]
+    skipped: dict[str, str]
+    failure: Exception | None = None
+
+
+def score(names: Sequence[str], context: Context) -> Outcome:
+    """Each metric's scores. Mistakes that show before the work are said before it. UserError where no score is left."""
     metrics = {name: find(name) for name in dict.fromkeys(names)}
-    found: dict[str, Scores] = {}
-    skipped: dict[str, str] = {}
-    for name, metric in metrics.items():
-        try:
-            found[name] = metric(context)
-        except Skipped as error:
-            skipped[name] = str(error)
-    if not found:
-        raise UserError(next(iter(skipped.values())))
-    return found, skipped
+    outcome = Outcome({}, {})
+    for work in (lambda name: check(name, context), lambda name: outcome.found.update({name: metrics[name](context)})):
+        for name in metrics:
+            if name in outcome.skipped:
+                continue
+            try:
+                work(name)
+            except Skipped as error:
+                outcome.skipped[name] = str(error)
+            except Exception as error:
+                if not outcome.found:
+                    raise
+                outcome.failure = error
+                return outcome
+    if not outcome.found:
+        raise UserError(next(iter(outcome.skipped.values())))
+    return outcome

@@ -37,13 +37,14 @@ class Drawing:
     settings: dict[str, Any]
 
     def fingerprint(self) -> str:
-        """sha256 of all that the pictures depend on, but their number: weights, settings, seed. Prompts are looked at block by block."""
-        digest = hashlib.sha256(b"pictures-1")
+        """sha256 of all that the pictures depend on, but their number: weights (a guide's too), settings, seed. Prompts are looked at block by block."""
+        digest = hashlib.sha256(b"pictures-2")
         facts = [self.pipeline.settings(**self.settings), self.seed, BLOCK, self.pipeline.config.train.precision, self.pipeline.description.codec.fingerprint]
+        guide = self.pipeline._guide(self.settings.get("guide"))
+        if guide is not None:  # its path may hold another model by now
+            facts.append(weights_hash(guide))
         digest.update(json.dumps(facts, sort_keys=True).encode())
-        for name, tensor in sorted(self.pipeline.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(weights_hash(self.pipeline).encode())
         return digest.hexdigest()
 
     def images(self, world: World, run: Path | None = None, progress: bool = True) -> np.ndarray:
@@ -62,6 +63,15 @@ class Drawing:
         if path:
             _write(path, images)
         return images
+
+
+def weights_hash(pipeline: Pipeline) -> str:
+    """sha256 over names and values of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(pipeline.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def over_ranks(
