@@ -276,13 +276,21 @@ def test_mistakes_are_one_line_and_exit_2(run, dinov2, scenes_data, tmp_path, ca
         (["--images", str(good), *net, "--data", str(scenes_data)], "another resolution"),
         (["--images", str(good), *net, "--reference", str(tmp_path / "empty")], "holds no images"),
         (["--images", str(good), *net, "--reference", str(broken)], "cannot be read"),
-        ([*model, "--metrics", "fid"], "--net-weights"),
+        (["--model", str(run), "--metrics", "fid", "--num", "2048"], "--net-weights"),
         ([*model, "--metrics", "kid", "--num", "0"], "--num"),
         ([*model, "--metrics", "kid,"], "no metric ''"),
         ([*model, "--metrics", "fidd"], "'fid'"),
         (["--model", str(run), "--metrics", "kid", "--net", "facebook/dinov2-small"], "not on this machine"),
         ([*model, "--metrics", "kid", "--net-weights", "x.pth"], "goes with inception"),
         ([*model, "--metrics", "kid", "--seed", "-1"], "--seed"),
+        ([*model, "--metrics", "kid", "--guide", str(tmp_path / "nowhere")], "nowhere"),
+        ([*model, "--metrics", "kid", "--curve-num", "8"], "--curve-num is about the report"),
+        ([*model, "--metrics", "kid", "--heldout-pairs"], "--heldout-pairs is about"),
+        ([*model, "--metrics", "kid", "--clip", "x"], "--clip is about"),
+        ([*model, "--metrics", "fid,scenes"], "--net is about"),
+        ([*model, "--metrics", "scenes", "--out", str(broken / "0000.png" / "report")], "cannot write the report"),
+        *((folder(good, *words), f"{words[0]} is about a model's") for words in (["--steps", "2"], ["--guidance", "0"], ["--guidance-interval", "0", "1"],
+          ["--clip", "x"], ["--seed", "1"], ["--weights", "raw"], ["--heldout-pairs"], ["--compile"])),
         ([*model, "--metrics", "kid", "--steps", "0"], "steps 0"),
     ]
     with mock.patch.object(torch.hub, "get_dir", lambda: str(tmp_path / "hub")), mock.patch.object(
@@ -329,6 +337,44 @@ def test_several_metrics_at_once(run, dinov2, capsys):  # noqa: F811
     assert "scenes-prompts-20@64/all" in found["intervals"]
     assert main(["evaluate", "--model", str(run), "--num", "4", "--steps", "1"]) == 0  # a scenes model: the scenes score
     assert "scenes-prompts-4@64" in capsys.readouterr().out
+
+
+def test_mistakes_come_before_the_work_and_scores_before_a_failure(run, tmp_path, capsys):
+    """What a later metric refuses is said before a picture is drawn; where it fails at its work, what was found is printed first."""
+    words = ["evaluate", "--model", str(run), "--metrics", "scenes,loss", "--num", "4", "--steps", "1"]
+    late = mock.patch("flowt2i.evaluation.loss.metric", side_effect=UserError("too late"))
+    with late:
+        assert main(words) == 2
+    told = capsys.readouterr()
+    assert "scenes-prompts-4@64" in told.out and "too late" in told.err
+    with late:
+        assert main([*words, "--json"]) == 2
+    assert "scenes-prompts-4@64/all" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    with mock.patch.object(Pipeline, "sample", side_effect=AssertionError("drawn")), mock.patch(
+        "flowt2i.evaluation.loss.check", side_effect=UserError("in time")
+    ):  # fmt: skip
+        assert main([*words, "--seed", "5"]) == 2
+    assert "in time" in capsys.readouterr().err
+
+
+def test_a_guide_is_known_by_its_weights(run, capsys):
+    """In the name of the pictures that are kept, where its path is the same, and in the protocol."""
+    pipeline, guide = (Pipeline.from_pretrained(run, device="cpu") for _ in range(2))
+    prints = [pictures.Drawing(pipeline, ["a"], 0, settings).fingerprint() for settings in ({}, {"guide": guide})]
+    next(guide.model.parameters()).data.add_(1)
+    prints.append(pictures.Drawing(pipeline, ["a"], 0, {"guide": guide}).fingerprint())
+    assert len(set(prints)) == 3
+    found = scores(["--model", str(run), "--metrics", "scenes", "--num", "2", "--steps", "1", "--guide", str(run)], capsys)
+    assert f"guide tiny@{pictures.weights_hash(pipeline)[:8]}" in found["protocol"]
+
+
+def test_a_model_of_the_hub(run, scenes_data, dinov2, capsys):  # noqa: F811
+    """Named by its id; the hub's cache takes no pictures."""
+    words = ["--data", str(scenes_data), "--metrics", "kid,loss", "--net", str(dinov2), "--num", "16", "--steps", "1", "--seed", "9"]
+    kept = sorted(run.glob("evaluation/*"))
+    with mock.patch("flowt2i.hub.local", lambda model: run if str(model) == "owner/name" else Path(model)):
+        found = scores(["--model", "owner/name", *words], capsys)
+    assert {"kid", "loss"} == set(found["protocols"]) and sorted(run.glob("evaluation/*")) == kept
 
 
 def test_one_and_two_ranks_agree(run, dinov2, tmp_path):  # noqa: F811
