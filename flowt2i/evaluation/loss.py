@@ -25,10 +25,10 @@ def check(context: Context, name: str) -> None:
     if context.source is None:
         raise UserError("the loss score needs a model on disk: give --model")
     theirs = DatasetDescription.load(data)
-    require_same(pipeline.description.codec, theirs.codec, "codec of the model and of the data")
-    require_same(pipeline.description.text, theirs.text, "text encoder of the model and of the data")
     if theirs.fingerprint == pipeline.description.fingerprint and not same_data(theirs, pipeline.description):
         raise UserError(f"{data} divides the data of the model otherwise: of its held-out images the model has seen some; prepare it with the same --heldout")
+    require_same(pipeline.description.codec, theirs.codec, "codec of the model and of the data")
+    require_same(pipeline.description.text, theirs.text, "text encoder of the model and of the data")
 
 
 def metric(context: Context) -> Scores:

@@ -158,18 +158,19 @@ class Context:
         return f"{self.captions.split} captions of data {reference.data_hash(self.captions)[:8]} in mixed order"
 
     @cached_property
-    def sampled(self) -> str:
-        """How the model draws: settings, a weaker model that guides it with its weights, and the weights that draw."""
+    def how(self) -> str:
+        """The settings that the model draws with, in words; a weaker model that guides it has its weights named."""
         pipeline = self.need_pipeline("distribution")
-        settings = pipeline.settings(**self.settings)
-        guide = pipeline._guide(self.settings.get("guide"))
+        settings, guide = pipeline.settings(**self.settings), pipeline._guide(self.settings.get("guide"))
         if guide is not None:
             settings["guide"] = f"{Path(str(settings['guide'])).name}@{pictures.weights_hash(guide)[:8]}"
-        return f"{describe(settings)}, {pipeline.weights} weights"
+        return describe(settings)
 
-    def protocol(self) -> str:
-        """How the pictures came about."""
-        return f"pictures of {self.folder}" if self.pipeline is None else f"{self.sampled}, seed {self.seed}"
+    def protocol(self, seed: str = "") -> str:
+        """How the pictures came about. seed: what is said of it, where `seed` is not that of the noise."""
+        if self.pipeline is None:
+            return f"pictures of {self.folder}"
+        return f"{self.how}, {seed or f'seed {self.seed}'}, {self.pipeline.weights} weights"
 
 
 def find(name: str) -> Callable[[Context], Scores]:

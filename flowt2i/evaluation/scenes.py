@@ -52,7 +52,7 @@ def _metric(context: Context, heldout: bool) -> Scores:
     prompts = scenes.prompts(context.seed, context.num, heldout=heldout)
     found = score_images(context.images(prompts, seed=0), prompts)
     title = f"scenes-{'heldout-pairs' if heldout else 'prompts'}-{context.num}@{pipeline.description.codec.image_size}"
-    protocol = f"{title}, {context.sampled}, prompt seed {context.seed}"
+    protocol = f"{title}, {context.protocol(f'prompt seed {context.seed}')}"
     lines = [f"{part:22s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}" for part, score in found.items()]
     values = {f"{title}/{part}": score["accuracy"] for part, score in found.items()}
     return Scores(values, protocol, lines, {"intervals": {f"{title}/{part}": score for part, score in found.items()}})
