@@ -6,6 +6,7 @@ images = Pipeline.from_pretrained("runs/quickstart")(["a small red circle"], ste
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from flowt2i.drawing import Drawing, Noise, Preview, given_picture
 from flowt2i.editing import Picture
 from flowt2i.errors import UserError
 from flowt2i.model import FlowTransformer
-from flowt2i.pictures import Samples, name_of, read_settings, save_png
+from flowt2i.pictures import Samples, checked, name_of, read_settings, save_png
 from flowt2i.text import CaptionTokenizer, FrozenEncoder, load_encoder, load_tokenizer
 from flowt2i.training import checkpoint
 from flowt2i.training.compiling import compile_blocks, has_compiler
@@ -37,11 +38,13 @@ class Pipeline:
 
     def __init__(
         self, model: FlowTransformer, config: Config, description: DatasetDescription, tokenizer: CaptionTokenizer,
-        encoder: FrozenEncoder | None = None, codec: Any = None, name: str = "", weights: str = "",
+        encoder: FrozenEncoder | None = None, codec: Any = None, name: str = "", weights: str = "", step: int | None = None,
     ):  # fmt: skip
         self.model, self.config, self.description, self.tokenizer, self.encoder = model, config, description, tokenizer, encoder
-        self._codec, self.name, self.weights = codec, name, weights
+        self._codec, self.name, self.weights, self.step = codec, name, weights, step
         self._guides: dict[str, Pipeline] = {}
+        self._moved: dict[str, str | None] = {}  # folders of VAE and text encoder that were named at loading: a guide looks there too
+        self._compiled = False
         self.device = next(model.parameters()).device
         self.mean = torch.tensor(description.latent_mean, device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor(description.latent_std, device=self.device).view(1, -1, 1, 1)
@@ -65,6 +68,7 @@ class Pipeline:
         config = load_config(folder / "config.json")
         description = DatasetDescription.load(folder)
         stem, kind = exported.weights_file(folder, weights)
+        moved = {"codec": codec, "text": text}
         codec, text = codec or exported.taken_along(folder, exported.VAE), text or exported.taken_along(folder, exported.ENCODER)
         model = build_model(config, description)
         checkpoint.load_into(model, folder / f"{stem}.safetensors")
@@ -75,7 +79,9 @@ class Pipeline:
             raise UserError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}): leave it out, or choose cpu") from error
         tokenizer = load_tokenizer(description.text, folder)
         encoder = load_encoder(description.text, compute_dtype(config), text).to(target) if description.text.kind == "hf" else None
-        return cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if kind == "ema" else "raw")
+        pipeline = cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if kind == "ema" else "raw", exported.step_of(folder))
+        pipeline._moved = moved
+        return pipeline
 
     @property
     def codec(self) -> Any:
@@ -96,7 +102,7 @@ class Pipeline:
         shift: float | None = None, seed: int = 0, num: int = 1, batch_size: int = 64, preview: Preview | None = None, preview_every: int = 1,
         progress: Callable[[int], Any] | None = None, negative: str | None = None, guide: "Pipeline | str | Path | None" = None,
         init: Picture | None = None, strength: float | None = None, mask: Picture | None = None, variation: float = 0.0, to: str | None = None,
-        to_seed: int | None = None, mix: float | None = None, **more: Any,
+        to_seed: int | None = None, mix: float | None = None, alive: Callable[[], None] | None = None, **more: Any,
     ) -> Samples:  # fmt: skip
         """Draw `num` pictures of each prompt. Picture k of the call has the seed `seed + k`, whatever batch it falls into.
 
@@ -106,14 +112,15 @@ class Pipeline:
         init: a picture to start from, by `strength` (0: nothing of it changes, 1: nothing of it is left; 0.6 if not given); with a `mask` (bright: draw
         anew) the rest of it stays, and strength is 1 if not given. variation, to, to_seed, mix: see `editing.starts`.
         preview(step, steps, images) is called every `preview_every` steps with the predicted clean pictures of the batch at work;
-        progress(n) after each batch of n. UserError on settings out of range.
+        progress(n) after each batch of n. alive() is called before every evaluation of a network: what it raises ends the drawing.
+        UserError on settings out of range.
         """
         chosen = self.settings(steps, solver, guidance, shift, negative, guide, **more)
         starts = editing.starts([prompts] if isinstance(prompts, str) else list(prompts), seed, num, variation, to, to_seed, mix)
         if batch_size < 1 or preview_every < 1:
             raise UserError("batch_size and preview_every must be at least 1")
         started = time.perf_counter()
-        drawing = Drawing(self, chosen, chosen.get("negative"), self._guide(guide), given_picture(self, init, strength, mask))
+        drawing = Drawing(self, chosen, chosen.get("negative"), self._guide(guide), given_picture(self, init, strength, mask), alive)
         size = 1 if chosen["solver"] == "dopri5" else batch_size  # its steps follow the error of a batch, and a picture must not depend on its neighbours
         images = []
         for first in range(0, len(starts), size):
@@ -128,7 +135,7 @@ class Pipeline:
         ways = [s.way() for s in starts]
         return Samples(
             np.concatenate(images), [s.prompt for s in starts], [s.seed for s in starts], told, round(drawing.evaluated / len(starts)),
-            time.perf_counter() - started, ways if any(ways) else [], {"model": Path(self.name).name, "weights": self.weights},
+            time.perf_counter() - started, ways if any(ways) else [], self.told(),
         )  # fmt: skip
 
     def settings(
@@ -137,6 +144,8 @@ class Pipeline:
     ) -> dict[str, Any]:  # fmt: skip
         """All settings of `SampleConfig` that will be used, checked, and what guidance leads away from where that is given; UserError says which is wrong."""
         chosen = choices.resolve(self.config.sample, {"steps": steps, "solver": solver, "guidance": guidance, "shift": shift, **more})
+        if negative is not None and not isinstance(negative, str):
+            raise UserError(f"the negative prompt is {str(negative)[:50]!r}: give a text")
         negative = negative if negative and negative.strip() else None
         if (negative or guide is not None) and not choices.is_guided(chosen):
             raise UserError("a negative prompt or a guide acts through guidance, which is off at 1: set another scale")
@@ -148,13 +157,15 @@ class Pipeline:
         """The picture again that a PNG of ours (or its metadata) tells of; `instead` overrides settings of it. UserError where it tells nothing.
 
         A picture that began at another, or that a weaker model guided, needs that one where it was (or given anew: `init`, `mask`, `guide`).
+        Warns where this is not the model that drew it.
         """
-        told = picture if isinstance(picture, dict) else read_settings(picture)
-        if "prompt" not in told:
-            raise UserError("these are the settings of a sheet, not of a picture: give one of the pictures on it")
-        wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "init_pixels", "mask_pixels")} | instead
+        told = checked(picture if isinstance(picture, dict) else read_settings(picture))
+        before = {name: told[name] for name in ("model", "weights", "step") if name in told}
+        if any(self.told().get(name) != value for name, value in before.items()):
+            warnings.warn(f"the picture was drawn by {_name(before)}, and this is {_name(self.told())}: it will differ", stacklevel=2)
+        wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "step", "init_pixels", "mask_pixels")} | instead
         for name in ("init", "mask", "guide"):
-            if isinstance(wanted.get(name), str) and name not in instead and not Path(wanted[name]).exists():
+            if isinstance(wanted.get(name), str) and name not in instead and not os.path.exists(wanted[name]):
                 raise UserError(f"the picture was made with {name} {wanted[name]!r}, which is not there: give it with --{name}")
         samples = self.sample(wanted.pop("prompt"), **wanted)
         for name in ("init", "mask"):
@@ -162,11 +173,18 @@ class Pipeline:
                 raise UserError(f"the {name} {told[name]!r} is not the picture that was used before: give that one with --{name}")
         return samples
 
+    def told(self) -> dict[str, Any]:
+        """Which model this is, as pictures tell it: its name, which weights, and after how many training steps where that is known."""
+        return {"model": Path(self.name).name, "weights": self.weights} | ({} if self.step is None else {"step": self.step})
+
     def compile(self) -> "Pipeline":
-        """Compile the network's blocks (`torch.compile`): half a minute at the first picture, faster afterwards. UserError without a compiler."""
+        """Compile the network's blocks (`torch.compile`), and its guides', at their first picture. UserError without a compiler."""
         if not has_compiler():
             raise UserError("torch.compile needs a C++ compiler and Python's headers, which are not here: leave --compile out")
         compile_blocks(self.model)
+        self._compiled = True
+        for guide in self._guides.values():
+            guide.compile()
         return self
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -206,13 +224,21 @@ class Pipeline:
         if not isinstance(guide, Pipeline):
             place = os.path.abspath(guide)
             if place not in self._guides:
-                self._guides[place] = Pipeline.from_pretrained(guide, device=self.device)
+                loaded = Pipeline.from_pretrained(guide, device=self.device, **self._moved)
+                self._guides[place] = loaded.compile() if self._compiled else loaded
             guide = self._guides[place]
         require_same(self.description.codec, guide.description.codec, "the codecs of model and guide")
         ours, theirs = ((d.latent_mean, d.latent_std) for d in (self.description, guide.description))
         if not np.allclose(ours, theirs, atol=1e-3):
             raise UserError("model and guide were trained on data of other statistics: a guide must know the same data")
         return guide
+
+
+def _name(told: dict[str, Any]) -> str:
+    """ "quickstart (EMA weights, step 5000)"."""
+    facts = [f"{told['weights']} weights"] if told.get("weights") else []
+    facts += [f"step {told['step']}"] if "step" in told else []
+    return (told.get("model") or "a model without a name") + (f" ({', '.join(facts)})" if facts else "")
 
 
 def compute_dtype(config: Config) -> torch.dtype:

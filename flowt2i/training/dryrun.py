@@ -113,7 +113,8 @@ def write_one(trainer: "Trainer") -> None:
     """A checkpoint of one number: written, synced, renamed, read back as real ones are."""
     folder = trainer.run_folder / FOLDER
     try:
-        written = checkpoint.save(folder, 0, {"model": {"number": torch.ones(1)}}, {"state.json": "{}"}, {"tokenizer": trainer.data / "tokenizer"})
+        texts = {"config.json": "{}", "state.json": "{}"}
+        written = checkpoint.save(folder, 0, {"model": {"number": torch.ones(1)}}, texts, {"tokenizer": trainer.data / "tokenizer"})
         if problem := checkpoint.damage(written):
             raise UserError(f"a checkpoint written into {trainer.run_folder} does not read back ({problem}): choose another --out")
     finally:

@@ -158,7 +158,10 @@ class Trainer:
             if source is None:
                 print(f"no checkpoint in {self.run_folder} yet: starting at step 0", file=sys.stderr)
             return source
-        return checkpoint.find(Path(resume))
+        source = checkpoint.find(Path(resume))
+        if not (source / "state.json").exists():
+            raise UserError(f"--resume {resume} is an exported model, without the optimizer's state: resume from a run folder or a checkpoint")
+        return source
 
     def _lock(self) -> None:
         """Keep other trainings out of the run folder, for as long as rank 0 lives."""
@@ -621,6 +624,8 @@ class Trainer:
         if self.world.main:
             facts = {"data": str(self.data), "micro_batch": self.micro, "accumulation": self.accumulate, "ranks": self.world.size, "steps": self.steps}
             facts |= {"device": str(self.world.device), "compiled": self.compiled, "model": self.model_config.model_dump()}
+            if self.world.device.type == "cuda":
+                facts["device_name"] = torch.cuda.get_device_name(self.world.device)
             resolved = self.config.model_dump() | {"resolved": facts | {"parameters": count_parameters(self.model)}}
             aside = self.run_folder / "config.json.tmp"
             aside.write_text(json.dumps(resolved, indent=2) + "\n")

@@ -125,14 +125,15 @@ class Saver:
         except BaseException as error:
             self.error = error
             return
-        self.reports.append({"step": step, "bytes": _bytes(path), "stall_s": round(stall, 4), "write_s": round(time.perf_counter() - started, 4)})
+        written = {"step": step, "bytes": checkpoint.total_bytes(path)}
+        self.reports.append(written | {"stall_s": round(stall, 4), "write_s": round(time.perf_counter() - started, 4)})
 
     def _rehearse(self, aside: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> None:
         started = time.perf_counter()
         try:
             path = checkpoint.save(aside, 0, tensors, texts, copies)
             checkpoint.prove(path)
-            self.rehearsed = (_bytes(path), time.perf_counter() - started)
+            self.rehearsed = (checkpoint.total_bytes(path), time.perf_counter() - started)
         except BaseException as error:
             self.error = error
         finally:
@@ -143,7 +144,3 @@ class Saver:
         if not self.reports:
             return {}
         return {"checkpoints": len(self.reports), **{f"longest_{key}": max(r[key] for r in self.reports) for key in ("stall_s", "write_s")}}
-
-
-def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
