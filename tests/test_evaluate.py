@@ -21,8 +21,7 @@ from test_nets import dinov2, images, inception_file  # noqa: F401
 from flowt2i.cli import main
 from flowt2i.config import resolve
 from flowt2i.data.dataset import ImageTextDataset
-from flowt2i.data.options import PrepareOptions
-from flowt2i.data.prepare import prepare
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import distribution, pictures
 from flowt2i.evaluation.frechet import Moments, frechet_distance
@@ -68,7 +67,7 @@ def test_kernel_distance_of_a_model(run, dinov2, scenes_data, capsys, small_bloc
     words = ["--model", str(run), "--metrics", "kid", "--net", str(dinov2), "--num", "30", "--steps", "2"]
     found = scores(words, capsys)
     name = "kid-dinov2-tiny-30@64"
-    assert found["protocol"].startswith(f"{name}, reference ") and "euler 2 steps, guidance 3, shift 1, seed 0, EMA weights" in found["protocol"]
+    assert found["protocol"].startswith(f"{name}, reference ") and "euler 2 steps, guidance 3, shift 5, seed 0, EMA weights" in found["protocol"]
     heldout = ImageTextDataset(scenes_data, "heldout")
     order = spread(len(heldout))  # of prompts and of real pictures alike
     prompts = [heldout.caption(int(order[k % len(heldout)])) for k in range(30)]
@@ -326,7 +325,8 @@ def test_loss_of_an_exported_model_and_of_fewer_images(run, scenes_data, tmp_pat
     few = scores(["--model", str(run), "--metrics", "loss", "--num", "8"], capsys)
     assert "the first 8 heldout" in few["protocol"] and few["loss-8@64/ema"] != whole["loss-16@64/ema"] and "floor 0.4, fp32" in few["protocol"]
     other = tmp_path / "data"
-    prepare(PrepareOptions(sources=["scenes"], out=other, count=96, heldout=0.3, workers=1), progress=False)
+    shutil.copytree(scenes_data, other)
+    DatasetDescription.load(other).model_copy(update={"heldout_fraction": 0.3}).save(other)
     assert main(["evaluate", "--model", str(run), "--metrics", "loss", "--data", str(other)]) == 2
     assert "divides the data of the model otherwise" in capsys.readouterr().err
 
@@ -463,6 +463,8 @@ def latents(tiny, tmp_path_factory):
     from diffusers import AutoencoderKL
 
     from flowt2i.data import scenes
+    from flowt2i.data.options import PrepareOptions
+    from flowt2i.data.prepare import prepare
 
     home = tmp_path_factory.mktemp("latents")
     torch.manual_seed(0)
