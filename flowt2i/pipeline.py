@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowt2i import editing, exported, flow, hub
 from flowt2i import settings as choices
+from flowt2i.codec import to_uint8
 from flowt2i.config import Config, load_config
 from flowt2i.description import DatasetDescription, require_same
 from flowt2i.drawing import Drawing, Noise, Preview, given_picture
@@ -215,7 +216,7 @@ class Pipeline:
         pixels = self.codec.decode(z.float() * self.std + self.mean)
         if not torch.isfinite(pixels).all():
             raise UserError("the image codec put out numbers that are not finite: the model's training diverged, or guidance is too high for it")
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return to_uint8(pixels)
 
     def _guide(self, guide: "Pipeline | str | Path | None") -> "Pipeline | None":
         """The weaker model, loaded once; UserError where its latents are not ours."""
