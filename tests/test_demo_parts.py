@@ -4,7 +4,9 @@ import json
 import shutil
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from flowt2i.demo.guard import allowed
 from flowt2i.demo.limits import MOST_UPDATES, Request, check, readable
 from flowt2i.errors import UserError
 from flowt2i.pipeline import Pipeline, Samples
-from flowt2i.solvers import SOLVERS
+from flowt2i.solvers import SOLVERS, ToleranceError
 
 WANTED: dict[str, Any] = {"prompt": "a red circle", "steps": 6, "guidance": 2.0, "solver": "euler", "seed": 7, "num": 2, "every": 2}
 
@@ -41,8 +43,8 @@ def pipeline(run: Path) -> Pipeline:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"prompt": ""}, "Say what"), ({"prompt": " \n"}, "Say what"), ({"prompt": "\x00\x07"}, "Say what"), ({"prompt": 3}, "Say what"),
-        ({"prompt": None}, "Say what"), ({"prompt": ["a"]}, "Say what"), ({"prompt": "x" * 2001}, "2,000 at most"),
+        ({"prompt": ""}, "Say what"), ({"prompt": " \n"}, "Say what"), ({"prompt": "\x00\x07"}, "Say what"), ({"prompt": 3}, "must be a text"), ({"negative": 5}, "must be a text"),
+        ({"prompt": None}, "Say what"), ({"prompt": ["a"]}, "must be a text"), ({"prompt": "x" * 2001}, "2,000 at most"),
         ({"prompt": "x" * 10**7}, "2,000 at most"),
         ({"negative": "x" * 2001}, "2,000 at most"), ({"steps": 0}, "1 to 200"), ({"steps": -1}, "1 to 200"), ({"steps": 201}, "1 to 200"),
         ({"steps": 1e9}, "1 to 200"), ({"steps": float("nan")}, "1 to 200"), ({"steps": "many"}, "1 to 200"), ({"steps": None}, "1 to 200"),
@@ -75,6 +77,9 @@ def test_prompts_keep_every_script_and_lose_what_nobody_can_read() -> None:
 def test_a_drawing_has_a_bounded_number_of_previews() -> None:
     assert check(**(WANTED | {"steps": 200, "every": 1})).every == 200 / MOST_UPDATES
     assert check(**WANTED).every == 2
+    assert check(**(WANTED | {"steps": 200, "every": 1, "num": 8, "solver": "dopri5"})).every == 200 * 8 / MOST_UPDATES  # picture after picture
+    half = check(**(WANTED | {"steps": 200, "every": 1}), drawings=2)
+    assert (half.updates, half.every) == (MOST_UPDATES / 2, 400 / MOST_UPDATES)
 
 
 # ---- models
@@ -158,27 +163,79 @@ def test_a_prompt_that_is_cut_is_told(pipeline: Pipeline) -> None:
         assert drawing.Cut(12) in list(drawing.run(lambda: pipeline, check(**WANTED | {"prompt": "a red circle " * 20, "steps": 1})))
 
 
-def test_an_abandoned_drawing_ends_at_the_next_preview(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    previews, closed, to_images = [], threading.Event(), pipeline.to_images
+def evaluated(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, each: Callable[[int], None] = lambda _: None) -> list[int]:
+    """Counts evaluations of the network, and calls `each` at every one."""
+    count: list[int] = []
+    field = pipeline.field
 
-    def second_waits(z: Any) -> np.ndarray:
-        previews.append(z)
-        if len(previews) == 2:
+    def counted(*given: Any) -> Any:
+        count.append(len(count))
+        each(len(count))
+        return field(*given)
+
+    monkeypatch.setattr(pipeline, "field", counted)
+    return count
+
+
+def test_an_abandoned_drawing_ends_before_the_next_evaluation(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, sixth = threading.Event(), threading.Event()
+
+    def wait(count: int) -> None:
+        if count == 6:
+            sixth.set()
             closed.wait(30)
-        return to_images(z)
 
-    monkeypatch.setattr(pipeline, "to_images", second_waits)
-    pictures = drawing.run(lambda: pipeline, Request("a red circle", 200, 2.0, "euler", 0, 1, 1))
+    count = evaluated(pipeline, monkeypatch, wait)
+    pictures = drawing.run(lambda: pipeline, Request("a red circle", 200, 2.0, "rk4", 0, 1, 200))  # the next preview is far away
     next(pictures)
+    assert sixth.wait(30)
     pictures.close()
     closed.set()
     with drawing._turn:  # the drawing holds it until it has ended
-        assert len(previews) == 2
+        assert len(count) == 6
 
 
-def test_a_drawing_that_takes_too_long_is_ended(pipeline: Pipeline) -> None:
+def test_whoever_leaves_while_waiting_for_the_turn_is_gone(pipeline: Pipeline) -> None:
+    gone, loaded = threading.Event(), []
+    with drawing._turn:
+        waiting = drawing.run(lambda: loaded.append(1) or pipeline, check(**WANTED), gone=gone)
+        assert next(waiting) == drawing.Pulse()
+        gone.set()
+        assert not [news for news in waiting if not isinstance(news, drawing.Pulse)] and not loaded
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_a_drawing_that_takes_too_long_is_ended_between_previews(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    count = evaluated(pipeline, monkeypatch, lambda _: time.sleep(0.05))
     with pytest.raises(UserError, match="longer than"):
-        list(drawing.run(lambda: pipeline, check(**WANTED), seconds=0))
+        list(drawing.run(lambda: pipeline, check(**WANTED | {"solver": solver, "steps": 200, "every": 200}), drawing.Clock(0.2)))
+    assert len(count) <= 5
+
+
+def test_the_drawings_of_one_request_share_its_seconds(pipeline: Pipeline) -> None:
+    clock = drawing.Clock()
+    list(drawing.run(lambda: pipeline, check(**WANTED), clock))
+    assert 0 < clock.spent < 60
+    clock.limit = clock.spent
+    with pytest.raises(UserError, match="longer than"):
+        list(drawing.run(lambda: pipeline, check(**WANTED), clock))
+
+
+def test_solvers_that_draw_one_by_one_show_no_more_previews(pipeline: Pipeline) -> None:
+    wanted = check(**WANTED | {"solver": "dopri5", "steps": 10, "num": 6, "every": 1}, drawings=5)
+    steps = [news for news in drawing.run(lambda: pipeline, wanted) if isinstance(news, drawing.Step)]
+    assert 3 <= len(steps) <= MOST_UPDATES / 5 and len({len(step.images) for step in steps}) > 2
+    assert not [news for news in drawing.run(lambda: pipeline, check(**WANTED)._replace(updates=0)) if isinstance(news, drawing.Step)]
+
+
+def test_a_solver_that_gives_up_names_no_option_of_the_command_line(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gives_up(*_: Any, **__: Any) -> Any:
+        raise ToleranceError("the error stays above the tolerance")
+
+    monkeypatch.setattr("flowt2i.settings.dopri5", gives_up)
+    with pytest.raises(UserError, match="dopri5: .*choose another solver") as caught:
+        list(drawing.run(lambda: pipeline, check(**WANTED | {"solver": "dopri5"})))
+    assert "--" not in str(caught.value)
 
 
 # ---- the board
