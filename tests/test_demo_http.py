@@ -191,7 +191,8 @@ def test_api_uses_the_models_own_settings_where_none_are_given(served: Served) -
         (b"", 400, "JSON"), (b"{", 400, "JSON"), (b"[]", 400, "object"), (b"[" * 60_000, 400, "JSON"), (b'"x"', 400, "object"), (b"\xff\xfe", 400, "JSON"),
         (b"{}", 422, "Say what"), (b'{"prompt": "a", "stepz": 3}', 422, "did you mean 'steps'"), (b'{"prompt": "a", "steps": NaN}', 422, "1 to 200"),
         (b'{"prompt": "a", "steps": 1e999}', 422, "1 to 200"), (b'{"prompt": "a", "guidance": Infinity}', 422, "0 to 20"),
-        (b'{"prompt": "a", "model": "/etc"}', 422, "not offered"), (b'{"prompt": "a", "negative": 5}', 422, "must be a text"), (b'{"prompt": "a", "steps": ' + b"9" * 5000 + b"}", 400, "JSON"),
+        (b'{"prompt": "a", "model": "/etc"}', 422, "not offered"), 
+        (b'{"prompt": "a", "negative": 5}', 422, "must be a text"), (b'{"prompt": "a", "steps": ' + b"9" * 5000 + b"}", 400, "JSON"),
         (b'{"prompt": "' + b"x" * 10_000_000 + b'"}', 413, "bytes"),
     ],
 )  # fmt: skip
@@ -409,7 +410,7 @@ def test_the_page_tells_of_no_function_to_call(served: Served) -> None:
 def test_files_are_closed(served: Served, path: str) -> None:
     path = path.replace("MODEL", str(served.library.card("tiny").path / "checkpoints" / "step_00000001" / "model.safetensors"))
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as raw:  # no client tidies the path up
-        raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        raw.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
         answer = b"".join(iter(lambda: raw.recv(65_536), b""))
     assert answer.split(b" ")[1] == b"403" and b"root:" not in answer
 
@@ -451,9 +452,38 @@ def test_the_environment_opens_nothing(served: Served) -> None:
     assert not config.get("mcp_server") and not config.get("is_space") and served.blocks.allowed_paths == []
 
 
+def test_a_proxy_in_the_environment_is_passed_by(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    monkeypatch.setenv("no_proxy", "")
+    with serving(library) as served:
+        assert still_up(served)
+    with serving(library):
+        pass
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost"
+
+
+def test_what_keeps_the_page_from_starting_is_one_line(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradio.networking
+
+    monkeypatch.setattr(gradio.networking, "url_ok", lambda _: False)
+    with pytest.raises(UserError, match="the page could not be started: When localhost is not accessible") as caught:
+        serve(library, free_port(), block=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_names_for_this_machine_are_refused(served: Served) -> None:
+    for path in ("/", "/api/models", "/config"):
+        assert httpx.get(served.url + path, headers={"host": f"rebound.example:{served.port}"}).status_code == 403
+        assert httpx.get(f"http://localhost:{served.port}{path}").status_code == 200
+    assert generate(served, {"host": "rebound.example"}).status_code == 403
+
+
 def test_answers_tell_browsers_to_load_nothing_from_elsewhere(served: Served) -> None:
     headers = httpx.get(served.url).headers
-    assert "default-src 'self'" in headers["content-security-policy"] and headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'self'" in headers["content-security-policy"] and "frame-ancestors 'self'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
 
 
 def test_with_a_password_everything_wants_it(library: Library) -> None:

@@ -68,7 +68,8 @@ class Api:
         self.waiting += 1
         gone = threading.Event()
         watcher = asyncio.create_task(_watch(http, gone))
-        samples, cut = None, False
+        samples: Samples | None = None
+        cut = False
         try:
             if await self.has_turn(watcher):
                 try:
@@ -114,7 +115,8 @@ class Api:
 
     def draw(self, model: str, request: Request, gone: threading.Event) -> tuple[Samples | None, bool]:
         """In a thread: the samples, or None where the client went away; and whether the prompt was cut."""
-        samples, cut = None, False
+        samples: Samples | None = None
+        cut = False
         for news in run(lambda: self.library.load(model), request, gone=gone):
             if isinstance(news, Samples):
                 samples = news

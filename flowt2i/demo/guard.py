@@ -7,6 +7,7 @@ import asyncio
 import base64
 import hmac
 import json
+import re
 from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
@@ -16,11 +17,13 @@ Send = Callable[[Any], Any]
 
 LARGEST_BODY = 64 * 1024  # bytes; the longest prompt twice, in any script, and room for the rest
 SLOWEST_BODY = 10.0  # seconds that a request may take to arrive
-CONNECTIONS = 400  # at once; a visitor's page holds two or three
+CONNECTIONS = {"heartbeat": 150, "listening": 100, "requests": 150}  # at once. A page that is open holds a heartbeat, and listens while it is drawn for
+HERE = frozenset({"127.0.0.1", "localhost", "[::1]"})  # the names of this machine, to itself
 
 READ = ("/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon", "/gradio_api/startup-events", "/gradio_api/info",
         "/gradio_api/theme.css", "/gradio_api/queue/data", "/api/health", "/api/models")  # fmt: skip
 READ_UNDER = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/", "/pwa_icon/")
+KINDS = {"/gradio_api/heartbeat/": "heartbeat", "/gradio_api/queue/data": "listening"}  # connections that stay open
 WRITE = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset", "/api/generate")
 CLOSED_TO_ALL_BUT_THE_SERVER = "/gradio_api/startup-events"  # which asks it of itself, before the first visitor, without a password
 
@@ -28,17 +31,21 @@ HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     # the page loads nothing from elsewhere and sends nothing elsewhere
-    (b"content-security-policy", b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; base-uri 'self'; object-src 'none'"),
+    (b"content-security-policy", b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; base-uri 'self'; object-src 'none'; "
+                                 b"frame-ancestors 'self'"),
 ]  # fmt: skip
 
 
 class Guard:
-    """ASGI middleware. functions: says which of the page's functions may be called; auth: (user, password) or None."""
+    """ASGI middleware. functions: says which of the page's functions may be called; auth: (user, password) or None; hosts: the names the server may be
+    called by (None: any), so that no foreign page reaches it by a name of its own that points to this machine (DNS rebinding)."""
 
-    def __init__(self, app: Any, functions: Callable[[], Collection[int]], auth: tuple[str, str] | None = None):
-        self.app, self.functions = app, functions
+    def __init__(
+        self, app: Any, functions: Callable[[], Collection[int]], auth: tuple[str, str] | None = None, hosts: Collection[str] | None = HERE,
+    ):  # fmt: skip
+        self.app, self.functions, self.hosts = app, functions, hosts
         self.expected = base64.b64encode(":".join(auth).encode()) if auth else None
-        self.open = 0
+        self.open = dict.fromkeys(CONNECTIONS, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -47,17 +54,21 @@ class Guard:
         if scope["type"] != "http":  # the page needs no websocket
             await send({"type": "websocket.close", "code": 1008})
             return
-        if self.open >= CONNECTIONS:
+        kind = next((kind for start, kind in KINDS.items() if scope["path"].startswith(start)), "requests")
+        if self.open[kind] >= CONNECTIONS[kind]:
             await refuse(send, 429, "too many requests at once: come back in a minute", [(b"retry-after", b"30")])
             return
-        self.open += 1
+        self.open[kind] += 1
         try:
             await self._serve(scope, receive, send)
         finally:
-            self.open -= 1
+            self.open[kind] -= 1
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
+        if self.hosts is not None and host(scope) not in self.hosts:
+            await refuse(send, 403, "this server answers to 127.0.0.1 and localhost only")
+            return
         if self.expected and path != CLOSED_TO_ALL_BUT_THE_SERVER and not self._known(scope):
             await refuse(send, 401, "a user name and a password are needed", [(b"www-authenticate", b'Basic realm="flowt2i"')])
             return
@@ -82,6 +93,12 @@ class Guard:
                 kind, _, given = value.partition(b" ")
                 return kind.lower() == b"basic" and hmac.compare_digest(given.strip(), self.expected or b"")
         return False
+
+
+def host(scope: Scope) -> str:
+    """The name a request calls the server by, without the port; "" where it names none, or several."""
+    names = [value.decode("latin-1").strip().lower() for name, value in scope["headers"] if name == b"host"]
+    return re.sub(r":\d*$", "", names[0]) if len(names) == 1 else ""
 
 
 def allowed(method: str, path: str) -> bool:

@@ -31,7 +31,7 @@ class Request(NamedTuple):
 
 
 def check(prompt: Any, steps: Any, guidance: Any, solver: Any, seed: Any, num: Any, every: Any = 1, negative: Any = "",
-          drawings: int = 1) -> Request:  # fmt: skip
+          *, drawings: int = 1) -> Request:  # fmt: skip
     """Turn what came over the net into a `Request`; UserError says what is out of range, in words for the visitor.
 
     drawings: how many such a request is made of; they share its previews.
@@ -54,9 +54,9 @@ def check(prompt: Any, steps: Any, guidance: Any, solver: Any, seed: Any, num: A
 
 
 def readable(name: str, value: Any) -> str:
-    """A text in one line without what no one can read: control characters, halves of surrogate pairs, reordering marks. UserError where it is too long or no text.
+    """A text in one line without what no one can read: control characters, halves of surrogate pairs, reordering marks. None is empty.
 
-    None is an empty text.
+    UserError where it is too long, or no text.
     """
     if value is None:
         return ""
