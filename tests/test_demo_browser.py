@@ -20,7 +20,7 @@ pytest.importorskip("playwright")
 from demoing import OTHERS, Served, join, serving, write_model
 from playwright import sync_api
 
-from flowt2i.demo import Library, drawing, guard
+from flowt2i.demo import Library, drawing
 from flowt2i.errors import UserError
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -202,16 +202,6 @@ def test_mischief_in_a_prompt_is_text(browser: Any, served: Served) -> None:
     visitor.page.get_by_text("Use", exact=True).click()
     visitor.page.wait_for_function("document.querySelector('#prompt textarea').value.includes('hacked')")
     assert visitor.page.evaluate("window.hacked") is None
-    visitor.close()
-
-
-def test_a_page_without_a_heartbeat_works(browser: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(guard.CONNECTIONS, "heartbeat", 0)  # as where someone else holds them all
-    visitor = Visitor(browser, served)
-    visitor.set("steps", 2)
-    visitor.draw()
-    assert visitor.wrong and all(wrong.startswith("429") and "/heartbeat/" in wrong for wrong in visitor.wrong)
-    visitor.wrong.clear()
     visitor.close()
 
 

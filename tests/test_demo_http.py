@@ -449,6 +449,7 @@ def test_the_environment_opens_nothing(served: Served) -> None:
         probe.settimeout(2)
         assert probe.connect_ex(("127.0.0.2", served.port)) != 0  # would answer if it listened on 0.0.0.0
     config = httpx.get(f"{served.url}/config").json()
+    assert not config["connect_heartbeat"]  # its route is closed
     assert not config.get("mcp_server") and not config.get("is_space") and served.blocks.allowed_paths == []
 
 

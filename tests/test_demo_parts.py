@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from demoing import PROMPTS, write_model
 
 from flowt2i.cli import main
 from flowt2i.demo import Library, board, drawing, found, parse_auth, serve
-from flowt2i.demo.guard import Guard, allowed
+from flowt2i.demo.guard import HERE, Guard, allowed
 from flowt2i.demo.limits import MOST_UPDATES, Request, check, readable
 from flowt2i.errors import UserError
 from flowt2i.pipeline import Pipeline, Samples
@@ -275,21 +275,21 @@ def test_nothing_but_the_queue_and_the_api_is_written_to(path: str) -> None:
                                   "/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/stream/a/b/c/playlist.m3u8", "/static/../../../../etc/passwd",
                                   "/assets/..\\..\\x",
                                   "/gradio_api/deep_link", "/monitoring", "/gradio_api/custom_component/x/y/z/../../w", "/openapi.json",
-                                  "/gradio_api/runs", "/gradio_api/dev/reload"])  # fmt: skip
+                                  "/gradio_api/runs", "/gradio_api/dev/reload", "/gradio_api/heartbeat/x"])  # fmt: skip
 def test_no_file_is_read_but_the_pages_own(path: str) -> None:
     assert not allowed("GET", path) and not allowed("HEAD", path)
 
 
-def through(guard: Guard, path: str, headers: list[tuple[bytes, bytes]], then: Callable[[], None] = lambda: None) -> int:
+async def ask(guard: Guard, path: str, *headers: tuple[bytes, bytes]) -> int:
     """The status that a GET gets from the guard."""
     statuses: list[int] = []
 
     async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            statuses.append(message["status"])
-            then()
+        statuses.append(message.get("status"))
 
-    asyncio.run(guard({"type": "http", "path": path, "method": "GET", "headers": headers}, None, send))  # type: ignore[arg-type]
+    path, _, query = path.partition("?")
+    scope = {"type": "http", "path": path, "query_string": query.encode(), "method": "GET", "headers": headers}
+    await guard(scope, None, send)  # type: ignore[arg-type]
     return statuses[0]
 
 
@@ -300,22 +300,39 @@ async def answers(_: Any, __: Any, send: Any) -> None:
 @pytest.mark.parametrize(("name", "status"), [("127.0.0.1:7860", 200), ("localhost", 200), ("LOCALHOST:1", 200), ("[::1]:7860", 200), ("evil.example", 403),
                                               ("evil.example:7860", 403), ("127.0.0.1.evil.example", 403), ("localhost:x", 403), ("", 403)])  # fmt: skip
 def test_only_names_of_this_machine_are_answered(name: str, status: int) -> None:
-    guard, host = Guard(answers, frozenset), (b"host", name.encode())
-    assert through(guard, "/", [host]) == status
-    assert through(guard, "/", []) == through(guard, "/", [host, (b"host", b"evil.example")]) == 403
-    assert through(Guard(answers, frozenset, hosts=None), "/", [host]) == 200  # where it is shared
+    def got(*headers: tuple[bytes, bytes], hosts: Collection[str] | None = HERE) -> int:
+        return asyncio.run(ask(Guard(answers, frozenset, hosts=hosts), "/", *headers))
+
+    assert got((b"host", name.encode())) == status
+    assert got() == got((b"host", b"localhost"), (b"host", b"evil.example")) == 403
+    assert got((b"host", name.encode()), hosts=None) == 200  # where it is shared
 
 
-def test_connections_that_stay_open_do_not_close_the_door_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowt2i.demo.guard.CONNECTIONS", {"heartbeat": 1, "listening": 1, "requests": 1})
-    guard, here = Guard(answers, frozenset), [(b"host", b"localhost")]
-    paths = ("/gradio_api/heartbeat/x", "/gradio_api/queue/data", "/api/health")
-    for held in paths:
-        kind = dict(zip(paths, guard.open))[held]
-        guard.open[kind] = 1  # as while one is being answered
-        assert [through(guard, path, here) for path in paths] == [429 if path == held else 200 for path in paths]
-        guard.open[kind] = 0
-        assert through(guard, held, here, lambda kind=kind: pytest.fail("not counted") if not guard.open[kind] else None) == 200 and not guard.open[kind]
+def test_those_who_listen_do_not_close_the_door_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowt2i.demo.guard.CONNECTIONS", {"listening": 3, "requests": 1})
+    one, other, plain = "/gradio_api/queue/data?session_hash=one", "/gradio_api/queue/data?session_hash=other", "/api/health"
+
+    async def while_open(*held: str) -> list[int]:
+        """The status of each kind of request while others are open."""
+        release = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await answers(scope, receive, send)
+            if ("held", "") in scope["headers"]:
+                await release.wait()
+
+        guard = Guard(app, frozenset, hosts=None)
+        tasks = [asyncio.create_task(ask(guard, path, ("held", ""))) for path in held]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        statuses = [await ask(guard, path) for path in (one, other, plain)]
+        release.set()
+        assert await asyncio.gather(*tasks) == [200] * len(held) and not guard.open
+        return statuses
+
+    assert asyncio.run(while_open(plain)) == [200, 200, 429]
+    assert asyncio.run(while_open(one)) == [200, 200, 200]
+    assert asyncio.run(while_open(one, one)) == [429, 200, 200]  # two of one session
+    assert asyncio.run(while_open(one, one, other)) == [429, 429, 200]
 
 
 def test_sharing_wants_a_password_or_the_word_public(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,10 @@ import base64
 import hmac
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Any]
@@ -17,13 +19,14 @@ Send = Callable[[Any], Any]
 
 LARGEST_BODY = 64 * 1024  # bytes; the longest prompt twice, in any script, and room for the rest
 SLOWEST_BODY = 10.0  # seconds that a request may take to arrive
-CONNECTIONS = {"heartbeat": 150, "listening": 100, "requests": 150}  # at once. A page that is open holds a heartbeat, and listens while it is drawn for
+CONNECTIONS = {"listening": 200, "requests": 200}  # at once; a page listens while it waits or is drawn for
+LISTENERS = 2  # of one session (a page that lost its connection comes back before it is missed); those of all mailboxes are fewer than may listen
 HERE = frozenset({"127.0.0.1", "localhost", "[::1]"})  # the names of this machine, to itself
 
+LISTENING = "/gradio_api/queue/data"  # stays open, so it is counted apart; heartbeats, which would too, this page needs none of
 READ = ("/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon", "/gradio_api/startup-events", "/gradio_api/info",
-        "/gradio_api/theme.css", "/gradio_api/queue/data", "/api/health", "/api/models")  # fmt: skip
-READ_UNDER = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/", "/pwa_icon/")
-KINDS = {"/gradio_api/heartbeat/": "heartbeat", "/gradio_api/queue/data": "listening"}  # connections that stay open
+        "/gradio_api/theme.css", LISTENING, "/api/health", "/api/models")  # fmt: skip
+READ_UNDER = ("/assets/", "/static/", "/svelte/", "/pwa_icon/")
 WRITE = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset", "/api/generate")
 CLOSED_TO_ALL_BUT_THE_SERVER = "/gradio_api/startup-events"  # which asks it of itself, before the first visitor, without a password
 
@@ -45,7 +48,7 @@ class Guard:
     ):  # fmt: skip
         self.app, self.functions, self.hosts = app, functions, hosts
         self.expected = base64.b64encode(":".join(auth).encode()) if auth else None
-        self.open = dict.fromkeys(CONNECTIONS, 0)
+        self.open: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -54,15 +57,16 @@ class Guard:
         if scope["type"] != "http":  # the page needs no websocket
             await send({"type": "websocket.close", "code": 1008})
             return
-        kind = next((kind for start, kind in KINDS.items() if scope["path"].startswith(start)), "requests")
-        if self.open[kind] >= CONNECTIONS[kind]:
+        kinds = kinds_of(scope)
+        if any(self.open[kind] >= CONNECTIONS.get(kind, LISTENERS) for kind in kinds):
             await refuse(send, 429, "too many requests at once: come back in a minute", [(b"retry-after", b"30")])
             return
-        self.open[kind] += 1
+        self.open.update(kinds)
         try:
             await self._serve(scope, receive, send)
         finally:
-            self.open[kind] -= 1
+            self.open.subtract(kinds)
+            self.open = +self.open  # without those of which none is left
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
@@ -93,6 +97,13 @@ class Guard:
                 kind, _, given = value.partition(b" ")
                 return kind.lower() == b"basic" and hmac.compare_digest(given.strip(), self.expected or b"")
         return False
+
+
+def kinds_of(scope: Scope) -> list[str]:
+    """As what a connection is counted: a request, or one that listens, for all and for its session."""
+    if scope["path"] != LISTENING:
+        return ["requests"]
+    return ["listening", "session " + dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("session_hash", "")[:64]]
 
 
 def host(scope: Scope) -> str:
