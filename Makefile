@@ -50,7 +50,7 @@ quickstart: $(VENV)/.ready ## prepare the built-in data, train, draw samples.png
 	$(FLOW) generate --prompts examples/scenes.txt --model $(OUT) --out $(OUT)/pictures/samples.png
 	cp $(OUT)/pictures/samples.png samples.png
 	@echo "== 4/4 score: does the picture show what the prompt says?"
-	$(FLOW) evaluate --model $(OUT) --num 500 --steps 20
+	$(FLOW) evaluate --model $(OUT) --num 500
 	@echo
 	@echo "Done: look at samples.png. Next:"
 	@echo "  $(FLOW) generate \"a large red circle above a small blue star\" --model $(OUT) --out picture.png"

@@ -9,10 +9,12 @@ Every setting draws the same prompts from the same seeds, so differences are pai
 the reference, 100 midpoint steps (200 evaluations, 400 with guidance). On the built-in scenes `right` is the share of pictures that show all the prompt
 says, by the exact checker, with Wilson's 95% interval, and the last column the difference to 50 Euler steps with the 95% interval of a paired difference.
 An evaluation is one captioned picture through the network, guidance's counted.
-What is measured is kept in OUT.jsonl, line by line: the same command goes on where it was stopped.
+What is measured is kept in OUT.jsonl, line by line, with a fingerprint of the model's weights and settings and of the reference: the same command goes on
+where it was stopped, and what another model drew is never mixed in.
 """
 
 import argparse
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -43,7 +45,7 @@ SCHEDULES: list[dict[str, Any]] = [
 DEFAULT: list[dict[str, Any]] = [{"solver": "ab2", "steps": 8, "shift": 5.0}]  # of the preset `quickstart`
 GUIDANCE: list[dict[str, Any]] = [
     {"guidance": 1.0}, {"guidance": 2.0}, {"guidance": 4.0}, {"guidance": 5.0},
-    {"guidance_rule": "zero-star"}, {"guidance_rule": "zero-star", "zero_init": 0.04}, {"guidance_rescale": 0.5}, {"guidance_rescale": 1.0},
+    {"guidance_rule": "zero-star"}, {"guidance_rule": "zero-star", "zero_init": 0.04}, *({"guidance_rescale": share} for share in (0.5, 0.7, 1.0)),
     {"guidance_from": 0.1}, {"guidance_from": 0.2}, {"guidance_until": 0.5}, {"guidance_until": 0.7}, {"guidance_from": 0.05, "guidance_until": 0.6},
 ]  # fmt: skip
 
@@ -56,6 +58,19 @@ def benchmark_prompts(pipeline: Pipeline, count: int) -> list[str]:
         return scenes.prompts(0, count, heldout=False)
     known = list(pipeline.description.prompts) or ["a picture"]
     return [known[i % len(known)] for i in range(count)]
+
+
+def distances(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Root mean square difference of uint8 pictures [N, H, W, 3], of values in [0, 1]: [N]."""
+    return np.sqrt(np.square((images.astype(np.float32) - reference) / 255).mean((1, 2, 3)))
+
+
+def fingerprint(pipeline: Pipeline, **more: Any) -> str:
+    """Of all that decides what is drawn: the weights, the model's own settings, and `more`."""
+    digest = hashlib.sha256(json.dumps([pipeline.settings(), more], sort_keys=True).encode())
+    for name, weight in sorted(pipeline.model.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def right(images: np.ndarray, prompts: list[str]) -> list[bool]:
@@ -78,7 +93,7 @@ def label(settings: dict[str, Any]) -> str:
 
 def settings_to_measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Each once, the 50 Euler steps that all are compared with first."""
-    base = {"solver": args.solver, "steps": args.steps}
+    base = DEFAULT[0] | {name: value for name, value in (("solver", args.solver), ("steps", args.steps), ("shift", args.shift)) if value is not None}
     chosen: list[dict[str, Any]] = [{"solver": "euler", "steps": 50}]
     if args.only in (None, "solvers"):
         chosen += SOLVERS
@@ -141,8 +156,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the newest run")
     parser.add_argument("--num", type=int, default=200, help="prompts (default 200)")
     parser.add_argument("--only", choices=["solvers", "schedules", "guidance", "default"])
-    parser.add_argument("--solver", default="ab2", help="of the comparison of guidance (default ab2)")
-    parser.add_argument("--steps", type=int, default=8, help="of the comparison of guidance (default 8)")
+    parser.add_argument("--solver", help="of the comparison of guidance (default ab2)")
+    parser.add_argument("--steps", type=int, help="of the comparison of guidance (default 8)")
+    parser.add_argument("--shift", type=float, help="of the comparison of guidance (default 5)")
     parser.add_argument("--guide", type=Path, help="a weaker checkpoint, for autoguidance")
     parser.add_argument("--schedule", nargs="*", default=[], help="searched schedules to compare")
     parser.add_argument("--reference", type=int, default=100, help="midpoint steps of the reference (default 100)")
@@ -154,8 +170,10 @@ def main() -> None:
     prompts = benchmark_prompts(pipeline, args.num)
     kept = args.out.with_suffix(".jsonl")
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    known = {line["label"]: line for line in lines if line["model"] == pipeline.name and line["num"] == args.num}
-    far_file = args.out.with_name(f"{args.out.stem}-reference-{args.num}-{args.reference}.npy")
+    plain = fingerprint(pipeline, prompts=prompts, reference=args.reference)
+    guided = plain + (fingerprint(Pipeline.from_pretrained(args.guide, device=args.device)) if args.guide else "")
+    known = {(line["label"], line.get("key")): line for line in lines}
+    far_file = args.out.with_name(f"{args.out.stem}-reference-{plain}.npy")
     if not far_file.exists():
         with tqdm(total=args.num, desc="reference", leave=False) as bar:
             far = pipeline.sample(prompts, steps=args.reference, solver="midpoint", schedule="uniform", shift=1.0, seed=FIRST_SEED, progress=bar.update).images
@@ -163,20 +181,19 @@ def main() -> None:
     reference = np.load(far_file)
     rows: list[dict[str, Any]] = []
     for settings in tqdm(settings_to_measure(args), desc="settings", leave=False):
-        name = label(settings)
-        if name not in known:
+        name, key = label(settings), guided if "guide" in settings else plain
+        if (name, key) not in known:
             drawn = pipeline.sample(prompts, seed=FIRST_SEED, **{"shift": 1.0, "schedule": "uniform"} | settings)
-            off = np.square((drawn.images.astype(np.float32) - reference) / 255).mean((1, 2, 3))
-            row = {"label": name, "model": pipeline.name, "num": args.num, "settings": settings, "evaluations": drawn.evaluations}
-            row |= {"distance": float(np.sqrt(off).mean()), "seconds": round(drawn.seconds, 2)}
+            row = {"label": name, "key": key, "model": pipeline.name, "num": args.num, "settings": settings, "evaluations": drawn.evaluations}
+            row |= {"distance": float(distances(drawn.images, reference).mean()), "seconds": round(drawn.seconds, 2)}
             if pipeline.description.is_scenes:
                 hits = right(drawn.images, prompts)
                 low, high = wilson(sum(hits), args.num)
                 row |= {"right": sum(hits) / args.num, "low": low, "high": high, "hits": [int(h) for h in hits]}
             with kept.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            known[name] = row
-        rows.append(known[name])
+            known[name, key] = row
+        rows.append(known[name, key])
     for row in rows:
         if "hits" in row:
             row["less"], row["less_half"] = paired(row["hits"], rows[0]["hits"])

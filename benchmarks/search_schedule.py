@@ -22,18 +22,18 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sampling import benchmark_prompts
+from sampling import benchmark_prompts, distances
 
 from flowt2i import Pipeline
 from flowt2i.commands.common import newest_run
-from flowt2i.schedules import SEARCHED, shift_times, uniform_times
+from flowt2i.errors import UserError
+from flowt2i.schedules import SEARCHED, shift_times, uniform_times, written
 
 SHIFTS = (1.0, 2.0, 4.0, 6.0, 9.0)  # of the grids that the search may start from
 
 
 def distance(images: np.ndarray, reference: np.ndarray) -> float:
-    """Root mean square difference of uint8 pictures [N, H, W, 3] in [0, 1], mean over pictures."""
-    return float(np.sqrt(np.square((images.astype(np.float32) - reference) / 255).mean((1, 2, 3))).mean())
+    return float(distances(images, reference).mean())
 
 
 def grid(logs: np.ndarray) -> list[float]:
@@ -49,10 +49,12 @@ def search(
     """The best grid found and its distance to the reference, whose first picture has the seed `seed`."""
 
     def loss(logs: np.ndarray) -> float:
+        times = ",".join(map(str, grid(logs)))
         try:
-            return distance(pipeline.sample(prompts, schedule=",".join(map(str, grid(logs))), seed=seed, **settings).images, reference)
-        except ValueError:  # intervals so short that they round to nothing
+            written(times)
+        except UserError:  # intervals so short that they round to nothing
             return math.inf
+        return distance(pipeline.sample(prompts, schedule=times, shift=1.0, seed=seed, **settings).images, reference)
 
     starts = [np.log(np.diff(shift_times(uniform_times(steps).double(), shift).numpy())) for shift in SHIFTS]
     scored = [(loss(logs), i) for i, logs in enumerate(tqdm(starts, desc="starts", leave=False))]
@@ -93,7 +95,7 @@ def main() -> None:
         return round(distance(pipeline.sample(prompts[half:], seed=half, **settings, **schedule).images, far[half:]), 4)
 
     result = {
-        "times": times, "distance": round(found, 4), "test": tested(schedule=",".join(map(str, times))),
+        "times": times, "distance": round(found, 4), "test": tested(schedule=",".join(map(str, times)), shift=1.0),
         "test_uniform": tested(schedule="uniform", shift=1.0), "test_shift_5": tested(schedule="uniform", shift=5.0),
     }  # fmt: skip
     if args.name:
@@ -101,7 +103,8 @@ def main() -> None:
         entry = known.setdefault(args.name, {"times": {}, "found": {}})
         entry["times"][str(args.steps)] = times
         facts = {"model": Path(pipeline.name).name, "solver": args.solver, "guidance": pipeline.settings(guidance=args.guidance)["guidance"]}
-        entry["found"][str(args.steps)] = facts | {"prompts": half, "tries": args.tries} | {k: v for k, v in result.items() if k != "times"}
+        facts |= {"reference": args.reference, "prompts": half, "tries": args.tries}
+        entry["found"][str(args.steps)] = facts | {k: v for k, v in result.items() if k != "times"}
         SEARCHED.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(result))
 

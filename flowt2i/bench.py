@@ -232,14 +232,16 @@ def sampling_rate(config: Config, description: DatasetDescription, model: FlowTr
     Where all steps would take more than `seconds`, fewer are timed, and the rate is that of the steps alone. A latent's decoding and
     the frozen text encoder are left out.
     """
-    wanted, images = config.sample, min(images, 64)
+    images = min(images, 64)
     pipeline = StandInPipeline(model.eval(), config, description)
+    wanted = pipeline.settings()  # written times say how many steps there are
     draw = lambda steps: pipeline.sample(["stand-in"], num=images, steps=steps).seconds
     draw(1)
-    steps = max(1, min(wanted.steps, int(seconds / draw(1))))
+    steps = max(1, min(wanted["steps"], int(seconds / draw(1))))
     each = draw(steps) / steps
     model.train()
-    return images / (each * wanted.steps), {"steps": wanted.steps, "solver": wanted.solver, "guidance": wanted.guidance, "batch": images, "timed_steps": steps}
+    told = {name: wanted[name] for name in ("steps", "solver", "guidance")}
+    return images / (each * wanted["steps"]), told | {"batch": images, "timed_steps": steps}
 
 
 class StandInPipeline(Pipeline):

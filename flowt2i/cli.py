@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from flowt2i import __version__
 from flowt2i.commands.common import examples
 from flowt2i.config import parse_overrides
-from flowt2i.errors import UserError, nearest
+from flowt2i.errors import UserError, first_of_node, nearest, told_elsewhere
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +21,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
+        if not first_of_node():
+            self.exit(told_elsewhere())
         self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
 
 

@@ -157,14 +157,14 @@ class SampleConfig(_Section):
     steps: int = Field(50, ge=1, le=1000, description="solver steps")
     solver: SolverName = Field("euler", description="how the ODE is solved; dopri5: adaptive; sde: stochastic (docs/sampling.md)")
     schedule: str = Field("uniform", description="solver times: uniform, a searched grid by name, or the times themselves, such as 0,0.02,0.1,0.4,1")
-    shift: float = Field(1.0, gt=0, le=100, description="solver times: above 1 steps are shorter next to the noise, where layout is decided")
+    shift: float = Field(1.0, ge=0.01, le=100, description="solver times: above 1 steps are shorter next to the noise, where layout is decided")
     tolerance: float = Field(1e-3, ge=1e-8, le=1, description="solver dopri5: relative and absolute tolerance of a step")
     guidance: float = Field(3.0, ge=0, le=100, description="guidance scale; 1: none")
     guidance_rule: Literal["cfg", "zero-star"] = Field("cfg", description="plain classifier-free guidance, or CFG-Zero*'s optimised scale")
     guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the contrast added by guidance that is taken back")
     guidance_from: float = Field(0.0, ge=0, le=1, description="guidance from this time on (0: noise, 1: data)")
     guidance_until: float = Field(1.0, ge=0, le=1, description="guidance before this time only")
-    zero_init: float = Field(0.0, ge=0, lt=1, description="the field is taken to be zero before this time (CFG-Zero*: 0.04)")
+    zero_init: float = Field(0.0, ge=0, le=0.99, description="drawing begins at this time, with the noise as it is (CFG-Zero*: 0.04)")
     images: int = Field(16, ge=1, description="images in a preview grid")
     prompts: list[str] = Field([], description="prompts of the preview grid, as JSON; empty: captions from the held-out split")
 
@@ -222,7 +222,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flow": {"logit_mean": -1.3, "floor": 0.4},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
         "train": {"minutes": 11.5, "micro_batch": 0, "ema": 0.99, "eval_every": 0, "checkpoint_every": 500},
-        "sample": {"guidance": 3.0},
+        "sample": {"steps": 8, "shift": 5.0, "guidance": 3.0},
     },
     "seed": SEED_RECIPE,
 }  # fmt: skip
@@ -293,7 +293,7 @@ def load_config(path: Path) -> Config:
         values = json.loads(Path(path).read_text())
         values.pop("resolved", None)  # what RUN/config.json adds for people
         return Config.model_validate(values)
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a configuration: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

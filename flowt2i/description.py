@@ -47,6 +47,7 @@ class DatasetDescription(_Spec):
 
     format: int = 1
     source: str = ""  # what was read, for people
+    hub_sources: tuple[str, ...] = ()  # those of them that are datasets on the hub; all else lies on somebody's disk, under names of their own
     codec: CodecSpec
     text: TextSpec
     latent_mean: tuple[float, ...]  # [C], of pixels scaled to [-1, 1] or of raw VAE latents (train split)

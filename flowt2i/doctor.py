@@ -244,7 +244,7 @@ def trial(config: Config, data: Path, run: Path, codec: str | None, text: str | 
             told = f"{micro} images at a time do not fit: a run goes on with {fitted}"
             findings.append(Finding("micro-batch", "note", told, f"--train.micro_batch {fitted} says so from the start"))
         try:
-            written = sum(file.stat().st_size for file in (place / "checkpoints").rglob("*") if file.is_file())
+            written = checkpoint.total_bytes(place / "checkpoints")
             Pipeline.from_pretrained(place, codec=codec, text=text).sample(["a picture"], steps=1)
             findings.append(Finding("checkpoint", "good", f"{size(written)}: written, checksums right, read back"))
             findings.append(Finding("sample", "good", "a picture drawn from that checkpoint"))

@@ -41,8 +41,8 @@ def given_picture(pipeline: "Pipeline", init: Picture | None, strength: float | 
             raise UserError("a mask or a strength needs a picture to start from: give `init`")
         return None
     share = (1.0 if mask is not None else 0.6) if strength is None else strength
-    if not 0 < share <= 1:
-        raise UserError(f"strength {share} is out of range: choose above 0 (little changes) to 1 (all is drawn anew)")
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.001 <= share <= 1:
+        raise UserError(f"strength {share} is out of range: choose 0.001 (little changes) to 1 (all is drawn anew)")
     codec = pipeline.description.codec
     original, pixels = editing.load_init(init, mask, codec.image_size)
     stored = pipeline.codec.encode(torch.tensor(original).permute(2, 0, 1)[None])
@@ -78,11 +78,13 @@ class Drawing:
     def batch(self, starts: list[Start], preview: Preview | None = None, every: int = 1) -> np.ndarray:
         """Pictures uint8 [B, H, W, 3] of `starts`; `preview` is called at the first step, at each `every`-th after it, and at the last."""
         model = self.pipeline
-        noise = Noise([s.seed for s in starts], model.model.shape, model.device)
-        z, times = self._first(starts, noise), choices.times_of(self.settings)
+        noise = self._noise(starts)
+        z, times = noise(), choices.times_of(self.settings)
+        begin = max(self.settings["zero_init"], 1 - self.given.strength if self.given else 0.0)
+        if begin:
+            times = times_from(times, begin)
         if self.given:
-            times = times_from(times, 1 - self.given.strength)
-            z = editing.start_from(self.given.data, z, self.given.strength)
+            z = self._from_given(self.given, z, begin)
         steps = len(times) - 1
 
         def show(step: int, t: Tensor, z: Tensor, v: Tensor) -> None:
@@ -94,18 +96,27 @@ class Drawing:
             try:
                 z = choices.solver_of(self.settings, noise)(velocity, z, times, show)
             except ToleranceError as error:
-                raise UserError(f"dopri5: {error}; loosen it with --tolerance, or choose another solver") from error
+                raise UserError(f"dopri5: {error}; choose a larger tolerance or another solver") from error
         if not torch.isfinite(z).all():
             raise UserError("the model put out numbers that are not finite: its training diverged, or guidance is too high for it")
         return self._finish(z)
 
-    def _first(self, starts: list[Start], noise: Noise) -> Tensor:
-        """The noise at t = 0 [B, C, H, W]: of the seed, or between two seeds."""
-        z = noise()
-        if any(s.to_seed is not None for s in starts):
-            others = self.pipeline.initial_noise([s.seed if s.to_seed is None else s.to_seed for s in starts])
-            z = editing.slerp(z, others, self._mix(starts))
-        return z
+    def _noise(self, starts: list[Start]) -> Callable[..., Tensor]:
+        """Draws of noise [B, C, H, W], the first for t = 0: those of the seed, or each between those of two seeds (so that `sde` ends at the second too)."""
+        shape, device = self.pipeline.model.shape, self.pipeline.device
+        own = Noise([s.seed for s in starts], shape, device)
+        if all(s.to_seed is None for s in starts):
+            return own
+        other, mix = Noise([s.seed if s.to_seed is None else s.to_seed for s in starts], shape, device), self._mix(starts)
+        return lambda like=None: editing.slerp(own(), other(), mix)
+
+    def _from_given(self, given: Given, noise: Tensor, begin: float) -> Tensor:
+        """Where the flow starts for a given picture: on its path at `t = 1 - strength`.
+
+        Zero-init may begin later than that: the state has not moved until then, but the part outside the mask, which is known, has gone along its path.
+        """
+        z = editing.start_from(given.data, noise, given.strength)
+        return z if given.latents is None else torch.where(given.latents > 0.5, z, editing.start_from(given.data, noise, 1 - begin))
 
     def _velocity(self, starts: list[Start]) -> Velocity:
         """The field to follow for these starts. Their captions are encoded here, once; at each time all of them are evaluated in one batch."""

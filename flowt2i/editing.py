@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowt2i import flow
-from flowt2i.data.images import load_square
+from flowt2i.data.images import load_square, upright_size
 from flowt2i.data.sample import Dropped
 from flowt2i.errors import UserError
 from flowt2i.solvers import Velocity
@@ -52,6 +52,8 @@ def starts(prompts: Sequence[str], seed: int, num: int, variation: float, to: st
         raise UserError("no prompt: give at least one")
     if any(not p.strip() for p in prompts):
         raise UserError("an empty prompt: say what the picture should show")
+    if isinstance(mix, int):
+        mix = float(mix)
     if type(num) is not int or num < 1 or type(seed) is not int or not 0 <= seed < LARGEST_SEED or not 0 <= (to_seed or 0) < LARGEST_SEED:
         raise UserError("num must be at least 1 and seeds between 0 and 2^62")
     for name, share in (("variation", variation), ("mix", mix or 0.0)):
@@ -115,7 +117,10 @@ def paste(drawn: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarr
 
 
 def load_picture(picture: Picture, size: int, what: str) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture as uint8 [size, size, 3] (its centre square, resized), and its own (width, height). UserError where it cannot be read."""
+    """A picture as uint8 [size, size, 3] (its centre square, resized), and its own (width, height), turned as its EXIF says.
+
+    UserError where it cannot be read.
+    """
     try:
         if isinstance(picture, Image.Image):
             buffer = io.BytesIO()
@@ -125,9 +130,11 @@ def load_picture(picture: Picture, size: int, what: str) -> tuple[np.ndarray, tu
             content = Path(picture).read_bytes()
         square = load_square(content, size)
         with Image.open(io.BytesIO(content)) as image:
-            return square, image.size
+            return square, upright_size(image)
     except OSError as error:
         raise UserError(f"cannot read {what} {str(picture)[:200]!r}: {error.strerror or error}") from error
+    except ValueError as error:  # a name that no file can have
+        raise UserError(f"cannot read {what} {str(picture)[:200]!r}: {error}") from error
     except Dropped as error:
         raise UserError(f"{what} {str(picture)[:200]!r} is not a picture that can be used: {error}") from error
 

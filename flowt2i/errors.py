@@ -1,6 +1,8 @@
 """What a user can mend (exit 2, one line) told apart from what is our fault (a traceback)."""
 
 import difflib
+import os
+import time
 from collections.abc import Iterable
 
 INTERRUPTED = 3  # exit status of a training that a signal stopped, all saved
@@ -15,3 +17,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(sorted(known))})"
+
+
+def first_of_node() -> bool:
+    """Whether this process says what all ranks of a node were told alike: the only one, or the first that torchrun started there."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+def told_elsewhere() -> int:
+    """The status of a mistake that another rank says. Not at once: torchrun ends all ranks when the first one ends, and that one may not have spoken yet."""
+    time.sleep(2)
+    return 2

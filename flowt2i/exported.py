@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from flowt2i.errors import UserError
 
@@ -9,9 +12,48 @@ MARK = "export.json"  # format, kind of weights, facts of the training
 VAE, ENCODER = "vae", "text_encoder"  # folders in which a model takes its nets along
 
 
+class Training(BaseModel):
+    """What is known of the training; None where nothing is."""
+
+    step: int | None = None
+    images_seen: int | None = None
+    seconds: float | None = None
+    parameters: int | None = None
+    device: str | None = None
+    ranks: int | None = None
+    scores: dict[str, int | float] = {}
+
+
+class Mark(BaseModel):
+    """The contents of MARK. Facts of the training that are not such are as good as none: nothing but the card needs them."""
+
+    format: Literal["flowt2i", "diffusers", "onnx"]
+    weights: Literal["ema", "raw"]
+    training: Training = Training()
+
+    @field_validator("training", mode="wrap")
+    @classmethod
+    def _or_none(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            return Training()
+
+
+def read_mark(folder: Path) -> Mark | None:
+    """The mark of an exported folder; None for any other folder. UserError where there is one that cannot be read."""
+    if not (folder / MARK).exists():
+        return None
+    try:
+        return Mark.model_validate_json((folder / MARK).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / MARK} cannot be read: copy or fetch the exported folder again") from error
+
+
 def format_of(folder: Path) -> str:
     """ "flowt2i", "diffusers" or "onnx" of an exported folder; "" for any other. UserError where its mark cannot be read."""
-    return _entry(folder, "format") if (folder / MARK).exists() else ""
+    mark = read_mark(folder)
+    return mark.format if mark else ""
 
 
 def weights_file(folder: Path, wanted: str) -> tuple[str, str]:
@@ -19,7 +61,8 @@ def weights_file(folder: Path, wanted: str) -> tuple[str, str]:
 
     wanted: "ema", "raw", or "auto" (EMA where there is one). UserError where they are not there.
     """
-    stems = {_entry(folder, "weights"): "model"} if (folder / MARK).exists() else {"ema": "ema", "raw": "model"}
+    mark = read_mark(folder)
+    stems: dict[str, str] = {mark.weights: "model"} if mark else {"ema": "ema", "raw": "model"}
     if wanted not in ("auto", "ema", "raw"):
         raise UserError(f"no weights {wanted!r}: choose ema, raw or auto")
     there = [kind for kind, stem in stems.items() if (folder / f"{stem}.safetensors").exists()]
@@ -34,8 +77,12 @@ def taken_along(folder: Path, name: str) -> str | None:
     return str(folder / name) if (folder / name / "config.json").exists() else None
 
 
-def _entry(folder: Path, name: str) -> str:
+def step_of(folder: Path) -> int | None:
+    """The training step of a checkpoint or an exported model; None where it does not say."""
+    mark = read_mark(folder)
+    if mark:
+        return mark.training.step
     try:
-        return str(json.loads((folder / MARK).read_text())[name])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / MARK} cannot be read: copy or fetch the exported folder again") from error
+        return int(json.loads((folder / "state.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # telling pictures apart by it is no reason to refuse the model
+        return None

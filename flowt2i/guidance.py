@@ -32,14 +32,6 @@ def together(field: TextVelocity, *captions: Captions) -> Branches:
     return lambda z, t: field(z.repeat(n, 1, 1, 1), t, text, mask).chunk(n)
 
 
-def classifier_free(field: TextVelocity, text: Tensor, mask: Tensor, null_text: Tensor, null_mask: Tensor, scale: float) -> Velocity:
-    """`v = v_null + scale (v_text - v_null)` (Ho & Salimans, 2207.12598, eq. 6), both halves in one batch.
-
-    text, null_text: [B, T, D]; masks [B, T]. `scale` 1 is the plain conditional field, 0 the unconditional one.
-    """
-    return guided(together(field, (text, mask), (null_text, null_mask)), lambda good, bad, z, t: extrapolate(good, bad, scale))
-
-
 def guided(pair: Branches, rule: Rule) -> Velocity:
     """A rule applied to the two velocities of a pair, at every call."""
 
@@ -92,15 +84,11 @@ def _time(t: Tensor) -> float:
     return round(float(t), 6)
 
 
-def still_until(velocity: Velocity, end: float) -> Velocity:
-    """No motion and no evaluation before `end`: CFG-Zero*'s zero-init (2503.18886, sec. 4), for networks that are worse than nothing there."""
-    return lambda z, t: torch.zeros_like(z) if _time(t) < end else velocity(z, t)
-
-
 def between(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
     """Velocities under two prompts mixed, `(1 - share) first + share second` with share [B, 1, 1, 1].
 
-    That is the field of the product `p_first^(1 - share) p_second^share` (composed diffusion, Liu et al. 2206.01714: conjunction): it changes
-    smoothly from one prompt to the other whatever their lengths, and is exact at both ends.
+    As if of the product `p_first^(1 - share) p_second^share` (composed diffusion, Liu et al. 2206.01714: conjunction); it is not that product's
+    own flow, for a product and its noising do not commute. It changes smoothly from one prompt to the other whatever their lengths; at both ends it
+    is the field of that prompt.
     """
     return torch.lerp(first, second, share)

@@ -38,6 +38,25 @@ class Samples:
         return pictures
 
 
+_TEXTS = ("prompt", "to", "solver", "schedule", "guidance_rule", "negative", "guide", "init", "mask", "init_pixels", "mask_pixels",
+          "model", "weights", "version")  # fmt: skip
+_INTEGERS = ("seed", "to_seed", "steps", "step")
+_NUMBERS = ("mix", "shift", "tolerance", "guidance", "guidance_rescale", "guidance_from", "guidance_until", "zero_init", "strength")
+
+
+def checked(told: dict[str, Any]) -> dict[str, Any]:
+    """What a picture tells of itself, each value of its type. UserError where it tells anything else: a PNG may come from anyone."""
+    if "prompt" not in told:
+        raise UserError("these are the settings of a sheet, not of a picture: give one of the pictures on it")
+    kinds: dict[str, tuple[type, ...]] = dict.fromkeys(_TEXTS, (str,)) | dict.fromkeys(_INTEGERS, (int,)) | dict.fromkeys(_NUMBERS, (int, float))
+    for name, value in told.items():
+        if name not in kinds:
+            raise UserError(f"the picture tells a setting {str(name)[:50]!r}, which this version does not know: it was not written by this flowt2i")
+        if isinstance(value, bool) or not isinstance(value, kinds[name]) or (name in _NUMBERS and abs(value) > 1e300):
+            raise UserError(f"the picture's setting {name} is {str(value)[:50]!r}, which it cannot be: it was not written by flowt2i")
+    return {name: float(value) if name in _NUMBERS else value for name, value in told.items()}
+
+
 def save_png(picture: Image.Image, path: Path | IO[bytes]) -> None:
     """Save a picture with the settings in its `info` as PNG text, to a path or an open file."""
     text = PngInfo()
@@ -54,7 +73,7 @@ def read_settings(picture: Picture) -> dict[str, Any]:
             with Image.open(picture, formats=["PNG"]) as image:
                 text = image.info.get("flowt2i", "")
         told = json.loads(text)
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except (OSError, ValueError, SyntaxError, TypeError, RecursionError, Image.DecompressionBombError) as error:
         told = error
     if not isinstance(told, dict):
         raise UserError(f"{str(picture)[:200]} is not a PNG that tells its settings: give one that `flowt2i generate` wrote")

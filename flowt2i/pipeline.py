@@ -6,6 +6,7 @@ images = Pipeline.from_pretrained("runs/quickstart")(["a small red circle"], ste
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from flowt2i.drawing import Drawing, Noise, Preview, given_picture
 from flowt2i.editing import Picture
 from flowt2i.errors import UserError
 from flowt2i.model import FlowTransformer
-from flowt2i.pictures import Samples, name_of, read_settings, save_png
+from flowt2i.pictures import Samples, checked, name_of, read_settings, save_png
 from flowt2i.text import CaptionTokenizer, FrozenEncoder, load_encoder, load_tokenizer
 from flowt2i.training import checkpoint
 from flowt2i.training.compiling import compile_blocks, has_compiler
@@ -37,11 +38,13 @@ class Pipeline:
 
     def __init__(
         self, model: FlowTransformer, config: Config, description: DatasetDescription, tokenizer: CaptionTokenizer,
-        encoder: FrozenEncoder | None = None, codec: Any = None, name: str = "", weights: str = "",
+        encoder: FrozenEncoder | None = None, codec: Any = None, name: str = "", weights: str = "", step: int | None = None,
     ):  # fmt: skip
         self.model, self.config, self.description, self.tokenizer, self.encoder = model, config, description, tokenizer, encoder
-        self._codec, self.name, self.weights = codec, name, weights
+        self._codec, self.name, self.weights, self.step = codec, name, weights, step
         self._guides: dict[str, Pipeline] = {}
+        self._moved: dict[str, str | None] = {}  # folders of VAE and text encoder that were named at loading: a guide looks there too
+        self._compiled = False
         self.device = next(model.parameters()).device
         self.mean = torch.tensor(description.latent_mean, device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor(description.latent_std, device=self.device).view(1, -1, 1, 1)
@@ -65,6 +68,7 @@ class Pipeline:
         config = load_config(folder / "config.json")
         description = DatasetDescription.load(folder)
         stem, kind = exported.weights_file(folder, weights)
+        moved = {"codec": codec, "text": text}
         codec, text = codec or exported.taken_along(folder, exported.VAE), text or exported.taken_along(folder, exported.ENCODER)
         model = build_model(config, description)
         checkpoint.load_into(model, folder / f"{stem}.safetensors")
@@ -75,7 +79,9 @@ class Pipeline:
             raise UserError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}): leave it out, or choose cpu") from error
         tokenizer = load_tokenizer(description.text, folder)
         encoder = load_encoder(description.text, compute_dtype(config), text).to(target) if description.text.kind == "hf" else None
-        return cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if kind == "ema" else "raw")
+        pipeline = cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if kind == "ema" else "raw", exported.step_of(folder))
+        pipeline._moved = moved
+        return pipeline
 
     @property
     def codec(self) -> Any:
@@ -129,7 +135,7 @@ class Pipeline:
         ways = [s.way() for s in starts]
         return Samples(
             np.concatenate(images), [s.prompt for s in starts], [s.seed for s in starts], told, round(drawing.evaluated / len(starts)),
-            time.perf_counter() - started, ways if any(ways) else [], {"model": Path(self.name).name, "weights": self.weights},
+            time.perf_counter() - started, ways if any(ways) else [], self.told(),
         )  # fmt: skip
 
     def settings(
@@ -138,6 +144,8 @@ class Pipeline:
     ) -> dict[str, Any]:  # fmt: skip
         """All settings of `SampleConfig` that will be used, checked, and what guidance leads away from where that is given; UserError says which is wrong."""
         chosen = choices.resolve(self.config.sample, {"steps": steps, "solver": solver, "guidance": guidance, "shift": shift, **more})
+        if negative is not None and not isinstance(negative, str):
+            raise UserError(f"the negative prompt is {str(negative)[:50]!r}: give a text")
         negative = negative if negative and negative.strip() else None
         if (negative or guide is not None) and not choices.is_guided(chosen):
             raise UserError("a negative prompt or a guide acts through guidance, which is off at 1: set another scale")
@@ -149,13 +157,15 @@ class Pipeline:
         """The picture again that a PNG of ours (or its metadata) tells of; `instead` overrides settings of it. UserError where it tells nothing.
 
         A picture that began at another, or that a weaker model guided, needs that one where it was (or given anew: `init`, `mask`, `guide`).
+        Warns where this is not the model that drew it.
         """
-        told = picture if isinstance(picture, dict) else read_settings(picture)
-        if "prompt" not in told:
-            raise UserError("these are the settings of a sheet, not of a picture: give one of the pictures on it")
-        wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "init_pixels", "mask_pixels")} | instead
+        told = checked(picture if isinstance(picture, dict) else read_settings(picture))
+        before = {name: told[name] for name in ("model", "weights", "step") if name in told}
+        if any(self.told().get(name) != value for name, value in before.items()):
+            warnings.warn(f"the picture was drawn by {_name(before)}, and this is {_name(self.told())}: it will differ", stacklevel=2)
+        wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "step", "init_pixels", "mask_pixels")} | instead
         for name in ("init", "mask", "guide"):
-            if isinstance(wanted.get(name), str) and name not in instead and not Path(wanted[name]).exists():
+            if isinstance(wanted.get(name), str) and name not in instead and not os.path.exists(wanted[name]):
                 raise UserError(f"the picture was made with {name} {wanted[name]!r}, which is not there: give it with --{name}")
         samples = self.sample(wanted.pop("prompt"), **wanted)
         for name in ("init", "mask"):
@@ -163,11 +173,18 @@ class Pipeline:
                 raise UserError(f"the {name} {told[name]!r} is not the picture that was used before: give that one with --{name}")
         return samples
 
+    def told(self) -> dict[str, Any]:
+        """Which model this is, as pictures tell it: its name, which weights, and after how many training steps where that is known."""
+        return {"model": Path(self.name).name, "weights": self.weights} | ({} if self.step is None else {"step": self.step})
+
     def compile(self) -> "Pipeline":
-        """Compile the network's blocks (`torch.compile`): half a minute at the first picture, faster afterwards. UserError without a compiler."""
+        """Compile the network's blocks (`torch.compile`), and its guides', at their first picture. UserError without a compiler."""
         if not has_compiler():
             raise UserError("torch.compile needs a C++ compiler and Python's headers, which are not here: leave --compile out")
         compile_blocks(self.model)
+        self._compiled = True
+        for guide in self._guides.values():
+            guide.compile()
         return self
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -207,13 +224,21 @@ class Pipeline:
         if not isinstance(guide, Pipeline):
             place = os.path.abspath(guide)
             if place not in self._guides:
-                self._guides[place] = Pipeline.from_pretrained(guide, device=self.device)
+                loaded = Pipeline.from_pretrained(guide, device=self.device, **self._moved)
+                self._guides[place] = loaded.compile() if self._compiled else loaded
             guide = self._guides[place]
         require_same(self.description.codec, guide.description.codec, "the codecs of model and guide")
         ours, theirs = ((d.latent_mean, d.latent_std) for d in (self.description, guide.description))
         if not np.allclose(ours, theirs, atol=1e-3):
             raise UserError("model and guide were trained on data of other statistics: a guide must know the same data")
         return guide
+
+
+def _name(told: dict[str, Any]) -> str:
+    """ "quickstart (EMA weights, step 5000)"."""
+    facts = [f"{told['weights']} weights"] if told.get("weights") else []
+    facts += [f"step {told['step']}"] if "step" in told else []
+    return (told.get("model") or "a model without a name") + (f" ({', '.join(facts)})" if facts else "")
 
 
 def compute_dtype(config: Config) -> torch.dtype:

@@ -158,7 +158,8 @@ def hub_told(thing: str, ways: str, guess: str = "", sending: bool = False) -> I
     except HfHubHTTPError as error:
         status = error.response.status_code
         if sending:
-            raise UserError(f"{thing}: the hub refused it ({status}: {first_line(error)}): log in with `hf auth login` as one who may write there") from error
+            way = "log in with `hf auth login` as one who may write there" if status in (401, 403) else ways
+            raise UserError(f"{thing}: the hub refused it ({status}: {first_line(error)}): {way}") from error
         if status in (401, 403, 404):
             login = "check the name, or log in with `hf auth login` if it is private or gated"
             raise UserError(f"{thing}: the hub has no such model, or not for you ({status}){guess}: {login}") from error

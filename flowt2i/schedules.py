@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowt2i.errors import UserError, nearest
 
+SHORTEST = 1e-6  # interval that may be written out: times are fp32 (6e-8 next to the data), and equal where they agree so far
 SEARCHED = Path(__file__).with_name("schedules.json")  # {name: {number of steps: times}}, written by benchmarks/search_schedule.py
 
 
@@ -35,9 +36,15 @@ def resample_times(times: Tensor, steps: int) -> Tensor:
 
 
 def times_from(times: Tensor, start: float) -> Tensor:
-    """The part of a grid after `start`, which becomes its first time: what a flow that begins at a given picture still has to go. [M + 1], M >= 1."""
-    first = torch.tensor([start], dtype=times.dtype)
-    return torch.cat([first, times[times > start + 1e-6]])
+    """The part of a grid after `start` < 1, which becomes its first time: what a flow that begins later still has to go. [M + 1], M >= 1.
+
+    What is left of the interval that `start` falls into is a step of its own if it is at least a quarter of it; less goes with the next step,
+    because an evaluation for a sliver would be wasted.
+    """
+    after = min(int((times <= start + SHORTEST).sum()), len(times) - 1)  # index of the first time kept
+    if after < len(times) - 1 and times[after] - start < 0.25 * (times[after] - times[max(after - 1, 0)]):
+        after += 1
+    return torch.cat([torch.tensor([start], dtype=times.dtype), times[after:]])
 
 
 @functools.cache
@@ -55,8 +62,8 @@ def written(schedule: str) -> list[float] | None:
         times = [float(word) for word in schedule.split(",")]
     except ValueError:
         times = []
-    if len(times) < 2 or len(times) > 1001 or times[0] != 0 or times[-1] != 1 or not all(a < b for a, b in itertools.pairwise(times)):
-        raise UserError(f"schedule {schedule[:60]!r}: give times that increase from 0 to 1, such as 0,0.02,0.1,0.4,1")
+    if len(times) < 2 or len(times) > 1001 or times[0] != 0 or times[-1] != 1 or not all(b - a >= SHORTEST for a, b in itertools.pairwise(times)):
+        raise UserError(f"schedule {schedule[:60]!r}: give times that increase from 0 to 1 by at least {SHORTEST:f}, such as 0,0.02,0.1,0.4,1")
     return times
 
 
@@ -69,13 +76,17 @@ def check_schedule(schedule: str) -> None:
 def make_times(schedule: str, steps: int, shift: float = 1.0) -> Tensor:
     """The grid of a schedule at a number of steps, shifted. [steps + 1], fp32, on the CPU: solvers need no GPU to know the time.
 
-    A searched or written grid of another number of steps is resampled from the nearest one that is at least as fine.
+    A searched or written grid of another number of steps is resampled from the nearest one that is at least as fine. All is computed in double
+    precision; UserError where neighbouring times would still be the same number in single precision.
     """
     check_schedule(schedule)
     if schedule == "uniform":
-        times = uniform_times(steps)
+        times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     else:
         grids = searched().get(schedule) or {}
         known = written(schedule) or grids[min((n for n in grids if n >= steps), default=max(grids))]
-        times = resample_times(torch.tensor(known, dtype=torch.float64), steps).float()
-    return shift_times(times, shift)
+        times = resample_times(torch.tensor(known, dtype=torch.float64), steps)
+    times = shift_times(times, shift).float()
+    if not (times.diff() > 0).all():
+        raise UserError(f"schedule {schedule[:60]!r} at {steps} steps and shift {shift:g}: times are too near each other, choose fewer steps or a shift near 1")
+    return times

@@ -20,18 +20,22 @@ ALWAYS = ("steps", "solver", "guidance", "shift")  # told even where they are at
 RULES = ("cfg", "zero-star")
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "shift": (lambda x: 0 < x <= 100, "above 0 to 100 (1: as the schedule says)"),
+    "shift": (lambda x: 0.01 <= x <= 100, "0.01 to 100 (1: as the schedule says)"),
     "tolerance": (lambda x: 1e-8 <= x <= 1, "1e-8 to 1"),
     "guidance": (lambda x: 0 <= x <= 100, "0 to 100 (1: none)"),
     "guidance_rescale": (lambda x: 0 <= x <= 1, "0 to 1 (0: none)"),
     "guidance_from": (lambda x: 0 <= x <= 1, "0 (noise) to 1 (data)"),
     "guidance_until": (lambda x: 0 <= x <= 1, "0 (noise) to 1 (data)"),
-    "zero_init": (lambda x: 0 <= x < 1, "0 to less than 1 (0: none)"),
+    "zero_init": (lambda x: 0 <= x <= 0.99, "0 to 0.99 (0: none)"),
 }
 
 
 def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """The model's own settings with those given (None: not given), checked; UserError says which is out of range."""
+    """The model's own settings with those given (None: not given), checked; UserError says which is out of range.
+
+    The model's own shift belongs to its own schedule: a schedule that is given is used as it is, unless a shift is given beside it. Times that are
+    written out, here or in the configuration, also say how many steps there are, unless that is given.
+    """
     unknown = [name for name in given if name not in NAMES]
     if unknown:
         raise UserError(f"no setting {unknown[0]!r}{nearest(unknown[0], NAMES)}")
@@ -39,7 +43,9 @@ def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(chosen["schedule"], str):
         raise UserError(f"schedule {chosen['schedule']!r}: give a name, or times as text such as 0,0.02,0.1,0.4,1")
     check_schedule(chosen["schedule"])
-    if given.get("schedule") is not None and given.get("steps") is None and (times := written(chosen["schedule"])):
+    if given.get("schedule") is not None and given.get("shift") is None:
+        chosen["shift"] = 1.0
+    if given.get("steps") is None and (times := written(chosen["schedule"])):
         chosen["steps"] = len(times) - 1
     if type(chosen["steps"]) is not int or not 1 <= chosen["steps"] <= 1000:
         raise UserError(f"steps {chosen['steps']} is out of range: choose 1 to 1000")
@@ -51,6 +57,7 @@ def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{name.replace('_', ' ')} {chosen[name]} is out of range: choose {choices}")
     if chosen["guidance_from"] >= chosen["guidance_until"]:
         raise UserError(f"the guidance interval {chosen['guidance_from']:g} to {chosen['guidance_until']:g} is empty: the first time must be the smaller one")
+    make_times(chosen["schedule"], chosen["steps"], chosen["shift"])  # its UserError before the work
     return chosen
 
 
@@ -98,4 +105,4 @@ def guide(settings: dict[str, Any], alone: Velocity, pair: Branches) -> Velocity
     velocity = guidance.guided(pair, rule) if is_guided(settings) else alone
     if is_guided(settings) and (settings["guidance_from"] > 0 or settings["guidance_until"] < 1):
         velocity = guidance.on_interval(velocity, alone, settings["guidance_from"], settings["guidance_until"])
-    return guidance.still_until(velocity, settings["zero_init"]) if settings["zero_init"] else velocity
+    return velocity

@@ -140,11 +140,21 @@ def _train(command: Sequence[str], run: Path, ranks: int, stop_at: int = 0) -> N
     )
     # torchrun has one exit status for all failures: that the stop came about is seen by the checkpoint it left
     if done.returncode != 0 and not (stop_at and (done.returncode == INTERRUPTED or ranks > 1)):
-        lines = done.stderr.splitlines()
-        said = next((line for line in lines if line.startswith("flowt2i train: error:")), None)  # under torchrun its own lines follow
-        said = said or next((line for line in reversed(lines) if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b", line)), done.stderr[-300:])
+        said = what_failed(done.stderr)
         full = str(run) in said and ("no room" in said or "write" in said)
         raise UserError(f"the training itself failed: {said}" + ("; here: set TMPDIR to a folder on a disk with room" if full else ""))
+
+
+def what_failed(told: str) -> str:
+    """The line of a training's stderr that says why it failed: of the rank that failed first, among torchrun's own lines and other ranks' complaints."""
+    lines = told.splitlines()
+    said = [line for line in lines if line.startswith("flowt2i train: error:")]
+    if mistake := next((line for line in said if "another rank was lost" not in line), None):
+        return mistake
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b", line) and "ChildFailedError" not in line]
+    first = re.search(r"^Root Cause.*?^ *rank +: (\d+)", told, re.DOTALL | re.MULTILINE)
+    own = [line for line in errors if first and line.startswith(f"[rank{first[1]}]: ")]
+    return next(reversed(own or errors or said), told[-300:])
 
 
 def _child(stop_at: int, words: Sequence[str]) -> int:

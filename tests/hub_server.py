@@ -14,11 +14,12 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """files: repository id -> path -> bytes; fetched: paths asked for; refuse: status with which a commit is answered, or 0."""
+    """files: repository id -> path -> bytes; private: ids of those; fetched: paths asked for; refuse: status with which a commit is answered, or 0."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
         self.fetched: list[str] = []
         self.refuse = 0
         self.address = f"http://127.0.0.1:{self.server_port}"
@@ -53,8 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
             if files is None:
                 return self._missing("RepoNotFound")
             entries = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()]
-            names = [{"rfilename": name} for name in files]
-            return self._answer(entries if "/tree/" in path else {"id": found[1], "modelId": found[1], "sha": SHA, "siblings": names})
+            info = {"id": found[1], "modelId": found[1], "sha": SHA, "private": found[1] in self.server.private}
+            return self._answer(entries if "/tree/" in path else info | {"siblings": [{"rfilename": name} for name in files]})
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             data = self.server.files.get(found[1], {}).get(found[2])
             if data is None:
@@ -72,7 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             wanted = json.loads(body)
             id = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
-            self.server.files.setdefault(id, {})
+            if id in self.server.files:
+                return self._answer({"error": "You already created this model repo", "url": f"{self.server.address}/{id}"}, 409)
+            self.server.files[id] = {}
+            if wanted.get("visibility") == "private" or wanted.get("private"):  # newer and older versions of huggingface_hub
+                self.server.private.add(id)
             return self._answer({"url": f"{self.server.address}/{id}", "name": id})
         if path == "/api/validate-yaml":
             return self._answer({"errors": [], "warnings": []})
@@ -84,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[found[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.server.files[found[1]][line["value"]["path"]]
             return self._answer({"commitUrl": f"{self.server.address}/{found[1]}/commit/{SHA}", "commitOid": SHA, "pullRequestUrl": None})
         self._missing("EntryNotFound")
 

@@ -3,31 +3,41 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks.py JOBS.json OUT
 
 JOBS.json: a list of {"train": words of `flowt2i train`, and what is to go wrong: see `fault`}, {"evaluate": [checkpoint, data, words]} or
-{"collectives", "rehearse" or "pictures": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the rank was given (step, first row, sample
-numbers, noise), or what the function of that name returns.
+{"collectives", "rehearse", "pictures" or "slow_disk": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the rank was given (step,
+first row, sample numbers, noise), or what the function of that name returns.
 """
 
 import errno
 import json
+import math
 import os
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowt2i import cli
 from flowt2i.config import resolve
 from flowt2i.errors import UserError
+from flowt2i.evaluation import nets
+from flowt2i.evaluation import pictures as scored
+from flowt2i.evaluation.pictures import Drawing
 from flowt2i.evaluation.validation import validation_loss
 from flowt2i.training import checkpoint, distributed, dryrun, parallel
 from flowt2i.training import evaluate as evaluation
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.loop import Trainer
+from flowt2i.training.saver import Saver
+from flowt2i.training.score import KernelScore
 
 
 def record(seen: list[Any], stack: ExitStack) -> None:
@@ -134,21 +144,27 @@ def collectives(run: str, data: str, words: list[str]) -> dict[str, Any]:
 
 
 def rehearse(run: str, data: str, words: list[str]) -> dict[str, Any]:
-    """Whether weights, average and random state are after a dry run what they were before, and how much state the optimizer has then."""
+    """Whether weights, average and random state are after a dry run what they were before, how much state the optimizer has then, and how many
+    steps it made: rank 0 alone found the first one quick."""
     trainer = Trainer(resolve("quickstart", words), Path(data), Path(run), None, progress=False)
     tensors = lambda: [t for name in ("model", "ema") for t in trainer._tensors()[name].values()]
     before, random = [parallel.whole(t).clone() for t in tensors()], torch.get_rng_state()
-    dryrun.rehearse(trainer)
+    with mock.patch.object(dryrun, "QUICK", math.inf if trainer.world.main else 0.0), mock.patch.object(
+        trainer, "rehearse_step", wraps=trainer.rehearse_step
+    ) as steps:  # fmt: skip
+        dryrun.rehearse(trainer)
     weights = all(torch.equal(a, parallel.whole(b)) for a, b in zip(before, tensors()))
     trainer.close()
-    return {"weights": weights, "random": torch.equal(random, torch.get_rng_state()), "state": len(trainer.optimizer.state())}
+    same = torch.equal(random, torch.get_rng_state())
+    return {"weights": weights, "random": same, "state": len(trainer.optimizer.state()), "steps": steps.call_count}
 
 
 def pictures(run: str, data: str, words: list[str]) -> dict[str, Any]:
-    """Four pictures in batches of one, of which the first on rank 1 fails; an empty prompt; then four that do not fail."""
+    """Four pictures in batches of one, of which the first on rank 1 fails; an empty prompt; then four that do not fail. So for the pictures
+    that are scored, and for a feature net that rank 1 alone cannot load."""
     trainer = Trainer(resolve("quickstart", words), Path(data), Path(run), None, progress=False)
     pipeline, prompts, calls = trainer.pipeline(), ["a", "b", "c", "d"], 0
-    draw = pipeline._batch
+    draw = pipeline.to_images
 
     def failing(*args: Any) -> Any:
         nonlocal calls
@@ -161,14 +177,54 @@ def pictures(run: str, data: str, words: list[str]) -> dict[str, Any]:
         evaluation.loss_on_heldout(trainer, trainer.ema_objective or trainer.objective)  # as before all pictures: it makes the objective FSDP2's root
         said = []
         for texts in (prompts, ["a", "b", "c", " "]):
-            with mock.patch.object(pipeline, "_batch", failing):
+            with mock.patch.object(pipeline, "to_images", failing):
                 try:
                     evaluation.sample_over_ranks(trainer.world, pipeline, texts, seed=0)
                 except UserError as error:
                     said.append(str(error))
         shape = evaluation.sample_over_ranks(trainer.world, pipeline, prompts, seed=0).images.shape
+        calls, drawing = 0, Drawing(pipeline, prompts, 0, {})
+        with mock.patch.object(scored, "BLOCK", 1):
+            with mock.patch.object(pipeline, "to_images", failing):
+                scored_error = error_of(lambda: drawing.images(trainer.world, progress=False))
+            again = drawing.images(trainer.world, progress=False).shape
+        lone = UserError("no net") if trainer.world.rank == 1 else None
+        with mock.patch.object(nets, "has_efficientnet", return_value=True), mock.patch.object(nets, "load_net", side_effect=lone):
+            net_error = error_of(lambda: KernelScore()(trainer, pipeline))
+        together = trainer.world.any(False)  # nobody is ahead, or behind
     trainer.close()
-    return {"error": said[0], "empty": "an empty prompt" in said[1], "shape": list(shape)}
+    found = {"error": said[0], "empty": "an empty prompt" in said[1], "shape": list(shape)}
+    return found | {"scored": scored_error, "again": list(again), "net": net_error, "together": together}
+
+
+def error_of(work: Callable[[], Any]) -> str:
+    """What a mistake says; nothing where there was none."""
+    try:
+        work()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def slow_disk(run: str, data: str, words: list[str]) -> list[int]:
+    """Two saves that each take three times as long as ranks wait for each other; the checkpoints that are there then."""
+    world, save_file = distributed.start(), checkpoint.save_file
+    tensors = {"model": {"number": torch.ones(1)}}
+
+    def slow(*args: Any) -> None:
+        time.sleep(3)
+        save_file(*args)
+
+    saver = Saver(world, Path(run), keep_recent=3, keep_every=0)
+    world.any(False)
+    _set_pg_timeout(timedelta(seconds=1))
+    with mock.patch.object(checkpoint, "save_file", slow):
+        for step in (1, 2):
+            saver.save(step, tensors, {"state.json": "{}"}, {})
+        saver.wait()
+        saver.rehearse(Path(run) / "aside", tensors, {"state.json": "{}"}, {})
+    _set_pg_timeout(timedelta(seconds=600))
+    return checkpoint.list_steps(Path(run))
 
 
 def uneven_validation(world: distributed.World) -> dict[str, float]:
@@ -189,7 +245,7 @@ def main() -> None:
                 results.append({"values": evaluate(trainer, None, last=True), "uneven": uneven_validation(world)})
                 trainer.close()
                 continue
-            other = next((work for work in (collectives, rehearse, pictures) if work.__name__ in job), None)
+            other = next((work for work in (collectives, rehearse, pictures, slow_disk) if work.__name__ in job), None)
             if other:
                 results.append(other(*job[other.__name__]))
                 continue

@@ -134,6 +134,7 @@ def test_a_whole_checkpoint_that_fails_is_refused_before_training(fault, scenes_
     assert main(["train", "--config", "quickstart", "--data", str(scenes_data), "--out", str(run), *tiny, *QUIET, "--train.steps", "2"]) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flowt2i train: error:")]
     assert len(told) == 1 and ("No space left on device" if fault == "full" else "does not read back") in told[0] and ".dry-run" in told[0]
+    assert "earlier ones" not in told[0] and "--resume" not in told[0]  # there is nothing to resume
     assert {path.name for path in run.iterdir()} == {".lock"}
 
 

@@ -15,6 +15,7 @@ from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.export import native
 from flowt2i.export.export import export
+from flowt2i.export.facts import public_source
 from flowt2i.training import checkpoint
 from flowt2i.training.loop import train
 
@@ -139,6 +140,11 @@ def test_other_peoples_files_are_never_replaced(run, tmp_path):
         (["RUN", "--samples", "-1"], "--samples -1"),
         (["RUN", "--license", "All rights"], "--license"),
         (["RUN", "--push", "not a name"], "--push 'not a name'"),
+        (["RUN", "--push", "scenes"], "--push 'scenes'"),
+        (["RUN", "--push", "a/b/c"], "--push 'a/b/c'"),
+        (["RUN", "--private"], "add --push OWNER/NAME"),
+        (["RUN", "--format", "onnx", "--take-nets"], "leave out --take-nets"),
+        (["RUN", "--format", "diffusers", "--take-nets"], "leave out --take-nets"),
         (["RUN", "--push", "me/name"], "nobody is logged in"),
         (["RUN", "--to", "RUN"], "holds other files"),
         (["RUN", "--to", "FILE"], "is a file"),
@@ -166,6 +172,113 @@ def test_a_foreign_mark_is_one_line(exported, tmp_path):
     (tmp_path / "copy" / "export.json").write_text("[]")
     with pytest.raises(UserError, match=r"export\.json cannot be read"):
         Pipeline.from_pretrained(tmp_path / "copy")
-    (tmp_path / "copy" / "export.json").write_text('{"format": "onnx"}')
+    (tmp_path / "copy" / "export.json").write_text('{"format": "onnx", "weights": "raw"}')
     with pytest.raises(UserError, match="was exported for onnx"):
         Pipeline.from_pretrained(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("text", ['{"format": "flowt2i", "weights": "../raw"}', '{"format": "exe", "weights": "ema"}', '{"format": "onnx"}', "[" * 200_000, ""])
+def test_a_torn_or_hostile_mark_is_one_line(text, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "copy")
+    (tmp_path / "copy" / "export.json").write_text(text)
+    with pytest.raises(UserError, match=r"export\.json cannot be read"):
+        Pipeline.from_pretrained(tmp_path / "copy")
+    with pytest.raises(UserError, match="holds other files"):
+        export(exported, tmp_path / "copy", force=True)
+
+
+@pytest.mark.parametrize("training", [None, "much", {"step": "many"}, {"scores": {"loss": [1]}}, {"scores": {"loss": 1.0}}, {"step": 3, "device": "cuda:0"}])
+def test_facts_that_are_none_leave_the_model_usable(training, exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "copy")
+    (tmp_path / "copy" / "export.json").write_text(json.dumps({"format": "flowt2i", "weights": "ema", "training": training}))
+    checkpoint.write_manifest(tmp_path / "copy", leave_out=("README.md", "samples.png"))
+    assert main(["export", str(tmp_path / "copy"), "--to", str(tmp_path / "to"), "--samples", "0"]) == 0
+    card, known = (tmp_path / "to" / "README.md").read_text(), training == {"step": 3, "device": "cuda:0"}
+    assert "| seed |" in card and ("| steps | 3 |" in card) == known == ("1 × CUDA GPU" in card) and "None" not in card
+    assert ("step 3" in capsys.readouterr().out) == known
+
+
+def manifest_of(folder, change):
+    entries = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(change(entries)))
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda e: e | {"../outside": e["config.json"]}, "'../outside' is not in this folder"),
+        (lambda e: e | {"/etc/passwd": e["config.json"]}, "'/etc/passwd' is not in this folder"),
+        (lambda e: {k: v for k, v in e.items() if k != "config.json"}, "says nothing of config.json"),
+        (lambda e: {k: v for k, v in e.items() if k != "model.safetensors"}, "says nothing of model.safetensors"),
+        (lambda e: {"config.json": 3, "model.safetensors": 3}, "cannot be read"),
+        (lambda e: [], "cannot be read"),
+    ],
+)
+def test_a_manifest_that_vouches_for_nothing_is_refused(change, told, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "copy")
+    manifest_of(tmp_path / "copy", change)
+    with pytest.raises(UserError, match="is damaged") as error:
+        Pipeline.from_pretrained(tmp_path / "copy")
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json", "dataset.json", "tokenizer/tokenizer.json", "model.safetensors"])
+def test_torn_files_and_those_nested_too_deep_are_one_line(name, exported, tmp_path):
+    for number, text in enumerate(("[" * 200_000, "", None)):
+        copy = tmp_path / str(number)
+        shutil.copytree(exported, copy)
+        if text is None:
+            (copy / name).unlink()
+        else:
+            (copy / name).write_text(text)
+            if name != "manifest.json":
+                checkpoint.write_manifest(copy, leave_out=("README.md", "samples.png"))  # as one with bad intent would
+        with pytest.raises(UserError) as error:
+            Pipeline.from_pretrained(copy)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1000 and "train longer" not in str(error.value)
+
+
+def test_a_link_is_followed_and_kept(run, tmp_path):
+    (tmp_path / "large" / "there").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "large" / "there")
+    for force in (False, True):
+        result = export(run, tmp_path / "link", samples=0, force=force, device="cpu")
+        assert result["bytes"] > 100_000 and (tmp_path / "link").is_symlink() and (tmp_path / "large" / "there" / "export.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large", "link"] and [p.name for p in (tmp_path / "large").iterdir()] == ["there"]
+
+
+def test_an_error_that_is_not_of_writing_is_not_blamed_on_it(run, tmp_path, monkeypatch):
+    def fails(error):
+        def write(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(native, "write", write)
+
+    fails(PermissionError(13, "Permission denied", "/elsewhere/vae/config.json"))
+    with pytest.raises(UserError, match=r"^/elsewhere/vae/config\.json: Permission denied; nothing was exported"):
+        export(run, tmp_path / "to", samples=0, device="cpu")
+    fails(PermissionError(13, "Permission denied", str(tmp_path / ".to.tmp" / "model.safetensors")))
+    with pytest.raises(UserError, match=r"cannot write --to .*: Permission denied"):
+        export(run, tmp_path / "to", samples=0, device="cpu")
+    fails(ConnectionError("reset"))
+    with pytest.raises(ConnectionError):
+        export(run, tmp_path / "to", samples=0, device="cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_what_was_read_from_the_hub_is_named(exported):
+    description = DatasetDescription.load(exported)
+
+    def told(source, *hub):
+        return public_source(description.model_copy(update={"source": source, "hub_sources": hub}))
+
+    assert told("scenes") == "scenes" and told("me/pictures", "me/pictures") == "me/pictures"
+    assert told("clients/acme") == told("data/*.tar, ~/acme, acme") == told("") == "local files"
+    assert told("me/pictures, scenes, clients/acme", "me/pictures") == "me/pictures, scenes, local files"
+
+
+def test_an_export_cannot_be_resumed(exported, scenes_data, tiny, tmp_path, capsys):
+    words = ["train", "--config", "quickstart", "--data", str(scenes_data), "--out", str(tmp_path / "run"), *tiny, "--resume", str(exported)]
+    assert main(words) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "is an exported model, without the optimizer's state: resume from a run" in told

@@ -78,11 +78,30 @@ def test_what_its_pipeline_offers(pixels):
     assert theirs("a star", num_inference_steps=1, output_type="latent", return_dict=False)[0].shape == (1, 3, 64, 64)
     unlike = theirs(PROMPTS, negative_prompt="a blue star", output_type="np", **settings).images
     assert np.abs(unlike - np.stack([np.asarray(i) for i in images]) / 255).max() > 0.01
-    for wrong in ({"num_inference_steps": 0}, {"output_type": "jpeg"}):
-        with pytest.raises(ValueError):
+    each = theirs(PROMPTS, negative_prompt=["a blue star", ""], output_type="np", **settings).images
+    assert np.abs(each[0] - unlike[0]).max() < 1e-5 and np.abs(each[1] - np.asarray(images[1]) / 255).max() < 0.01
+    wrongs = ({"num_inference_steps": 0}, {"output_type": "jpeg"}, {"negative_prompt": ["a", "b"]}, {"latents": start}, {"latents": start[:1, :, :32]})
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=r"must be at least 1|choose pil|negative prompts for 1|begin at \(1, 3, 64, 64\)"):
             theirs("a star", **wrong)
     half = theirs.to(torch.bfloat16)(PROMPTS, output_type="np", **settings).images
     assert np.isfinite(half).all() and np.abs(half - np.stack([np.asarray(i) for i in images]) / 255).mean() < 0.05
+
+
+def test_captions_are_read_where_the_transformer_runs(pixels, monkeypatch):
+    """With `enable_model_cpu_offload` it goes to the device when it is called; with the built-in encoder it is needed before."""
+    from accelerate import cpu_offload_with_hook
+
+    theirs = as_diffusers(Pipeline.from_pretrained(pixels, device="cpu"))
+    theirs.set_progress_bar_config(disable=True)
+    wanted = theirs("a star", num_inference_steps=1, output_type="latent", latents=torch.ones(1, 3, 64, 64)).images
+    cpu_offload_with_hook(theirs.transformer, "cpu")
+    calls = []
+    read, called = theirs.transformer.encode_captions, theirs.transformer._hf_hook.pre_forward
+    monkeypatch.setattr(theirs.transformer._hf_hook, "pre_forward", lambda *args, **kwargs: calls.append("moved") or called(*args, **kwargs))
+    monkeypatch.setattr(theirs.transformer, "encode_captions", lambda *args: calls.append("read") or read(*args))
+    found = theirs("a star", num_inference_steps=1, output_type="latent", latents=torch.ones(1, 3, 64, 64)).images
+    assert calls == ["moved", "read", "moved"] and torch.equal(found, wanted)
 
 
 ALONE = """
@@ -138,7 +157,7 @@ def test_latent_models_take_their_nets_along(latents, tmp_path):
     wanted = Pipeline.from_pretrained(latents, device="cpu").sample(PROMPTS, steps=2).images
     export(latents, tmp_path / "model", samples=2, device="cpu")
     said = (tmp_path / "model" / "dataset.json").read_text() + (tmp_path / "model" / "README.md").read_text()
-    assert str(latents.parent) not in said and "local files: images" in said
+    assert str(latents.parent) not in said and "from local files." in said and '"source": "local files"' in said
     moved = (latents.parent / "nets").rename(latents.parent / "gone")
     try:
         assert np.array_equal(Pipeline.from_pretrained(tmp_path / "model", device="cpu").sample(PROMPTS, steps=2).images, wanted)

@@ -94,6 +94,62 @@ def test_a_push_that_is_refused_leaves_the_export(run, tmp_path, online, capsys)
     assert Pipeline.from_pretrained(tmp_path / "to", device="cpu").sample("a star", steps=1).images.shape == (1, 64, 64, 3)
 
 
+def test_a_second_push_leaves_nothing_of_the_first_and_all_of_others(run, tmp_path, online):
+    from flowt2i import hub as ours
+
+    with serving() as hub:
+        online(hub.address)
+        words = ["export", str(run), "--to", str(tmp_path / "to"), "--push", "me/scenes", "--force", "--samples"]
+        assert main([*words, "1"]) == 0 and "samples.png" in hub.files["me/scenes"]
+        own = {"notes.md": b"mine", "pictures/a.png": b"mine"}
+        hub.files["me/scenes"] |= own | {"vae/old.safetensors": b"of an earlier export", "transformer/config.json": b"{}", "pipeline.py": b""}
+        assert main([*words, "0"]) == 0
+        now = {f.relative_to(tmp_path / "to").as_posix() for f in (tmp_path / "to").rglob("*") if f.is_file()}
+        assert hub.files["me/scenes"].keys() == now | own.keys() and "samples.png" not in now
+        hub.files["me/other"] = {"model.safetensors.index.json": b"{}", "vae/config.json": b"{}"}  # no export of ours: nothing of it is removed
+        ours.push(tmp_path / "to", "me/other")
+        assert hub.files["me/other"].keys() == now | {"model.safetensors.index.json", "vae/config.json"}
+
+
+def test_private_is_private_or_nothing_is_sent(run, tmp_path, online, capsys):
+    with serving() as hub:
+        online(hub.address)
+        words = ["export", str(run), "--to", str(tmp_path / "to"), "--force", "--private", "--samples", "0", "--push"]
+        assert main([*words, "me/secret"]) == 0 and hub.private == {"me/secret"} and "model.safetensors" in hub.files["me/secret"]
+        assert main([*words, "me/secret"]) == 0
+        hub.files["me/public"] = {}
+        capsys.readouterr()
+        assert main([*words, "me/public"]) == 2
+        assert "this repository is public, and nothing was sent" in one_line(capsys) and hub.files["me/public"] == {}
+
+
+def test_a_hub_in_trouble_is_not_about_logging_in(run, tmp_path, online, capsys):
+    with serving() as hub:
+        online(hub.address)
+        hub.refuse = 400
+        assert main(["export", str(run), "--to", str(tmp_path / "to"), "--push", "me/scenes", "--samples", "0"]) == 2
+        told = one_line(capsys)
+        assert "refused it (400" in told and "log in" not in told and "send it later with `hf upload me/scenes" in told
+
+
+def test_a_model_that_was_fetched_in_part(run, tmp_path, online, capsys):
+    """A download was broken off; or the repository itself lacks a file."""
+    from huggingface_hub import snapshot_download
+
+    with serving() as hub:
+        online(hub.address)
+        assert main(["export", str(run), "--to", str(tmp_path / "to"), "--push", "me/scenes", "--samples", "0"]) == 0
+        snapshot_download("me/scenes", allow_patterns=["*.json"])
+        capsys.readouterr()
+    assert main(["generate", "x", "--model", "me/scenes"]) == 2
+    assert "'me/scenes' was not fetched whole" in one_line(capsys)
+    with serving() as other:
+        online(other.address)
+        other.files["me/torn"] = {name: data for name, data in hub.files["me/scenes"].items() if not name.startswith("tokenizer/")}
+        assert main(["generate", "x", "--model", "me/torn"]) == 2
+        assert "'me/torn' was not fetched whole" in one_line(capsys)
+
+
 def test_a_path_is_never_looked_for_on_the_hub(run, online, tmp_path):
     with serving() as hub:
         online(hub.address)

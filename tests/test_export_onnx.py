@@ -103,6 +103,21 @@ def test_a_missing_extra_is_one_line(run, tmp_path, monkeypatch, capsys):
     assert "needs onnxruntime: pip install" in told and told.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_the_card_tells_of_the_tokens_that_the_graph_takes(run, tmp_path, monkeypatch):
+    """Fewer than the model's own where image and caption tokens together would reach the size at which attention takes another path."""
+    from flowt2i.export import onnx_format
+    from flowt2i.export.export import export
+
+    monkeypatch.setattr(onnx_format, "_export", lambda net, inputs, dynamic, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(onnx_format, "_error", lambda net, path, inputs: 3e-7)
+    for switch, longest in ((onnx_format.SWITCH, 128), (64 + 40, 40)):  # 64 image tokens
+        monkeypatch.setattr(onnx_format, "SWITCH", switch)
+        export(run, tmp_path / "to", format="onnx", samples=0, force=True, device="cpu")
+        card = (tmp_path / "to" / "README.md").read_text()
+        assert f"T up to {longest}." in card and f"up to {longest} tokens" in card and "config.json" not in card
+        assert json.loads((tmp_path / "to" / "sampling.json").read_text())["max_tokens"] == longest
+
+
 def test_the_command_prints_the_error(exported, run, tmp_path, capsys, monkeypatch):
     from flowt2i.export import onnx_format
 

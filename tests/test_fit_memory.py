@@ -1,6 +1,7 @@
 """Out of memory before step 0: smaller micro-batches, the same training."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from flowt2i.cli import main
 from flowt2i.config import resolve
 from flowt2i.errors import UserError
 from flowt2i.memory import is_out_of_memory
-from flowt2i.training import checkpoint
+from flowt2i.training import checkpoint, distributed
+from flowt2i.training.distributed import World
 from flowt2i.training.fit_memory import fitting_micro_batch
-from flowt2i.training.loop import Trainer
+from flowt2i.training.loop import Stopped, Trainer, train
 
 
 def tried(micro: int, share: int, most: int) -> list[int]:
@@ -84,6 +86,43 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(scenes_data, tiny, tmp_
     with pytest.raises(RuntimeError, match="a bug"):
         trainer.fit_memory()
     trainer.close()
+
+
+def short_at_first(monkeypatch, signalled=None):
+    """The first trainer is sharded and meets a pass that does not fit; gives the times at which trainers were started, and what was done on the GPU."""
+    ready, started, done = Trainer._make_ready, [], []
+
+    def make_ready(self):
+        started.append(self.started)
+        if len(started) > 1:
+            return ready(self)
+        self.sharded, self.stop_signal = True, signalled
+        self._probe = lambda micro: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+        self._fits_shares = lambda micro, fits: done.append("vote") or fits
+        self.world = World(0, 1, torch.device("cuda"))
+        self.fit_memory()
+
+    monkeypatch.setattr(Trainer, "_make_ready", make_ready)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    return started, done
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_starting_again_forgets_neither_clock_nor_signal(scenes_data, tiny, tmp_path, monkeypatch):
+    started, done = short_at_first(monkeypatch, signal.SIGTERM)
+    with pytest.raises(Stopped, match=rf"by signal {signal.SIGTERM} at step 1"):
+        train(resolve("quickstart", [*tiny, "--train.steps", "9"]), scenes_data, tmp_path / "run", progress=False)
+    assert len(started) == 2 and started[0] == started[1]
+    assert done == ["vote"]  # nothing that waits for the device, where a collective may be in flight
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_rank_that_is_lost_while_starting_again(scenes_data, tiny, tmp_path, monkeypatch):
+    short_at_first(monkeypatch)
+    monkeypatch.setattr(distributed, "_store", torch.distributed.HashStore())
+    monkeypatch.setattr(distributed, "restart", lambda timeout_s: (_ for _ in ()).throw(torch.distributed.DistNetworkError("gone")))
+    with pytest.raises(UserError, match="another rank was lost"):
+        train(resolve("quickstart", [*tiny, "--train.steps", "9"]), scenes_data, tmp_path / "run", progress=False)
 
 
 def test_later_than_the_start_it_is_one_line(scenes_data, tiny, tmp_path, monkeypatch, capsys):

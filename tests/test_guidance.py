@@ -5,7 +5,7 @@ import torch
 
 from flowt2i import guidance
 from flowt2i.config import SampleConfig
-from flowt2i.guidance import classifier_free, conditional, extrapolate, guided, on_interval, rescale, still_until, together, zero_star
+from flowt2i.guidance import conditional, extrapolate, guided, on_interval, rescale, together, zero_star
 from flowt2i.settings import guide, resolve
 
 G = torch.Generator().manual_seed(0)
@@ -15,6 +15,10 @@ T = torch.tensor(0.3)
 
 def captions(value):
     return torch.full((2, 1, 1), float(value)), torch.ones(2, 1, dtype=torch.bool)
+
+
+def plain(field, good, bad, scale):
+    return guided(together(field, good, bad), lambda good, bad, z, t: extrapolate(good, bad, scale))
 
 
 class Field:
@@ -30,9 +34,9 @@ class Field:
 
 def test_plain_guidance_scales_the_difference_in_one_batch():
     field, z = Field(), torch.zeros(2, 1, 2, 2)
-    assert torch.all(classifier_free(field, *captions(3), *captions(1), 2.0)(z, T) == 1 + 2 * (3 - 1))
-    assert torch.all(classifier_free(field, *captions(3), *captions(1), 1.0)(z, T) == conditional(field, *captions(3))(z, T))
-    assert torch.all(classifier_free(field, *captions(3), *captions(1), 0.0)(z, T) == 1)
+    assert torch.all(plain(field, captions(3), captions(1), 2.0)(z, T) == 1 + 2 * (3 - 1))
+    assert torch.all(plain(field, captions(3), captions(1), 1.0)(z, T) == conditional(field, *captions(3))(z, T))
+    assert torch.all(plain(field, captions(3), captions(1), 0.0)(z, T) == 1)
     assert field.sizes == [4, 4, 2, 4]
 
 
@@ -68,16 +72,9 @@ def test_rescaling_gives_back_the_contrast_of_the_unguided_prediction():
 
 def test_an_interval_costs_one_evaluation_outside():
     field, z = Field(), torch.zeros(2, 1, 2, 2)
-    velocity = on_interval(classifier_free(field, *captions(3), *captions(1), 2.0), conditional(field, *captions(3)), 0.2, 0.6)
+    velocity = on_interval(plain(field, captions(3), captions(1), 2.0), conditional(field, *captions(3)), 0.2, 0.6)
     values = [velocity(z, torch.tensor(t)).mean().item() for t in (0.0, 0.1, 0.2, 0.5, 0.6, 0.9)]
     assert values == [3, 3, 5, 5, 3, 3] and field.sizes == [2, 2, 4, 4, 2, 2]
-
-
-def test_zero_init_neither_moves_nor_evaluates():
-    calls = []
-    velocity = still_until(lambda z, t: calls.append(t) or GOOD, 0.04)
-    assert (velocity(Z, torch.tensor(0.03)) == 0).all() and not calls
-    assert torch.equal(velocity(Z, torch.tensor(0.04)), GOOD) and len(calls) == 1
 
 
 def test_between_two_prompts_is_exact_at_the_ends():
@@ -101,7 +98,6 @@ def test_a_weaker_model_guides_by_the_same_formula():
         ({"guidance": 3.0, "guidance_from": 0.5}, lambda: GOOD),
         ({"guidance": 3.0, "guidance_until": 0.3}, lambda: GOOD),
         ({"guidance": 3.0, "guidance_from": 0.3}, lambda: extrapolate(GOOD, BAD, 3.0)),
-        ({"guidance": 3.0, "zero_init": 0.31}, lambda: torch.zeros_like(GOOD)),
     ],
 )
 def test_settings_choose_the_rule(settings, expected):

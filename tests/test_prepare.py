@@ -528,3 +528,21 @@ def test_hf_text_encoder(tars, tmp_path):
     assert dataset.description.text.kind == "hf" and dataset.description.text.dim == 384
     batch = dataset.fetch([0, 1])
     assert batch.ids[0, 0] == 101 and (tmp_path / "d/tokenizer").is_dir()
+
+
+def test_what_came_from_the_hub_is_recorded(tars, tmp_path, monkeypatch):
+    """So that a model card may name it, and nothing else: a path typed as `owner/name` looks no different."""
+    datasets = pytest.importorskip("datasets")
+    from flowt2i.data import tables
+
+    make_tar(tmp_path / "hub.tar", range(100, 110))
+    load = lambda id, split, files: datasets.load_dataset("webdataset", data_files=str(tmp_path / "hub.tar"), split=split, streaming=True)
+    monkeypatch.setattr(tables, "open_hub", load)
+    monkeypatch.chdir(tmp_path)
+    Path("clients").mkdir()
+    Path("clients/acme").symlink_to(tars)
+    run("clients/acme", tmp_path / "out", sources=["clients/acme", "someone/something"])
+    description = DatasetDescription.load(tmp_path / "out")
+    assert (description.source, description.hub_sources) == ("clients/acme, someone/something", ("someone/something",))
+    run("clients/acme", tmp_path / "local")
+    assert DatasetDescription.load(tmp_path / "local").hub_sources == ()

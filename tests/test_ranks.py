@@ -12,8 +12,10 @@ import torch
 from ranks import uneven_validation
 from safetensors.torch import load_file
 
+from flowt2i import cli, errors
 from flowt2i.config import resolve
-from flowt2i.training import checkpoint
+from flowt2i.errors import UserError
+from flowt2i.training import checkpoint, distributed
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.loop import Trainer, train
 from flowt2i.verify_resume import compare, losses
@@ -90,7 +92,8 @@ def test_three_ranks_continue_exactly(scenes_data, tiny, tmp_path):
 
 
 def test_the_dry_run_changes_nothing(scenes_data, tiny, tmp_path):
-    """Under DDP with Muon and under FSDP2: weights, optimizer and random state after it, and the run with and without."""
+    """Under DDP with Muon and under FSDP2: weights, optimizer and random state after it, and the run with and without. Ranks that differ in
+    speed make as many steps."""
     ways = {"ddp": ["--optim.name", "muon"], "fsdp": ["--optim.name", "adamw", "--train.parallel", "fsdp"]}
     jobs: list[dict] = []
     for name, way in ways.items():
@@ -100,8 +103,9 @@ def test_the_dry_run_changes_nothing(scenes_data, tiny, tmp_path):
             place = ["--config", "quickstart", "--data", str(scenes_data), "--out", str(tmp_path / f"{name}-{dry}")]
             jobs.append({"train": [*place, *words, "--train.steps", "2", "--train.dry_run", dry]})
     results, errors = ranks(2, jobs, tmp_path / "out")
+    unchanged = {"weights": True, "random": True, "state": 0, "steps": 2}
     for rank in results:
-        assert [rank[k] for k in (0, 3)] == [{"weights": True, "random": True, "state": 0}] * 2 and [rank[k]["status"] for k in (1, 2, 4, 5)] == [0] * 4, errors
+        assert [rank[k] for k in (0, 3)] == [unchanged] * 2 and [rank[k]["status"] for k in (1, 2, 4, 5)] == [0] * 4, errors
     for name in ways:
         assert compare(tmp_path / f"{name}-true", tmp_path / f"{name}-false")["equal"]
         assert not (tmp_path / f"{name}-true" / ".dry-run").exists()
@@ -124,11 +128,52 @@ def test_what_every_rank_would_say_is_said_once(scenes_data, tiny, tmp_path):
 
 
 def test_pictures_that_fail_on_one_rank_of_a_sharded_model(scenes_data, tiny, tmp_path):
-    """The first of two batches on rank 1 is not finite: an error on both ranks, none waits for the other, and the next pictures come."""
+    """The first of two batches on rank 1 is not finite: an error on both ranks, none waits for the other, and the next pictures come. Also of
+    those that are scored, and where rank 1 alone has no feature net."""
     words = [*tiny, *STEADY, "--train.parallel", "fsdp"]
     results, errors = ranks(2, [{"pictures": [str(tmp_path / "run"), str(scenes_data), words]}], tmp_path / "out")
     assert [rank[0]["error"] for rank in results] == ["another rank could not draw its pictures", "not finite"], errors
-    assert all(rank[0]["empty"] and rank[0]["shape"] == [4, 64, 64, 3] for rank in results)
+    assert all(rank[0]["empty"] and rank[0]["shape"] == rank[0]["again"] == [4, 64, 64, 3] for rank in results)
+    assert all(rank[0]["scored"] == "not finite" and rank[0]["net"] == "no net" and rank[0]["together"] is False for rank in results)
+
+
+def test_a_disk_slower_than_the_ranks_patience(tmp_path):
+    """A write of three seconds where ranks give up after one: saves, the wait for the last and a rehearsal go through."""
+    results, errors = ranks(2, [{"slow_disk": [str(tmp_path / "run"), "", []]}], tmp_path / "out")
+    assert [rank[0] for rank in results] == [[1, 2]] * 2, errors
+
+
+@pytest.mark.parametrize("words", [["--config", "quickstart", "--optim.lr", "fast"], ["--config"]])
+def test_the_first_rank_of_each_node_says_its_own_mistake(words, monkeypatch, capsys):
+    """In settings, and in what argparse looks at; rank 0 may be on another node, where all is well."""
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
+    for rank, local, lines in (("0", "0", 1), ("1", "1", 0), ("2", "0", 1), ("3", "1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        try:
+            status = cli.main(["train", *words])
+        except SystemExit as end:
+            status = end.code
+        assert status == 2 and len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_the_first_that_meets_a_mistake_says_it(monkeypatch):
+    """Rank 0 may not meet it at all."""
+    monkeypatch.setattr(distributed, "_store", torch.distributed.HashStore())
+    spoke = []
+    for rank in "325":
+        monkeypatch.setenv("RANK", rank)
+        spoke.append(not isinstance(distributed.said_once(UserError("no VAE")), distributed.ToldElsewhere))
+        assert not isinstance(distributed.said_once(UserError(f"only rank {rank}")), distributed.ToldElsewhere)
+    assert spoke == [True, False, False]
+
+
+def test_a_lack_of_memory_within_nccl_is_no_lost_rank(monkeypatch):
+    nccl = torch.distributed.DistBackendError
+    short, lost = nccl("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"), nccl("NCCL error: remote process exited")
+    assert not distributed.lost_rank(lost)  # one process
+    monkeypatch.setattr(distributed, "_store", torch.distributed.HashStore())
+    assert distributed.lost_rank(lost) and not distributed.lost_rank(short)
 
 
 def test_accumulation_reduces_gradients_once_a_step(scenes_data, tiny, tmp_path):

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from flowt2i import Pipeline, editing, flow
+from flowt2i import settings as choices
 from flowt2i.cli import main
-from flowt2i.config import SolverName, resolve
+from flowt2i.config import SampleConfig, SolverName, resolve
+from flowt2i.drawing import given_picture
 from flowt2i.errors import UserError
 from flowt2i.pictures import read_settings, save_png
 from flowt2i.solvers import EVALUATIONS, SOLVERS
@@ -96,7 +98,6 @@ def test_captions_are_encoded_once_a_batch(pipeline):
 def test_an_interval_saves_evaluations(pipeline):
     times = {"steps": 4, "schedule": "0,0.1,0.4,0.7,1"}
     assert pipeline.sample(PROMPT, guidance=2.0, guidance_from=0.3, guidance_until=0.5, **times).evaluations == 5
-    assert pipeline.sample(PROMPT, guidance=2.0, zero_init=0.05, **times).evaluations == 6
     plain, empty = (pipeline.sample(PROMPT, guidance=g, guidance_from=f, **times).images for g, f in ((1.0, 0.0), (2.0, 0.9)))
     assert np.array_equal(plain, empty)
 
@@ -105,7 +106,7 @@ def test_each_kind_of_guidance_draws_something_else(pipeline, weaker):
     kinds = [{}, {"guidance_rule": "zero-star"}, {"guidance_rescale": 0.7}, {"negative": OTHER}, {"guide": weaker}, {"zero_init": 0.3}]
     drawn = [pipeline.sample(PROMPT, steps=4, guidance=4.0, **kind) for kind in kinds]
     assert all(differ(a.images, b.images) > 1 for i, a in enumerate(drawn) for b in drawn[:i])
-    assert [s.evaluations for s in drawn] == [8, 8, 8, 8, 8, 4], "a guide costs an evaluation as the empty caption does"
+    assert [s.evaluations for s in drawn] == [8, 8, 8, 8, 8, 6], "a guide costs an evaluation as the empty caption does"
     own = pipeline.sample(PROMPT, steps=4, guidance=4.0, guide=pipeline).images
     assert differ(own, pipeline.sample(PROMPT, steps=4, guidance=1.0).images) <= 1, "a model that guides itself changes nothing"
 
@@ -128,6 +129,55 @@ def test_a_compiled_network_draws_the_same(tiny_run):
     assert differ(compiled.sample(PROMPT, steps=3).images, eager.sample(PROMPT, steps=3).images) <= 2
 
 
+class TestZeroInit:
+    """Drawing begins at T with the noise as it is: the network is first asked at T, whatever the grid and the solver."""
+
+    @pytest.mark.parametrize("solver", ["euler", "ab2", "heun", "rk4", "dopri5", "sde"])
+    def test_the_way_begins_at_its_time(self, pipeline, solver):
+        asked, field = [], pipeline.field
+        pipeline.field = lambda z, t, text, mask: asked.append((float(t), z)) or field(z, t, text, mask)
+        try:
+            pipeline.sample(PROMPT, steps=8, solver=solver, tolerance=0.05, guidance=1.0, zero_init=0.04, seed=3)
+        finally:
+            del pipeline.field
+        assert min(t for t, _ in asked) == pytest.approx(0.04) == asked[0][0]
+        assert torch.equal(asked[0][1], pipeline.initial_noise([3]))
+
+    def test_it_is_as_a_grid_that_begins_there(self, pipeline):
+        zero, plain = (pipeline.sample(PROMPT, steps=4, guidance=2.0, **s).images for s in ({"zero_init": 1e-5}, {}))
+        assert differ(zero, plain) <= 2, "a step that begins just before T does not stand still for its whole length"
+        assert pipeline.sample(PROMPT, schedule="0,0.1,0.4,0.7,1", guidance=2.0, zero_init=0.05).evaluations == 8
+        assert pipeline.sample(PROMPT, schedule="0,0.1,0.4,0.7,1", guidance=2.0, zero_init=0.09).evaluations == 6
+
+    def test_what_is_kept_is_on_its_path_when_it_begins(self, pipeline, circle):
+        asked, field = [], pipeline.field
+        pipeline.field = lambda z, t, text, mask: asked.append((float(t), z)) or field(z, t, text, mask)
+        try:
+            pipeline.sample(PROMPT, steps=4, guidance=1.0, zero_init=0.3, strength=0.9, init=circle[0], mask=circle[1], seed=3)
+        finally:
+            del pipeline.field
+        given = given_picture(pipeline, circle[0], 0.9, circle[1])
+        noise, kept = pipeline.initial_noise([3]), (given.latents <= 0.5).expand(1, 3, -1, -1)
+        t, z = asked[0]
+        assert t == pytest.approx(0.3)
+        assert torch.allclose(z[kept], editing.start_from(given.data, noise, 0.7)[kept], atol=1e-5)
+        assert torch.allclose(z[~kept], editing.start_from(given.data, noise, 0.9)[~kept], atol=1e-5)
+
+
+class TestWhichTimes:
+    def test_the_models_own_shift_is_for_its_own_schedule(self):
+        own = SampleConfig(shift=5.0, steps=8)
+        used = lambda **given: tuple(choices.resolve(own, given)[name] for name in ("schedule", "steps", "shift"))
+        assert used() == ("uniform", 8, 5.0) and used(steps=4) == ("uniform", 4, 5.0)
+        assert used(schedule="quickstart") == ("quickstart", 8, 1.0) and used(schedule="quickstart", shift=2.0) == ("quickstart", 8, 2.0)
+        assert used(schedule="0,0.1,0.4,1") == ("0,0.1,0.4,1", 3, 1.0) and used(schedule="0,0.1,0.4,1", steps=6)[1] == 6
+
+    def test_a_written_schedule_of_the_configuration_says_its_steps(self):
+        own = SampleConfig(schedule="0,0.1,0.4,1", shift=2.0)
+        assert choices.resolve(own, {})["steps"] == 3 and choices.resolve(own, {})["shift"] == 2.0
+        assert choices.resolve(own, {"steps": 7})["steps"] == 7 and choices.resolve(own, {"schedule": "uniform"})["steps"] == 50
+
+
 class TestBetween:
     def test_slerp(self):
         g = torch.Generator().manual_seed(0)
@@ -141,11 +191,12 @@ class TestBetween:
         to_a, to_b = ((at(0.5) * x).sum((1, 2, 3)) for x in (a, b))
         assert torch.allclose(to_a, to_b, atol=1e-4), "halfway in angle"
 
+    @pytest.mark.parametrize("solver", ["euler", "sde"])
     @pytest.mark.parametrize("way", [{"to": OTHER}, {"to_seed": 99}, {"to": OTHER, "to_seed": 99}])
-    def test_a_way_begins_and_ends_where_it_should(self, pipeline, way):
-        drawn = pipeline.sample(PROMPT, steps=4, seed=5, num=3, **way)
-        first = pipeline.sample(PROMPT, steps=4, seed=5).images[0]
-        last = pipeline.sample(way.get("to", PROMPT), steps=4, seed=way.get("to_seed", 5)).images[0]
+    def test_a_way_begins_and_ends_where_it_should(self, pipeline, way, solver):
+        drawn = pipeline.sample(PROMPT, steps=4, solver=solver, seed=5, num=3, **way)
+        first = pipeline.sample(PROMPT, steps=4, solver=solver, seed=5).images[0]
+        last = pipeline.sample(way.get("to", PROMPT), steps=4, solver=solver, seed=way.get("to_seed", 5)).images[0]
         assert differ(drawn.images[0], first) <= 1 and differ(drawn.images[2], last) <= 1
         assert differ(drawn.images[1], first) > 1 and differ(drawn.images[1], last) > 1
         assert drawn.evaluations == 4 * (3 if "to" in way else 2) and [b["mix"] for b in drawn.between] == [0, 0.5, 1]
@@ -228,6 +279,95 @@ def test_the_same_picture_again_from_its_metadata(pipeline, weaker, circle, tmp_
         assert name in (*places, "num", "variation") or told[name] == value
 
 
+class TestOtherModels:
+    """A picture tells which model drew it; another one draws something else, and says so."""
+
+    def test_another_model_or_step_or_weights_is_told(self, pipeline, weaker, recwarn):
+        picture = pipeline.sample(PROMPT, steps=2).pictures()[0]
+        assert read_settings(picture)["step"] == 4
+        pipeline.redraw(picture)
+        assert not recwarn.list
+        early = Pipeline.from_pretrained(weaker, device="cpu")
+        with pytest.warns(UserWarning, match=r"drawn by tiny \(EMA weights, step 4\), and this is .*step 2\)") as told:
+            early.redraw(picture)
+        assert len(told) == 1 and "\n" not in str(told[0].message)
+
+    def test_like_takes_the_weights_of_the_picture(self, tiny_run, tmp_path, capsys):
+        common = ["--model", str(tiny_run), "--json"]
+        assert main(["generate", PROMPT, "--steps", "2", "--weights", "raw", "--out", str(tmp_path / "a.png"), *common]) == 0
+        assert main(["generate", "--like", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), *common]) == 0
+        assert "warning" not in capsys.readouterr().err
+        assert np.array_equal(Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png"))
+        assert read_settings(tmp_path / "b.png")["weights"] == "raw"
+        assert main(["generate", "--like", str(tmp_path / "a.png"), "--weights", "ema", "--out", str(tmp_path / "c.png"), *common]) == 0
+        assert read_settings(tmp_path / "c.png")["weights"] == "EMA"
+
+    def test_a_guide_is_loaded_and_compiled_as_the_model_is(self, tiny_run, weaker, monkeypatch):
+        pipeline, asked = Pipeline.from_pretrained(tiny_run, device="cpu", codec="vae", text="t5"), []
+        monkeypatch.setattr(Pipeline, "from_pretrained", lambda path, **options: asked.append(options) or Pipeline.__new__(Pipeline))
+        monkeypatch.setattr(Pipeline, "compile", lambda self: asked.append("compiled") or self)
+        pipeline._compiled = True
+        with pytest.raises(AttributeError):  # nothing was loaded, so its description is missing
+            pipeline._guide(weaker)
+        assert asked == [{"device": torch.device("cpu"), "codec": "vae", "text": "t5"}, "compiled"]
+
+
+@pytest.mark.parametrize(
+    "told, what",
+    [
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x", "steps": 2.0}, "steps"),
+        ({"prompt": "x", "seed": True}, "seed"),
+        ({"prompt": "x", "guidance": "3"}, "guidance"),
+        ({"prompt": "x", "guidance": 10**400}, "guidance"),
+        ({"prompt": "x", "num": 10**9}, "num"),
+        ({"prompt": "x", "preview": "x"}, "preview"),
+        ({"prompt": "x", "init": ["a"]}, "init"),
+        ({"prompt": "x", "init": "a\0b"}, "init"),
+        ({"prompt": "x", "init": "a" * 5000}, "init"),
+        ({"prompt": "x", "to_seed": 7, "mix": float("nan")}, "mix"),
+        ({"prompts": ["x"]}, "sheet"),
+    ],
+)
+def test_odd_settings_in_a_png_are_told_in_a_line(pipeline, tmp_path, told, what):
+    picture = Image.new("RGB", (8, 8))
+    picture.info["flowt2i"] = json.dumps(told)
+    save_png(picture, tmp_path / "odd.png")
+    with pytest.raises(UserError, match=what) as caught:
+        pipeline.redraw(tmp_path / "odd.png")
+    assert "\n" not in str(caught.value)
+
+
+def test_pngs_made_to_harm_are_told_in_a_line(pipeline, tmp_path, monkeypatch):
+    picture = Image.new("RGB", (8, 8))
+    picture.info["flowt2i"] = "[" * 100_000
+    save_png(picture, tmp_path / "deep.png")
+    with pytest.raises(UserError, match="tells its settings"):
+        pipeline.redraw(tmp_path / "deep.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UserError, match="tells its settings"):
+        read_settings(tmp_path / "deep.png")
+    with pytest.raises(UserError, match="cannot read"):
+        pipeline.sample(PROMPT, init="a\0b")
+
+
+def test_a_mix_of_a_whole_number_is_a_number(pipeline):
+    picture = {"prompt": PROMPT, "seed": 5, "to_seed": 99, "mix": 1, "steps": 2, "shift": 1}
+    assert differ(pipeline.redraw(picture).images, pipeline.sample(PROMPT, seed=99, steps=2, shift=1.0).images) <= 1
+    pipeline.sample(PROMPT, seed=5, to=OTHER, mix=1, steps=2)
+
+
+def test_a_mask_fits_a_photograph_as_it_is_seen(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "photo.jpg", exif=exif)
+    Image.new("L", (60, 90), 255).save(tmp_path / "mask.png")
+    assert editing.load_init(tmp_path / "photo.jpg", tmp_path / "mask.png", 32)[1].all()
+    Image.new("L", (90, 60), 255).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="90x60 pixels and the picture 60x90"):
+        editing.load_init(tmp_path / "photo.jpg", tmp_path / "mask.png", 32)
+
+
 def test_redrawing_needs_the_picture_it_began_with(pipeline, circle, tmp_path):
     picture = pipeline.sample(PROMPT, steps=3, init=circle[0], mask=circle[1]).pictures()[0]
     Image.new("RGB", (96, 96), "red").save(circle[0])
@@ -259,8 +399,11 @@ def test_previews_of_every_solver(pipeline, solver):
         ({"guidance_rescale": 2.0}, "rescale"),
         ({"guidance_rule": "zero"}, "'zero-star'"),
         ({"zero_init": 1.0}, "zero init"),
+        ({"shift": 0.001}, "shift"),
+        ({"schedule": "0,0.999998,1", "shift": 0.01}, "too near"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"negative": "x", "guidance": 1.0}, "guidance"),
+        ({"negative": 5}, "negative"),
         ({"variation": float("nan")}, "variation"),
         ({"variation": 0.5, "to": "x"}, "leave one out"),
         ({"mix": 0.5}, "to_seed"),
@@ -298,6 +441,7 @@ class TestCommandLine:
         "words, told",
         [
             (["x", "--steps", "-1"], "steps -1"),
+            (["x", "--num", "1000000000"], "--num 1000000000"),
             (["x", "--steps", "nan"], "invalid int"),
             (["x", "--steps", "1000000000"], "steps 1000000000"),
             (["x", "--guidance", "inf"], "guidance inf"),

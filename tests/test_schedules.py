@@ -27,6 +27,21 @@ def test_the_rest_of_a_grid_starts_where_it_is_told_to():
     assert torch.allclose(times_from(uniform_times(4), 0.4), torch.tensor([0.4, 0.5, 0.75, 1]))
     assert torch.allclose(times_from(uniform_times(4), 0.5), torch.tensor([0.5, 0.75, 1]))
     assert torch.allclose(times_from(uniform_times(4), 0.999), torch.tensor([0.999, 1]))
+    assert torch.allclose(times_from(uniform_times(4), 0.45), torch.tensor([0.45, 0.75, 1])), "a sliver goes with the next step"
+    assert torch.allclose(times_from(uniform_times(4), 0.43), torch.tensor([0.43, 0.5, 0.75, 1]))
+    assert times_from(uniform_times(4), 1 - 1e-7)[1:].tolist() == [1], "never empty"
+
+
+@pytest.mark.parametrize("schedule, steps, shift", [("0,0.999998,1", 2, 0.01), ("0,0.999999,1", 1000, 0.01)])
+def test_times_that_meet_in_single_precision_are_refused(schedule, steps, shift):
+    with pytest.raises(UserError, match="too near"):
+        make_times(schedule, steps, shift)
+
+
+@pytest.mark.parametrize("shift", [0.01, 0.5, 1.0, 5.0, 100.0])
+def test_a_thousand_steps_of_any_shift_increase(shift):
+    times = make_times("uniform", 1000, shift)
+    assert (times.diff() > 0).all() and times[0] == 0 and times[-1] == 1 and times.dtype == torch.float32
 
 
 def test_written_and_named_schedules():
@@ -41,7 +56,7 @@ def test_written_and_named_schedules():
             assert len(times) == steps + 1 and times[0] == 0 and times[-1] == 1 and (times.diff() > 0).all()
 
 
-@pytest.mark.parametrize("schedule", ["unifrom", "0,1,0.5", "0,0.5", "0.1,1", "0,nan,1", "0,a,1", "0,0,1", ",", "0," + "0.5," * 2000 + "1"])
+@pytest.mark.parametrize("schedule", ["unifrom", "0,1,0.5", "0,0.5", "0.1,1", "0,nan,1", "0,a,1", "0,0,1", "0,0.9999999,1", ",", "0," + "0.5," * 2000 + "1"])
 def test_bad_schedules_are_told_in_a_line(schedule):
     with pytest.raises(UserError) as caught:
         check_schedule(schedule)

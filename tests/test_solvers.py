@@ -111,6 +111,12 @@ class TestDopri5:
             exact = math.exp(math.exp(t) - 1)
             assert abs(z - exact) < 2e-3 and abs(v - exact * math.exp(t)) < 3e-2
 
+    def test_its_first_trial_stays_before_the_end(self):
+        """Large values at a slow field make the first guess long; a short rest of the way must not be left by it."""
+        calls = []
+        dopri5(lambda z, t: calls.append(float(t)) or 0.1 * torch.ones_like(z), torch.full((3,), 50.0), torch.tensor([0.99, 1.0]))
+        assert max(calls) < 1
+
     @pytest.mark.parametrize("velocity", [lambda z, t: z / 0 * 0, lambda z, t: torch.randn_like(z) * 1e6])
     def test_a_field_that_cannot_be_followed_is_told(self, velocity):
         with pytest.raises(ToleranceError):

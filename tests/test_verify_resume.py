@@ -1,6 +1,7 @@
 """`flowt2i verify-resume`: says equal where it is, and notices where it is not."""
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +15,7 @@ from flowt2i.cli import main
 from flowt2i.config import resolve
 from flowt2i.training import checkpoint
 from flowt2i.training.loop import train
-from flowt2i.verify_resume import compare, report
+from flowt2i.verify_resume import compare, report, what_failed
 
 
 def spoil(run, step, name):
@@ -96,6 +97,59 @@ def test_a_temporary_folder_that_is_full_or_cannot_be_written(scenes_data, tiny,
         assert main(words) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(told) == 2 and "Read-only file system" in told[0] and "5 GiB needed" in told[1] and all("set TMPDIR" in line for line in told)
+
+
+TORCHRUN = """\
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "two.py", line 4, in f
+[rank1]: ValueError: the loss is not what it was
+[rank0]: Traceback (most recent call last):
+[rank0]:   File "two.py", line 6, in <module>
+[rank0]: RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:17821.
+E1123 02:55:13.118000 31378 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 1 (pid: 31408) of binary: python
+Traceback (most recent call last):
+  File "torch/distributed/launcher/api.py", line 383, in launch_agent
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 31407)  (SIGTERM)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-23_02:55:13
+  rank      : 1 (local_rank: 1)
+  exitcode  : 1 (pid: 31408)
+============================================================
+"""  # of `torchrun --nproc-per-node 2` (torch 2.x), shortened
+
+
+def test_the_error_is_found_among_torchruns_own_lines():
+    assert what_failed(TORCHRUN) == "[rank1]: ValueError: the loss is not what it was"
+    lost = "flowt2i train: error: another rank was lost, so this one ends"
+    assert what_failed(f"{lost}\n{TORCHRUN}") == what_failed(TORCHRUN) and what_failed(lost) == lost
+    assert what_failed("flowt2i train: error: no dataset\n" + TORCHRUN) == "flowt2i train: error: no dataset"
+    assert what_failed("Traceback\nKeyError: 'a'\n\nTraceback\ntorch.OutOfMemoryError: CUDA out of memory\n") == "torch.OutOfMemoryError: CUDA out of memory"
+    assert what_failed("Killed") == "Killed"
+
+
+@pytest.mark.slow
+def test_a_plain_exception_of_one_of_two_ranks_is_told(scenes_data, tiny, monkeypatch, capsys, tmp_path):
+    """In a real training under torchrun: rank 1 breaks off at step 2."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from flowt2i.training import loop\n"
+        "    real = loop.Trainer._step\n"
+        "    def step(self, *args):\n"
+        "        if self.step == 1: raise ValueError('the loss is not what it was')\n"
+        "        return real(self, *args)\n"
+        "    loop.Trainer._step = step\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert main(["verify-resume", "--config", "quickstart", "--data", str(scenes_data), "--steps", "3", "--at", "2", "--ranks", "2", *tiny]) == 2
+    assert "the training itself failed: [rank1]: ValueError: the loss is not what it was" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--samples", type=int, default=16, help="pictures in the card, not picked (default 16; 0: none)")
     parser.add_argument(
-        "--take-nets", action="store_true", help="copy VAE and text encoder too where the hub has them; those in folders here are always copied"
+        "--take-nets", action="store_true", help="format flowt2i: copy VAE and text encoder too where the hub has them; those in folders are always copied"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export at DIR")
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="send the folder to the Hugging Face hub under this name")
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    print(f"exported {args.to} ({size(result['bytes'])}, {result['format']}, {result['weights']} weights, step {result['step']:,})")
+    step = "" if result["step"] is None else f", step {result['step']:,}"
+    print(f"exported {args.to} ({size(result['bytes'])}, {result['format']}, {result['weights']} weights{step})")
     for name, error in result.get("errors", {}).items():
         print(f"  {name}.onnx: differs from torch by at most {error:.1e} of the largest value")
     if result["pushed"]:

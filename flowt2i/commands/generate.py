@@ -10,6 +10,8 @@ from flowt2i import __version__
 from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline, sampling
 from flowt2i.errors import UserError
 
+MOST = 10_000  # pictures of one call: all of them are kept until they are written
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: pictures are written as PNG, so give a name that ends in .png")
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
+    if len(prompts) * args.num > MOST:
+        raise UserError(f"{len(prompts)} prompt(s) with --num {args.num} are more pictures than the {MOST} drawn in one go: give fewer, and go on with --seed")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,8 +71,10 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from flowt2i.grid import grid
-    from flowt2i.pictures import save_png
+    from flowt2i.pictures import read_settings, save_png
 
+    if args.like and args.weights == "auto" and (weights := read_settings(args.like).get("weights")) in ("EMA", "raw"):
+        args.weights = weights.lower()
     pipeline = load_pipeline(args)
     edits = {"to": args.to, "to_seed": args.to_seed, "init": args.init, "strength": args.strength, "mask": args.mask}
     settings = sampling(args) | edits

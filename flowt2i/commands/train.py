@@ -4,13 +4,12 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from flowt2i.commands.common import add_json, add_moved, configuration, only_dataset
 from flowt2i.config import PRESETS, Config, describe_fields
-from flowt2i.errors import INTERRUPTED, UserError
+from flowt2i.errors import INTERRUPTED, UserError, first_of_node, told_elsewhere
 from flowt2i.memory import is_out_of_memory
 
 
@@ -42,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         config, data = configuration(args), args.data if args.print_config else args.data or only_dataset()
     except UserError:
-        if main_rank:
+        if first_of_node():
             raise
-        return leave_to_rank_0()  # it was given the same words
+        return told_elsewhere()  # it was given the same words
     if args.print_config:
         print(json.dumps(resolved_config(config, args.data), indent=2))
         return 0
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"flowt2i train: {stopped}", file=sys.stderr)
         return INTERRUPTED
     except ToldElsewhere:
-        return leave_to_rank_0()
+        return told_elsewhere()
     except (RuntimeError, MemoryError) as error:  # later than the start, where the micro-batch is fitted
         if not is_out_of_memory(error):
             raise
@@ -77,12 +76,6 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f'next: flowt2i generate "…" --model {run} --out picture.png', file=sys.stderr)
     return 0
-
-
-def leave_to_rank_0() -> int:
-    """The status of a mistake that rank 0 says. Not at once: torchrun ends all ranks when the first one ends, and rank 0 may not have spoken yet."""
-    time.sleep(2)
-    return 2
 
 
 def resolved_config(config: Config, data: Path | None) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from flowt2i.errors import UserError
 PROMPTS = 16  # held-out captions kept in the description for previews
 
 
-def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSpec, settling: Settling) -> dict[str, Any]:
-    """Complete a dataset whose units are all there; return the report. `dataset.json` comes last and makes it complete.
+def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSpec, settling: Settling, hub: tuple[str, ...]) -> dict[str, Any]:
+    """Complete a dataset whose units are all there; return the report. `dataset.json` comes last and makes it complete. hub: which sources came from there.
 
     Killed anywhere and done again it does the same: records are not changed, and a part is either as its unit wrote it or as it stays.
     """
@@ -60,6 +60,7 @@ def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSp
     write_json(folder / "dataset_dict.json", {"splits": list(SPLITS)})
     description = DatasetDescription(
         source=", ".join(options.sources),
+        hub_sources=hub,
         codec=codec,
         text=text,
         latent_mean=mean,

@@ -75,6 +75,13 @@ def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.asarray(rgb)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) as the picture is seen, its EXIF orientation applied."""
+    turn = _orientation(image)
+    sideways = turn is not None and turn in [_TURNS[n] for n in (5, 6, 7, 8)]
+    return (image.height, image.width) if sideways else image.size
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: 16-bit scaled down rather than clipped, transparency laid on white."""
     if image.mode.startswith("I") or image.mode == "F":

@@ -24,6 +24,7 @@ from flowt2i.data.plan import Plan, Say, finished, make_plan, open_codec, projec
 from flowt2i.data.sample import RawSample, Shard
 from flowt2i.data.settle import Settling
 from flowt2i.data.sources import open_sources
+from flowt2i.data.tables import hub_signature
 from flowt2i.data.units import Unit, UnitId, load_unit, load_units
 from flowt2i.data.walk import RUN, Run, walk
 from flowt2i.data.writer import UnitWriter
@@ -78,7 +79,8 @@ def complete(folder: Path, options: PrepareOptions, plan: Plan) -> dict[str, Any
         settling.advance(lambda group, piece: load_unit(folder, group, piece))
         if settling.next is not None:
             return None
-        return finish(folder, options, plan.codec, plan.text, settling)
+        hub = tuple(source for source in options.sources if hub_signature(source, options.hub_split, options.hub_files) in plan.shards)
+        return finish(folder, options, plan.codec, plan.text, settling, hub)
 
 
 def _write_units(

@@ -66,25 +66,30 @@ class Drawing:
 def over_ranks(
     world: World, count: int, work: Callable[[range], np.ndarray], shape: tuple[int, ...], dtype: Any, progress: bool, title: str
 ) -> np.ndarray:  # fmt: skip
-    """Results [count, *shape] of `work` on blocks of rows, on every rank. Blocks are divided over the ranks, as many for each, padded and cut."""
+    """Results [count, *shape] of `work` on blocks of rows, on every rank. Blocks are divided over the ranks, as many for each, padded and cut.
+
+    Raises on all ranks where a block fails on one. That does not end the rank's work: the others would wait for it in the next block of a sharded model.
+    """
     blocks = -(-count // BLOCK)
     share = world.share(blocks)
     mine = np.zeros((len(share), BLOCK, *shape), dtype)
     failure: Exception | None = None
     bar = tqdm(total=count, desc=title, unit="image", disable=not (progress and world.main), leave=False)
-    try:
-        for place, number in enumerate(share.tolist()):
-            rows = range(number * BLOCK, min((number + 1) * BLOCK, count))
+    for place, number in enumerate(share.tolist()):
+        rows = range(number * BLOCK, min((number + 1) * BLOCK, count))
+        try:
             mine[place, : len(rows)] = work(rows)
-            bar.update(min(len(rows) * world.size, count - bar.n))
-    except Exception as error:  # the others must not wait for a rank that gave up
-        failure = error
+        except Exception as error:
+            failure = failure or error
+            if world.size == 1:
+                break
+        bar.update(min(len(rows) * world.size, count - bar.n))
     bar.close()
-    _raise_everywhere(world, failure)
+    raise_everywhere(world, failure)
     return world.collect(mine, blocks).reshape(-1, *shape)[:count]
 
 
-def _raise_everywhere(world: World, failure: Exception | None) -> None:
+def raise_everywhere(world: World, failure: Exception | None) -> None:
     """Where any rank failed all ranks stop, each with the first message, or its own where that is no mistake of the user."""
     if not world.any(failure is not None):
         return

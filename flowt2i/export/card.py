@@ -12,8 +12,7 @@ from flowt2i.export.facts import public_source
 from flowt2i.grid import grid
 from flowt2i.human import duration
 from flowt2i.pipeline import Pipeline, save_png
-
-SAMPLING = ("solver", "steps", "schedule", "shift", "guidance")  # settings that the card names
+from flowt2i.settings import describe
 
 USE = {
     "flowt2i": """```python
@@ -59,20 +58,20 @@ def draw_samples(pipeline: Pipeline, prompts: list[str], path: Path, progress: A
 
 
 def write_card(
-    folder: Path, format: str, name: str, pipeline: Pipeline, facts: dict[str, Any], licence: str, dtype: str, prompts: list[str], drawn: dict[str, Any] | None
-) -> None:
-    """README.md. facts: of `training_facts`; drawn: settings of samples.png, None where there is none."""
+    folder: Path, format: str, name: str, pipeline: Pipeline, facts: dict[str, Any], licence: str, dtype: str, prompts: list[str],
+    drawn: dict[str, Any] | None, longest: int,
+) -> None:  # fmt: skip
+    """README.md. facts: of `training_facts`; drawn: settings of samples.png, None where there is none; longest: tokens of a caption that are read."""
     from huggingface_hub import ModelCardData
 
     description, config = pipeline.description, pipeline.config
     size, source = description.codec.image_size, public_source(description)
-    on_hub = [s for s in source.split(", ") if re.fullmatch(r"[\w.-]+/[\w.-]+", s)]
     data = ModelCardData(
         license=licence or "unknown",
         library_name=format,
         pipeline_tag="text-to-image",
         tags=["text-to-image", "flow-matching", "flowt2i"],
-        datasets=on_hub or None,
+        datasets=list(description.hub_sources) or None,
         language="en" if description.is_scenes else None,
     )
     example = min(prompts, key=len) if prompts else "a small red circle"
@@ -84,13 +83,15 @@ def write_card(
     if drawn:
         parts.append(
             f"![{len(prompts)} pictures under their captions](samples.png)\n\n*{_which(config, description.is_scenes)}, seeds 0 to {len(prompts) - 1}, "
-            f"not picked. {drawn['solver'].capitalize()}, {drawn['steps']} steps, guidance {drawn['guidance']:g}.*"
+            f"not picked. Drawn by {describe(drawn)}.*"
         )
-    shown = {"name": name, "prompt": example, "quoted": shlex.quote(example), "longest": description.text.max_tokens, "encoder": ""}
+    shown = {"name": name, "prompt": example, "quoted": shlex.quote(example), "longest": longest, "encoder": ""}
     if format == "onnx":
         shown["encoder"] = _onnx_use(description.text.kind, description.codec.kind)
-    parts += ["## Use", USE[format].format(**shown), "## Data", _data(pipeline, source), "## Training", _training(pipeline, facts, dtype)]
-    if scores := _scores(facts.get("scores") or {}):
+    parts += ["## Use", USE[format].format(**shown), "## Data", _data(pipeline, source, longest), "## Training", _training(pipeline, facts, dtype)]
+    if format == "flowt2i":
+        parts.append("Every setting is in `config.json`, which travels with the weights.")
+    if scores := _scores(facts["scores"]):
         parts += ["## Scores", scores]
     parts += ["## Limits", _limits(size, description.is_scenes), "## Licence", _licence(pipeline, licence, source)]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n")
@@ -100,25 +101,25 @@ def _which(config: Config, scenes: bool) -> str:
     return "The prompts of the run's previews" if config.sample.prompts else "Captions of held-out pictures" + (" (of the built-in scenes)" if scenes else "")
 
 
-def _data(pipeline: Pipeline, source: str) -> str:
+def _data(pipeline: Pipeline, source: str, longest: int) -> str:
     description = pipeline.description
-    what = "the scenes that flowt2i draws by itself: coloured shapes, their number, size and place" if description.is_scenes else f"`{source}`"
+    what = "the scenes that flowt2i draws by itself: coloured shapes, their number, size and place" if description.is_scenes else source
     codec = "pixels, no image codec" if description.codec.kind == "pixels" else f"latents {description.codec.shape} of the VAE `{_net(description.codec.id)}`"
     text = "a text encoder trained along with the model" if description.text.kind == "builtin" else f"the frozen text encoder `{_net(description.text.id)}`"
     return (
         f"{description.train_count:,} captioned pictures for training and {description.heldout_count:,} held out, from {what}. "
-        f"The flow runs on {codec}; captions are read by {text}, up to {description.text.max_tokens} tokens."
+        f"The flow runs on {codec}; captions are read by {text}, up to {longest} tokens."
     )
 
 
 def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
     config = pipeline.config
-    model, own = config.model, pipeline.settings()
-    device = f"{facts['ranks'] or 1} × {facts['device']}" if facts.get("device") else ""
+    model = config.model
+    device = f"{facts['ranks'] or 1} × {re.sub(r'^cuda(:[0-9]+)?$', 'CUDA GPU', facts['device'])}" if facts["device"] else ""
     rows = [
-        ("steps", f"{facts['step']:,}"),
-        ("images seen", f"{facts['images_seen']:,}"),
-        ("time in steps", (duration(facts["seconds"]) if facts.get("seconds") else "") + (f" on {device}" if device else "")),
+        ("steps", _count(facts["step"])),
+        ("images seen", _count(facts["images_seen"])),
+        ("time in steps", (duration(facts["seconds"]) if facts["seconds"] else "") + (f" on {device}" if device else "")),
         ("batch", f"{config.data.batch_size}"),
         ("network", f"{model.block}, width {model.width}, depth {model.depth}, {model.heads} heads"),
         ("predicts", "velocity" if pipeline.model.config.target == "v" else "the clean picture"),
@@ -126,10 +127,14 @@ def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
         ("compute", config.train.precision),
         ("seed", f"{config.train.seed}"),
         ("weights here", f"{pipeline.weights}, {dtype}"),
-        ("sampling", ", ".join(f"{key} {own[key]:g}" if isinstance(own[key], float) else f"{key} {own[key]}" for key in SAMPLING if key in own)),
+        ("sampling", describe(pipeline.settings())),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value.strip())
-    return f"| | |\n|---|---|\n{table}\n\nEvery setting is in the configuration that travels with the weights."
+    return f"| | |\n|---|---|\n{table}"
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
 
 
 def _scores(scores: dict[str, Any]) -> str:
@@ -140,7 +145,7 @@ def _scores(scores: dict[str, Any]) -> str:
         "validation_ema/loss": "loss on held-out pictures, averaged weights",
     }
     names = sorted((name for name in scores if name != "step" and "/t0." not in name), key=lambda name: name.startswith("validation"))
-    if not names:
+    if not names or "step" not in scores:
         return ""
     rows = [f"| {name} | {scores[name]:.4g} | {meaning.get(name, '')} |" for name in names]
     return f"At step {scores['step']:,}, as the run recorded them:\n\n| score | value | |\n|---|---|---|\n" + "\n".join(rows)
@@ -159,7 +164,7 @@ def _licence(pipeline: Pipeline, licence: str, source: str) -> str:
     data = (
         "The training pictures were drawn by flowt2i itself; nobody else has rights in them."
         if description.is_scenes
-        else f"The training pictures (`{source}`) have terms of their own, which may bind models that learned from them."
+        else f"The training pictures ({source}) have terms of their own, which may bind models that learned from them."
     )
     nets = [_net(spec.id) for spec in (description.codec, description.text) if spec.kind in ("vae", "hf")]
     others = f" {' and '.join(f'`{net}`' for net in nets)} {'has its' if len(nets) == 1 else 'have their'} own licence." if nets else ""

@@ -56,6 +56,8 @@ class FlowT2IPipeline(DiffusionPipeline):
         if self.text_encoder is None:
             backend = self.tokenizer.backend_tokenizer
             backend.encode_special_tokens = True  # "<end>" written in a caption is text, not the end
+            if hook := getattr(self.transformer, "_hf_hook", None):  # of enable_model_cpu_offload, which waits for a call of `forward`
+                hook.pre_forward(self.transformer)
         rows, _ = token_ids(backend, prompts, self.config["max_tokens"])
         width = max(self.config["caption_tokens"], *(len(row) for row in rows))
         pad = self.tokenizer.pad_token_id or 0
@@ -82,7 +84,7 @@ class FlowT2IPipeline(DiffusionPipeline):
         prompt: str | list[str],
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -92,6 +94,7 @@ class FlowT2IPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures.
 
+        negative_prompt: what guidance leads away from, one for all prompts or one for each (None: the empty caption).
         generator: one, or one a picture (seed s as in flowt2i: `torch.Generator().manual_seed(s)`); latents: the noise [B, C, H, W] itself.
         guidance_scale g: `v = v_negative + g (v - v_negative)` (2207.12598, eq. 6); 1: none. output_type: "pil", "np" ([B, H, W, 3] in [0, 1]),
         "pt" ([B, 3, H, W]) or "latent" (normalised). The scheduler's shift s takes sigma to `s sigma / (1 + (s - 1) sigma)`, which is
@@ -103,12 +106,19 @@ class FlowT2IPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps {steps} must be at least 1")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}: choose pil, np, pt or latent")
-        prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images_per_prompt)]
+        asked = [prompt] if isinstance(prompt, str) else prompt
+        unlike = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(asked)
+        if len(unlike) != len(asked):
+            raise ValueError(f"{len(unlike)} negative prompts for {len(asked)} prompts: give one for all, or one for each")
+        prompts, unlike = ([p for p in texts for _ in range(num_images_per_prompt)] for texts in (asked, unlike))
         if not prompts:
             raise ValueError("no prompt: give at least one")
+        shape = (len(prompts), *self.transformer.config.shape)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: {len(prompts)} pictures of this model begin at {shape}")
         guided, device = guidance != 1, self._execution_device
-        text, mask = self.encode_prompt([*prompts, *[negative_prompt] * len(prompts)] if guided else prompts)
-        z = latents if latents is not None else randn_tensor((len(prompts), *self.transformer.config.shape), generator, device, torch.float32)
+        text, mask = self.encode_prompt([*prompts, *unlike] if guided else prompts)
+        z = latents if latents is not None else randn_tensor(shape, generator, device, torch.float32)
         z = z.to(device, torch.float32)
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
         for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):

@@ -16,7 +16,7 @@ FORMATS = ("flowt2i", "diffusers", "onnx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check(to: Path, format: str, dtype: str, licence: str, samples: int, push: str, force: bool) -> None:
+def check(to: Path, format: str, dtype: str, licence: str, samples: int, nets: bool, push: str, private: bool, force: bool) -> None:
     """UserError for whatever cannot work, before anything is loaded."""
     if format not in FORMATS:
         raise UserError(f"no format {format!r}{nearest(format, FORMATS)}")
@@ -24,6 +24,10 @@ def check(to: Path, format: str, dtype: str, licence: str, samples: int, push: s
         raise UserError(f"no dtype {dtype!r}{nearest(dtype, DTYPES)}")
     if format == "onnx" and dtype != "fp32":
         raise UserError("--format onnx is fp32: leave out --dtype")
+    if nets and format != "flowt2i":
+        raise UserError(f"--format {format} {'always takes its nets along' if format == 'diffusers' else 'takes no such nets along'}: leave out --take-nets")
+    if private and not push:
+        raise UserError("--private is about the hub: add --push OWNER/NAME, or leave it out")
     if not 0 <= samples <= 64:
         raise UserError(f"--samples {samples} is out of range: choose 0 to 64")
     card.check_licence(licence)
@@ -47,7 +51,7 @@ def export(
     nets: take VAE and text encoder along where the hub has them too. codec, text: where they are, if they moved. UserError in one line
     for what the user can mend; `to` is then as it was (a push that fails leaves it complete).
     """
-    check(to, format, dtype, licence, samples, push, force)
+    check(to, format, dtype, licence, samples, nets, push, private, force)
     from tqdm import tqdm
 
     source = checkpoint.find(hub.local(model))
@@ -58,6 +62,7 @@ def export(
         parameter.data.copy_(parameter.to(DTYPES[dtype]))  # the samples show what travels
     prompts = card.sample_prompts(pipeline.config, pipeline.description.prompts, samples)
     result: dict[str, Any] = {"to": str(to), "format": format, "weights": "ema" if pipeline.weights == "EMA" else "raw", "dtype": dtype}
+    longest = pipeline.description.text.max_tokens
     with folder.aside(to, force) as aside:
         drawn = None
         if prompts:
@@ -72,7 +77,7 @@ def export(
                     bar.set_description(what)
                     bar.update()
 
-                result["errors"] = onnx_format.write(pipeline, aside, stage)
+                result["errors"], longest = onnx_format.write(pipeline, aside, stage)
         elif format == "diffusers":
             from flowt2i.export import diffusers_format
 
@@ -80,7 +85,7 @@ def export(
         else:
             native.write(pipeline, aside, DTYPES[dtype], samples, nets, codec, text)
         folder.write_mark(aside, format, weights=result["weights"], dtype=dtype, training=facts)
-        card.write_card(aside, format, push or to.resolve().name, pipeline, facts, licence, dtype, prompts, drawn)
+        card.write_card(aside, format, push or to.resolve().name, pipeline, facts, licence, dtype, prompts, drawn, longest)
         checkpoint.write_manifest(aside, leave_out=("README.md", "samples.png"))  # people may edit these
-    result |= {"bytes": folder.total_bytes(to), "step": facts["step"], "pushed": hub.push(to, push, private) if push else None}
+    result |= {"bytes": checkpoint.total_bytes(to), "step": facts["step"], "pushed": hub.push(to, push, private) if push else None}
     return result

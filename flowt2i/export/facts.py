@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flowt2i import exported
 from flowt2i.description import DatasetDescription
-from flowt2i.export.folder import read_mark
 from flowt2i.pipeline import Pipeline
 from flowt2i.training import checkpoint
 
@@ -15,9 +15,10 @@ def training_facts(model: Path, pipeline: Pipeline) -> dict[str, Any]:
 
     `seconds` sums images over images a second of every logged step: evaluations and saves are not in it. None where there is no log.
     """
-    mark = read_mark(model)
+    parameters = sum(p.numel() for p in pipeline.model.parameters())
+    mark = exported.read_mark(model)
     if mark:
-        return mark["training"]
+        return mark.training.model_dump() | {"parameters": parameters}
     state = checkpoint.read_state(model)
     run = model.parent.parent
     resolved = _resolved(run / "config.json")
@@ -25,30 +26,24 @@ def training_facts(model: Path, pipeline: Pipeline) -> dict[str, Any]:
         "step": state["step"],
         "images_seen": state["images_seen"],
         "seconds": _seconds(_lines(run / "log.jsonl", state["step"])),
-        "parameters": sum(p.numel() for p in pipeline.model.parameters()),
-        "device": resolved.get("device"),
+        "parameters": parameters,
+        "device": resolved.get("device_name") or resolved.get("device"),
         "ranks": resolved.get("ranks"),
         "scores": _scores(_lines(run / "eval.jsonl", state["step"])),
     }
 
 
 def public_source(description: DatasetDescription) -> str:
-    """Where the data came from, without the folders of the machine it was prepared on: those are nobody's business."""
+    """Where the data came from: scenes and datasets on the hub by name, all else as "local files": what it is called is nobody's business."""
     if description.is_scenes:
         return description.source
-    return ", ".join(_public(part) for part in description.source.split(", "))
+    told = [*description.hub_sources, *(["scenes"] if "scenes" in description.source.split(", ") else [])]
+    return ", ".join(told if set(description.source.split(", ")) <= set(told) else [*told, "local files"])
 
 
 def plain_euler(settings: dict[str, Any]) -> bool:
     """Are these sampling settings Euler's method on even (or shifted) times, as other programs have it?"""
-    return settings["solver"] == "euler" and settings.get("schedule", "uniform") == "uniform"
-
-
-def _public(source: str) -> str:
-    path = Path(source)
-    if not (source.startswith((".", "/", "~")) or path.exists() or source.count("/") > 1):
-        return source  # a hub id
-    return "local files: " + (path.name or source)
+    return settings["solver"] == "euler" and settings["schedule"] == "uniform"
 
 
 def _resolved(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Exported folders: complete or absent, and known as ours by `export.json`."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -13,16 +14,9 @@ from safetensors import SafetensorError
 
 from flowt2i import __version__
 from flowt2i.errors import UserError
-from flowt2i.exported import MARK
+from flowt2i.exported import MARK, read_mark
 
-
-def read_mark(folder: Path) -> dict[str, Any] | None:
-    """What `export.json` says of a folder that `flowt2i export` wrote; None for any other."""
-    try:
-        mark = json.loads((folder / MARK).read_text())
-        return mark if isinstance(mark, dict) and {"format", "weights", "training"} <= mark.keys() and isinstance(mark["training"], dict) else None
-    except (OSError, ValueError):
-        return None
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # what only a write meets, whichever file it names
 
 
 def write_mark(folder: Path, format: str, **entries: Any) -> None:
@@ -37,7 +31,11 @@ def check_target(target: Path, force: bool) -> None:
         raise UserError(f"--to {target} is a file: give another name")
     if not any(target.iterdir()):
         return
-    if read_mark(target) is None:
+    try:
+        ours = read_mark(target) is not None
+    except UserError:  # another program's export.json
+        ours = False
+    if not ours:
         raise UserError(f"--to {target} holds other files, and nothing was written: give a new or empty folder")
     if not force:
         raise UserError(f"--to {target} is an earlier export: add --force to replace it, or give another folder")
@@ -45,8 +43,11 @@ def check_target(target: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def aside(target: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside the target; renamed to it when all went well, removed otherwise. What a killed export left is cleared up first."""
-    target = target.absolute()
+    """A hidden folder beside the target; renamed to it when all went well, removed otherwise. What a killed export left is cleared up first.
+
+    Of a target that is a link, the folder that it leads to is the target.
+    """
+    target = target.resolve()
     beside, old, lock = (target.with_name(f".{target.name}.{what}") for what in ("tmp", "old", "lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +68,14 @@ def aside(target: Path, force: bool) -> Iterator[Path]:
                 lock.unlink(missing_ok=True)
     except Timeout as error:
         raise UserError(f"another export is writing --to {target}: wait for it, or give another folder") from error
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a disk that is full
-        raise UserError(f"cannot write --to {target}: {getattr(error, 'strerror', None) or error}; nothing was exported") from error
+    except SafetensorError as error:  # its own error for a disk that is full
+        raise UserError(f"cannot write --to {target}: {error}; nothing was exported") from error
+    except OSError as error:
+        file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        if file is None and error.errno not in WRITE_ERRORS:
+            raise
+        ours = error.errno in WRITE_ERRORS or any(file.is_relative_to(place) or place.is_relative_to(file) for place in (target, beside, old, lock) if file)
+        raise UserError(f"{f'cannot write --to {target}' if ours else file}: {error.strerror or error}; nothing was exported") from error
 
 
 def _restore(target: Path, old: Path) -> None:
@@ -77,7 +84,3 @@ def _restore(target: Path, old: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():
         os.replace(old, target)
-
-
-def total_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

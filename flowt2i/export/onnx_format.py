@@ -53,8 +53,8 @@ def require_onnx() -> None:
             raise UserError(f"--format onnx needs {name}: pip install -c constraints.txt -e '.[onnx]'") from error
 
 
-def write(pipeline: Pipeline, folder: Path, progress: Callable[[str], Any]) -> dict[str, float]:
-    """Write the graphs of a pipeline and compare each with torch. Returns the largest error of each, relative to the largest value.
+def write(pipeline: Pipeline, folder: Path, progress: Callable[[str], Any]) -> tuple[dict[str, float], int]:
+    """Write the graphs of a pipeline and compare each with torch. Returns the largest error of each, relative to the largest value, and T's maximum.
 
     UserError where one is above TOLERANCE. progress(what) is called before each stage.
     """
@@ -90,7 +90,7 @@ def write(pipeline: Pipeline, folder: Path, progress: Callable[[str], Any]) -> d
         if not errors[name] <= TOLERANCE:
             raise UserError(f"{name}.onnx differs from torch by {errors[name]:.1e} of the largest value, more than {TOLERANCE:g}: nothing was exported")
     _write_sampling(pipeline, folder, longest)
-    return errors
+    return errors, longest
 
 
 def _mask(batch: int, tokens: int) -> Tensor:
@@ -126,7 +126,7 @@ def _write_sampling(pipeline: Pipeline, folder: Path, longest: int) -> None:
         "latent_std": list(description.latent_std),
         "text": text.kind,
         "codec": description.codec.kind,
-        "max_tokens": min(text.max_tokens, longest),
+        "max_tokens": longest,
         "caption_tokens": min(max(description.longest_caption, 1), longest),
         "pad_id": text.pad_id,
         "steps": own["steps"] if plain_euler(own) else 50,  # sample.py steps as Euler does

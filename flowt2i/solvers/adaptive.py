@@ -44,7 +44,7 @@ def dopri5(velocity: Velocity, z: Tensor, times: Tensor, callback: Callback | No
     stop = end - TAIL * (end - start)
     now, shown, tries = start, 0, 0
     v = velocity(z, times[0])
-    h = min(_first_step(velocity, z, v, times[0], rtol, atol), stop - now)
+    h = min(_first_step(velocity, z, v, times[0], stop - now, rtol, atol), stop - now)
     while now < stop:
         h, tries = min(h, stop - now), tries + 1
         stages = runge_kutta_stages(velocity, z, torch.full_like(times[0], now), h, DOPRI5, v)
@@ -70,11 +70,11 @@ def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def _first_step(velocity: Velocity, z: Tensor, v: Tensor, t: Tensor, rtol: float, atol: float) -> float:
-    """A first guess of the step from the field's size and change (Hairer, Nørsett & Wanner, Solving ODEs I, sec. II.4). One evaluation."""
+def _first_step(velocity: Velocity, z: Tensor, v: Tensor, t: Tensor, most: float, rtol: float, atol: float) -> float:
+    """A first guess of the step from the field's size and change (Hairer, Nørsett & Wanner, Solving ODEs I, sec. II.4). One evaluation, within `most`."""
     scale = atol + rtol * z.abs()
     size, slope = _rms(z / scale), _rms(v / scale)
-    trial = 0.01 * size / slope if min(size, slope) > 1e-5 else 1e-6
+    trial = min(0.01 * size / slope if min(size, slope) > 1e-5 else 1e-6, most)
     bend = _rms((velocity(z + trial * v, t + trial) - v) / scale) / trial
     largest = max(slope, bend)
     return min(100 * trial, (0.01 / largest) ** 0.2 if largest > 1e-15 else max(1e-6, trial * 1e-3))

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from flowt2i.human import size
 from flowt2i.training.parallel import share_like
 
 MANIFEST = "manifest.json"
+WEIGHTS = ("model.safetensors", "ema.safetensors")  # one of them at least
 
 
 def folder(run: Path, step: int) -> Path:
@@ -66,10 +67,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
         shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free
         if free < needed:
-            raise UserError(
-                f"no room for a checkpoint in {target.parent}: {size(needed)} needed, {size(free)} free; earlier ones are untouched: "
-                "free some and run again with --resume latest"
-            )
+            raise UserError(f"no room for a checkpoint in {target.parent}: {size(needed)} needed, {size(free)} free; {_then(target, 'free some')}")
         aside.mkdir()
         for stem, named in tensors.items():
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
@@ -87,18 +85,28 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a disk that is full
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"could not write the checkpoint {target}: {getattr(error, 'strerror', None) or error} ({size(needed)} needed); "
-            "earlier ones are untouched: mend it and run again with --resume latest"
+            f"could not write the checkpoint {target}: {getattr(error, 'strerror', None) or error} ({size(needed)} needed); {_then(target, 'mend it')}"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _then(path: Path, mend: str) -> str:
+    """What to do where a checkpoint could not be written."""
+    return f"earlier ones are untouched: {mend} and run again with --resume latest" if _has_others(path) else f"{mend} and run again"
+
+
+def _has_others(path: Path) -> bool:
+    """Whether there are checkpoints beside this one."""
+    return any(folder(path.parents[1], step) != path for step in list_steps(path.parents[1]))
 
 
 def prove(path: Path) -> None:
     """UserError where a checkpoint just written does not read back as it was written."""
     problem = damage(path)
     if problem:
-        raise UserError(f"the checkpoint {path} does not read back ({problem}): look after this disk; earlier ones are untouched")
+        untouched = "; earlier ones are untouched" if _has_others(path) else ""
+        raise UserError(f"the checkpoint {path} does not read back ({problem}): look after this disk{untouched}")
 
 
 def recover(run: Path) -> None:
@@ -130,20 +138,44 @@ def write_manifest(path: Path, leave_out: tuple[str, ...] = ()) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of the manifest is there, with its size and sha256."""
+    """What is wrong with a checkpoint or an exported model, or None: every file of the manifest is there, with its size and sha256."""
     try:
-        entries = json.loads((path / MANIFEST).read_text())
+        entries = _read_manifest(path)
+        if lacking := next((name for name in entries if not (path / name).exists()), None):
+            return f"{lacking} is missing"
         for name, entry in entries.items():
             file = path / name
-            if not file.exists():
-                return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
             if _sha256(file) != entry["sha256"]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
+
+
+def is_whole(path: Path) -> bool:
+    """Are all files of the manifest there, whatever they hold? It costs nothing beside `damage`."""
+    try:
+        return all((path / name).exists() for name in _read_manifest(path))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Entries by name; ValueError where they lead out of the folder, or do not vouch for what is loaded from it."""
+    entries = json.loads((path / MANIFEST).read_text())
+    if not isinstance(entries, dict):
+        raise ValueError("it is not a table of files")
+    for name in map(PurePosixPath, entries):
+        if name.is_absolute() or ".." in name.parts:
+            raise ValueError(f"{str(name)!r} is not in this folder")
+    loaded = ["config.json", *(name for name in WEIGHTS if (path / name).exists())]
+    if lacking := next((name for name in loaded if name not in entries), None):
+        raise ValueError(f"it says nothing of {lacking}")
+    if not entries.keys() & set(WEIGHTS):
+        raise ValueError("it names no weights")
+    return entries
 
 
 def newest_good(run: Path) -> Path | None:
@@ -181,9 +213,10 @@ def find(path: Path) -> Path:
         raise UserError(f"no model at {path}: give a run folder, a checkpoint or an exported model")
     if path.is_file():
         raise UserError(f"{path} is a file: give a run folder, a checkpoint or an exported model (pickled .pt files are never loaded)")
-    if exported.format_of(path) not in ("", "flowt2i"):
-        raise UserError(f"{path} was exported for {exported.format_of(path)}: load it as its README.md says, or export the run once more with --format flowt2i")
-    if (path / "config.json").exists() and ((path / "model.safetensors").exists() or (path / "ema.safetensors").exists()):
+    format = exported.format_of(path)
+    if format not in ("", "flowt2i"):
+        raise UserError(f"{path} was exported for {format}: load it as its README.md says, or export the run once more with --format flowt2i")
+    if format or ((path / "config.json").exists() and any((path / name).exists() for name in WEIGHTS)):
         problem = damage(path)
         if problem:
             raise UserError(f"{path} is damaged: {problem}")
@@ -228,6 +261,11 @@ def load_into(model: nn.Module, path: Path) -> None:
     if surplus:
         raise UserError(f"{path} holds {surplus[0]!r}, which this model does not have: it belongs to a model of another configuration")
     model.load_state_dict({name: share_like(tensor, own[name]) for name, tensor in tensors.items()})
+
+
+def total_bytes(folder: Path) -> int:
+    """Of all files under a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _sha256(file: Path) -> str:

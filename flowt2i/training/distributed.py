@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from flowt2i.errors import UserError
+from flowt2i.memory import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -147,25 +148,26 @@ def votes(world: World, answer: str, patience_s: float) -> dict[int, str]:
 
 
 def said_once(error: UserError) -> UserError:
-    """An error for its rank to say; what rank 0 says too, the others leave to it."""
-    if isinstance(error, ToldElsewhere) or not dist.is_initialized() or _store is None:
+    """An error for its rank to say; of those that meet the same one the first speaks, and the others leave it to that one."""
+    if isinstance(error, ToldElsewhere) or _store is None:
         return error
-    key = f"said/{hashlib.sha256(str(error).encode()).hexdigest()}"
+    rank, life = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # who spoke before a restart is gone
+    key = f"said/{life}/{hashlib.sha256(str(error).encode()).hexdigest()}"
     try:
-        if dist.get_rank() == 0:
-            _store.set(key, "")
-            return error
-        _store.wait([key], timedelta(seconds=5))
-    except RuntimeError:  # rank 0 is silent, or gone
+        _store.set(f"{key}/{rank}", "")
+        _store.wait([f"{key}/{rank}"], timedelta(seconds=5))  # is the store still there? `compare_set` would wait for ever
+        first = _store.compare_set(key, "", rank).decode()
+    except RuntimeError:
         return error
-    return ToldElsewhere(str(error))
+    return error if first == rank else ToldElsewhere(str(error))
 
 
 def lost_rank(error: BaseException) -> bool:
-    """Whether this is what a rank meets when another was killed, or hangs."""
+    """Whether this is what a rank meets when another was killed, or hangs. Not NCCL's own lack of memory, which is a `DistError` too."""
     text = str(error)
     closed = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Connection refused", "Socket Timeout")
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or any(words in text for words in closed))
+    met = isinstance(error, dist.DistError) or any(words in text for words in closed)
+    return met and _store is not None and not is_out_of_memory(error)
 
 
 _ended: list[Any] = []  # process groups that are over

@@ -60,7 +60,8 @@ def rehearse(trainer: "Trainer") -> bool:
     with tqdm(desc="dry run", total=2, unit="part", leave=False, disable=not trainer.progress) as bar:
         try:
             seconds = _timed_step(trainer)
-            if trainer.compiled or seconds < QUICK:  # the first one compiles or warms up, the second shows the speed
+            # The first one compiles or warms up, the second shows the speed. Decided together: a step holds collectives.
+            if trainer.world.any(trainer.compiled or seconds < QUICK):
                 seconds = _timed_step(trainer)
             bar.update()
             if trainer.stopping():  # a signal came meanwhile: the run takes one step, saves and stops
@@ -71,7 +72,8 @@ def rehearse(trainer: "Trainer") -> bool:
             trainer.optimizer.forget()
     if trainer.progress:
         written, took = trainer.saver.rehearsed
-        print(f"dry run: a step, a checkpoint of {size(written)} in {took:.1f} s and a picture: all work", file=sys.stderr)
+        picture = "the decoder" if trainer.sharded else "a picture"  # see `draw_one`
+        print(f"dry run: a step, a checkpoint of {size(written)} in {took:.1f} s and {picture}: all work", file=sys.stderr)
         trainer.forecast.tell(seconds)
     return True
 
@@ -111,7 +113,8 @@ def write_one(trainer: "Trainer") -> None:
     """A checkpoint of one number: written, synced, renamed, read back as real ones are."""
     folder = trainer.run_folder / FOLDER
     try:
-        written = checkpoint.save(folder, 0, {"model": {"number": torch.ones(1)}}, {"state.json": "{}"}, {"tokenizer": trainer.data / "tokenizer"})
+        texts = {"config.json": "{}", "state.json": "{}"}
+        written = checkpoint.save(folder, 0, {"model": {"number": torch.ones(1)}}, texts, {"tokenizer": trainer.data / "tokenizer"})
         if problem := checkpoint.damage(written):
             raise UserError(f"a checkpoint written into {trainer.run_folder} does not read back ({problem}): choose another --out")
     finally:

@@ -6,11 +6,14 @@ from flowt2i.errors import UserError
 
 
 class StartAgain(Exception):
-    """A sharded pass ran out of memory on all ranks, which leaves the model in no state to go on: build it anew with micro-batches of `micro`."""
+    """A sharded pass ran out of memory on all ranks, which leaves the model in no state to go on: build it anew with micro-batches of `micro`.
 
-    def __init__(self, micro: int):
+    What the new start must not forget: when the run was started (a `time.perf_counter`), and a signal that came meanwhile.
+    """
+
+    def __init__(self, micro: int, started: float, stop_signal: int | None):
         super().__init__(micro)
-        self.micro = micro
+        self.micro, self.started, self.stop_signal = micro, started, stop_signal
 
 
 def fitting_micro_batch(micro: int, share: int, fits: Callable[[int], bool]) -> int:

@@ -158,7 +158,10 @@ class Trainer:
             if source is None:
                 print(f"no checkpoint in {self.run_folder} yet: starting at step 0", file=sys.stderr)
             return source
-        return checkpoint.find(Path(resume))
+        source = checkpoint.find(Path(resume))
+        if not (source / "state.json").exists():
+            raise UserError(f"--resume {resume} is an exported model, without the optimizer's state: resume from a run folder or a checkpoint")
+        return source
 
     def _lock(self) -> None:
         """Keep other trainings out of the run folder, for as long as rank 0 lives."""
@@ -428,10 +431,11 @@ class Trainer:
         indices = stream.sample_indices(self.config.train.seed, self.step, batch, self.count)
         ranks = ranks or list(range(size))
         samples = "; ".join(f"rank {rank}: {indices[rank * batch // size : (rank + 1) * batch // size].tolist()}" for rank in ranks)
-        return self.world.fail(
-            f"loss {loss} or gradient norm {norm} is not finite at step {self.step} (samples of {samples}): nothing was updated; "
-            "resume with a lower --optim.lr, or look at these samples"
-        )
+        advice = "look at these samples"
+        if self.step:  # at step 0 no learning rate had a part in it
+            again = "resume" if checkpoint.list_steps(self.run_folder) else "start again"
+            advice = f"{again} with a lower --optim.lr, or {advice}"
+        return self.world.fail(f"loss {loss} or gradient norm {norm} is not finite at step {self.step} (samples of {samples}): nothing was updated; {advice}")
 
     def _own_gradient_is_finite(self) -> bool:
         """Whether this rank's rows of the step at hand, by themselves, have a finite gradient."""
@@ -478,7 +482,7 @@ class Trainer:
                 stacklevel=2,
             )
         if self.sharded:
-            raise StartAgain(micro)
+            raise StartAgain(micro, self.started, self.stop_signal)
 
     def _fits(self, micro: int) -> bool:
         """Whether a forward and backward pass of this many images fits on every rank."""
@@ -490,9 +494,11 @@ class Trainer:
                 raise
             fits = False
         self.optimizer.zero_grad()
+        if self.sharded and not self._fits_shares(micro, fits):
+            return False  # and the cache stays: emptying it waits for the device, where a collective may be in flight that another rank never joined
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        return self._fits_shares(micro, fits) if self.sharded else not self.world.any(not fits)
+        return self.sharded or not self.world.any(not fits)
 
     def _fits_shares(self, micro: int, fits: bool) -> bool:
         """The same where the model is sharded: a rank whose pass went on may wait in it for one whose pass broke off, so no collective can ask it.
@@ -618,6 +624,8 @@ class Trainer:
         if self.world.main:
             facts = {"data": str(self.data), "micro_batch": self.micro, "accumulation": self.accumulate, "ranks": self.world.size, "steps": self.steps}
             facts |= {"device": str(self.world.device), "compiled": self.compiled, "model": self.model_config.model_dump()}
+            if self.world.device.type == "cuda":
+                facts["device_name"] = torch.cuda.get_device_name(self.world.device)
             resolved = self.config.model_dump() | {"resolved": facts | {"parameters": count_parameters(self.model)}}
             aside = self.run_folder / "config.json.tmp"
             aside.write_text(json.dumps(resolved, indent=2) + "\n")
@@ -642,25 +650,31 @@ def train(config: Config, data: Path, run: Path, resume: str | None = None, prog
 
     UserError for what the user can mend, Stopped after a signal (all saved).
     """
+    before: tuple[float, int | None] | None = None  # (started, stop_signal) of a start that ran out of memory; not the error, which holds the model
     try:
         while True:
             try:
-                return _train(config, data, run, resume, progress, **where)
+                return _train(config, data, run, resume, progress, before, **where)
             except StartAgain as again:
                 config = config.model_copy(deep=True)
-                config.train.micro_batch = again.micro
+                config.train.micro_batch, before = again.micro, (again.started, again.stop_signal)
             gc.collect()  # what is left of the model that was too large
-            distributed.restart(config.train.timeout_s)
     except UserError as error:
         raise distributed.said_once(error) from error
     finally:
         distributed.stop()
 
 
-def _train(config: Config, data: Path, run: Path, resume: str | None, progress: bool, **where: str | None) -> dict[str, Any]:
+def _train(
+    config: Config, data: Path, run: Path, resume: str | None, progress: bool, before: tuple[float, int | None] | None, **where: str | None
+) -> dict[str, Any]:  # fmt: skip
     trainer = None
     try:
+        if before:
+            distributed.restart(config.train.timeout_s)
         trainer = Trainer(config, data, run, resume, progress, **where)
+        if before:
+            trainer.started, trainer.stop_signal = before
         return trainer.train()
     except RuntimeError as error:
         if distributed.lost_rank(error):

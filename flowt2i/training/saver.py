@@ -52,7 +52,7 @@ class Saver:
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> None:
         """Copy the tensors and return; `checkpoint.save` and `prune` go on behind. After a failure nothing more is written."""
         started = time.perf_counter()
-        self.settle()
+        self.settle_together()
         copied = self._copy(tensors)
         if not self.world.main or self.failed:
             return
@@ -63,24 +63,28 @@ class Saver:
     def rehearse(self, aside: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> None:
         """A whole checkpoint, written into a folder of its own as real ones are, proved, and removed. Raises on all ranks where it fails."""
         self.reserve(tensors)
-        self.settle()
+        self.settle_together()
         copied = self._copy(tensors)
         if self.world.main and not self.failed:
             self._thread = threading.Thread(target=self._rehearse, args=(aside, copied, texts, copies), name="dry run")
             self._thread.start()
-        while self.world.size > 1 and self.world.any(self.writing):  # asked again and again: a slow disk may take longer than ranks wait for each other
-            time.sleep(0.05)
         self.wait()
 
     def settle(self) -> None:
-        """Return when nothing is being written."""
+        """Return when this rank writes nothing."""
         if self._thread:
             self._thread.join()
             self._thread = None
 
+    def settle_together(self) -> None:
+        """Return on all ranks when none writes. They ask each other again and again: a slow disk may take longer than ranks wait in one collective."""
+        while self.world.size > 1 and self.world.any(self.writing):
+            time.sleep(0.05)
+        self.settle()
+
     def wait(self) -> None:
         """Return on all ranks when the last checkpoint stands; where it could not be written all ranks stop, and rank 0 says why."""
-        self.settle()
+        self.settle_together()
         if self.world.any(self.failed):
             self.raise_error()
 
@@ -121,14 +125,15 @@ class Saver:
         except BaseException as error:
             self.error = error
             return
-        self.reports.append({"step": step, "bytes": _bytes(path), "stall_s": round(stall, 4), "write_s": round(time.perf_counter() - started, 4)})
+        written = {"step": step, "bytes": checkpoint.total_bytes(path)}
+        self.reports.append(written | {"stall_s": round(stall, 4), "write_s": round(time.perf_counter() - started, 4)})
 
     def _rehearse(self, aside: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], copies: dict[str, Path]) -> None:
         started = time.perf_counter()
         try:
             path = checkpoint.save(aside, 0, tensors, texts, copies)
             checkpoint.prove(path)
-            self.rehearsed = (_bytes(path), time.perf_counter() - started)
+            self.rehearsed = (checkpoint.total_bytes(path), time.perf_counter() - started)
         except BaseException as error:
             self.error = error
         finally:
@@ -139,7 +144,3 @@ class Saver:
         if not self.reports:
             return {}
         return {"checkpoints": len(self.reports), **{f"longest_{key}": max(r[key] for r in self.reports) for key in ("stall_s", "write_s")}}
-
-
-def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from flowt2i.errors import UserError
 from flowt2i.evaluation import nets, pictures, reference
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.pipeline import Pipeline
@@ -37,7 +38,13 @@ class KernelScore:
             self.told = True
             return {}
         if self.net is None or self.real is None:
-            self.net = nets.load_net(nets.EFFICIENTNET, world.device)
+            failure: UserError | None = None
+            try:
+                self.net = nets.load_net(nets.EFFICIENTNET, world.device)
+            except UserError as error:  # the others must not go on alone: an evaluation that fails does not end the training
+                failure = error
+            pictures.raise_everywhere(world, failure)
+            assert self.net is not None
             rows = reference.spread(len(trainer.heldout))[:MOST_REAL]
             real = np.concatenate([pipeline.to_images(trainer.latents(trainer.heldout.fetch(part), None)) for part in np.split(rows, range(64, len(rows), 64))])
             self.real = pictures.features(self.net, real, world, progress=False)
