@@ -288,8 +288,19 @@ def test_mistakes_are_one_line_and_exit_2(run, dinov2, scenes_data, tmp_path, ca
         ([*model, "--metrics", "kid", "--clip", "x"], "--clip is about"),
         ([*model, "--metrics", "fid,scenes"], "--net is about"),
         ([*model, "--metrics", "scenes", "--out", str(broken / "0000.png" / "report")], "cannot write the report"),
-        *((folder(good, *words), f"{words[0]} is about a model's") for words in (["--steps", "2"], ["--guidance", "0"], ["--guidance-interval", "0", "1"],
-          ["--clip", "x"], ["--seed", "1"], ["--weights", "raw"], ["--heldout-pairs"], ["--compile"])),
+        *(
+            (folder(good, *words), f"{words[0]} is about a model's")
+            for words in (
+                ["--steps", "2"],
+                ["--guidance", "0"],
+                ["--guidance-interval", "0", "1"],
+                ["--clip", "x"],
+                ["--seed", "1"],
+                ["--weights", "raw"],
+                ["--heldout-pairs"],
+                ["--compile"],
+            )
+        ),
         ([*model, "--metrics", "kid", "--steps", "0"], "steps 0"),
     ]
     with mock.patch.object(torch.hub, "get_dir", lambda: str(tmp_path / "hub")), mock.patch.object(
