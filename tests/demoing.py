@@ -109,7 +109,9 @@ def visit(served: Served, session: str, function: str = "on_draw", **changes: An
             output = message.get("output") or {}
             if message["msg"] in ("process_generating", "process_completed") and output.get("data"):
                 value = output["data"][0]
-                if isinstance(value, list) and value and isinstance(value[0], list):  # changes to the value before: gradio sends replacements whole
+                if value == []:  # the page was only asked whether it still listens
+                    continue
+                if isinstance(value, list) and isinstance(value[0], list):  # changes to the value before: gradio sends replacements whole
                     value = value[0][2]
                 values.append(value)
             if message["msg"] == "process_completed" and not message["success"]:

@@ -20,7 +20,7 @@ pytest.importorskip("playwright")
 from demoing import OTHERS, Served, join, serving, write_model
 from playwright import sync_api
 
-from flowt2i.demo import Library
+from flowt2i.demo import Library, drawing
 from flowt2i.errors import UserError
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -202,6 +202,26 @@ def test_mischief_in_a_prompt_is_text(browser: Any, served: Served) -> None:
     visitor.page.get_by_text("Use", exact=True).click()
     visitor.page.wait_for_function("document.querySelector('#prompt textarea').value.includes('hacked')")
     assert visitor.page.evaluate("window.hacked") is None
+    visitor.close()
+
+
+def test_stop_between_two_updates(browser: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = served.library.load("tiny")
+    field = pipeline.field
+    monkeypatch.setattr(pipeline, "field", lambda *given: time.sleep(0.1) or field(*given))
+    visitor = Visitor(browser, served)
+    visitor.set("steps", 200)
+    visitor.set("every", 50)
+    visitor.page.click("#go")
+    visitor.page.wait_for_selector("#drawn .board.busy img")
+    visitor.page.click("#go-stop")
+    visitor.page.wait_for_selector("#drawn .board.halted")
+    until = time.monotonic() + 15
+    while drawing._turn.locked() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not drawing._turn.locked()
+    visitor.page.wait_for_timeout(1500)
+    assert visitor.page.locator("#drawn .board.halted").count() == 1  # no late update takes it away
     visitor.close()
 
 

@@ -7,8 +7,9 @@ import os
 import re
 import socket
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from PIL import Image
 pytest.importorskip("gradio")
 from demoing import GOOD, OTHERS, Served, follow, free_port, join, serving, visit, write_model
 
-from flowt2i.demo import Library, limits, serve
+from flowt2i.demo import Library, drawing, limits, mailboxes, serve
 from flowt2i.demo.guard import LARGEST_BODY
 from flowt2i.errors import UserError
 
@@ -142,6 +143,21 @@ def test_a_model_that_went_bad_is_a_message(library: Library, served: Served, mo
     assert (answer.status_code, answer.json()["error"]) == (422, "checkpoint x is damaged")
 
 
+@pytest.mark.parametrize("function", ["on_draw", "on_compare", "on_sweep"])
+@pytest.mark.filterwarnings("ignore:.*cut to")
+def test_a_prompt_that_is_cut_is_told(served: Served, function: str) -> None:
+    with httpx.Client(timeout=60) as client:
+        assert join(served, client, f"cut-{function}", function, prompt="a red circle " * 20, steps=1, steps_b=1, num=1).status_code == 200
+        told = [message["log"] for message in follow(served, client, f"cut-{function}") if message["msg"] == "log"]
+    assert len(told) == (2 if function == "on_compare" else 1) and all("12 tokens" in log for log in told)
+    assert generate(served, prompt="a red circle " * 20, steps=1, num=1).json()["cut"] and not generate(served, steps=1, num=1).json()["cut"]
+
+
+def test_steps_per_update_counts_in_every_tab(served: Served) -> None:
+    often, seldom = (visit(served, f"updates-{every}", "on_sweep", num=1, every=every)[0] for every in (1, 50))
+    assert len(seldom) < len(often) <= limits.MOST_UPDATES + 1
+
+
 # ---- the API
 
 
@@ -175,7 +191,8 @@ def test_api_uses_the_models_own_settings_where_none_are_given(served: Served) -
         (b"", 400, "JSON"), (b"{", 400, "JSON"), (b"[]", 400, "object"), (b"[" * 60_000, 400, "JSON"), (b'"x"', 400, "object"), (b"\xff\xfe", 400, "JSON"),
         (b"{}", 422, "Say what"), (b'{"prompt": "a", "stepz": 3}', 422, "did you mean 'steps'"), (b'{"prompt": "a", "steps": NaN}', 422, "1 to 200"),
         (b'{"prompt": "a", "steps": 1e999}', 422, "1 to 200"), (b'{"prompt": "a", "guidance": Infinity}', 422, "0 to 20"),
-        (b'{"prompt": "a", "model": "/etc"}', 422, "not offered"), (b'{"prompt": "a", "steps": ' + b"9" * 5000 + b"}", 400, "JSON"),
+        (b'{"prompt": "a", "model": "/etc"}', 422, "not offered"), 
+        (b'{"prompt": "a", "negative": 5}', 422, "must be a text"), (b'{"prompt": "a", "steps": ' + b"9" * 5000 + b"}", 400, "JSON"),
         (b'{"prompt": "' + b"x" * 10_000_000 + b'"}', 413, "bytes"),
     ],
 )  # fmt: skip
@@ -283,6 +300,79 @@ def test_visitors_who_leave_do_not_keep_the_others_waiting(served: Served) -> No
     assert visit(served, "next", steps=1, num=1)[1] is None
 
 
+def endlessly(served: Served, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Slow the model down, so that 200 steps take minutes; the event tells that it is at work."""
+    pipeline, began = served.library.load("tiny"), threading.Event()
+    field = pipeline.field
+
+    def slow(*given: Any) -> Any:
+        began.set()
+        time.sleep(0.2)
+        return field(*given)
+
+    monkeypatch.setattr(pipeline, "field", slow)
+    return began
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.05)
+    return holds()
+
+
+def test_visitors_who_leave_between_two_previews_are_noticed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    endlessly(served, monkeypatch)
+    with httpx.Client(timeout=60) as client:
+        assert join(served, client, "leaver-between", steps=200, every=200, solver="rk4", num=1).status_code == 200
+        for message in follow(served, client, "leaver-between"):
+            if message["msg"] == "process_generating":
+                break
+    assert within(30, lambda: not drawing._turn.locked())
+
+
+def test_visitors_who_never_listen_are_not_drawn_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailboxes, "PATIENCE", 1.0)
+    began = endlessly(served, monkeypatch)
+    with httpx.Client(timeout=60) as client:
+        for k in range(3):
+            assert join(served, client, f"never-listens-{k}", steps=200, every=200, num=1).status_code == 200
+    assert began.wait(30)
+    assert within(30, lambda: not any(served.blocks._queue.active_jobs) and not len(served.blocks._queue) and not drawing._turn.locked())
+    monkeypatch.undo()
+    assert visit(served, "listens", steps=1, num=1)[1] is None
+
+
+def test_programs_that_hang_up_give_their_place_free(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = endlessly(served, monkeypatch)
+
+    def waiting() -> int:
+        return httpx.get(f"{served.url}/api/health").json()["waiting"]
+
+    def ask() -> socket.socket:
+        body = json.dumps(API_GOOD | {"steps": 200, "num": 1}).encode()
+        raw = socket.create_connection(("127.0.0.1", served.port), timeout=30)
+        raw.sendall(b"POST /api/generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        return raw
+
+    first = ask()
+    assert began.wait(30)
+    others = [ask() for _ in range(limits.WAITING)]
+    assert within(30, lambda: waiting() == limits.WAITING + 1) and generate(served).status_code == 429
+    for raw in others:
+        raw.close()
+    assert within(30, lambda: waiting() == 1) and drawing._turn.locked()  # the first is still drawn for
+    first.close()
+    assert within(30, lambda: waiting() == 0 and not drawing._turn.locked())
+    with drawing._turn:  # as where the page draws: the one whose turn it is waits in its thread
+        patient = ask()
+        assert within(30, lambda: waiting() == 1)
+        patient.close()
+        assert within(30, lambda: waiting() == 0)
+    monkeypatch.undo()
+    assert still_up(served)
+
+
 def test_what_guidance_leads_away_from_and_solvers_that_take_pictures_one_by_one(served: Served) -> None:
     boards, error = visit(served, "away", negative="a blue square", solver="dopri5", steps=3)
     assert error is None and len(pictures_of(boards[-1])) == 2
@@ -320,7 +410,7 @@ def test_the_page_tells_of_no_function_to_call(served: Served) -> None:
 def test_files_are_closed(served: Served, path: str) -> None:
     path = path.replace("MODEL", str(served.library.card("tiny").path / "checkpoints" / "step_00000001" / "model.safetensors"))
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as raw:  # no client tidies the path up
-        raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        raw.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
         answer = b"".join(iter(lambda: raw.recv(65_536), b""))
     assert answer.split(b" ")[1] == b"403" and b"root:" not in answer
 
@@ -359,12 +449,42 @@ def test_the_environment_opens_nothing(served: Served) -> None:
         probe.settimeout(2)
         assert probe.connect_ex(("127.0.0.2", served.port)) != 0  # would answer if it listened on 0.0.0.0
     config = httpx.get(f"{served.url}/config").json()
+    assert not config["connect_heartbeat"]  # its route is closed
     assert not config.get("mcp_server") and not config.get("is_space") and served.blocks.allowed_paths == []
+
+
+def test_a_proxy_in_the_environment_is_passed_by(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    monkeypatch.setenv("no_proxy", "")
+    with serving(library) as served:
+        assert still_up(served)
+    with serving(library):
+        pass
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost"
+
+
+def test_what_keeps_the_page_from_starting_is_one_line(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradio.networking
+
+    monkeypatch.setattr(gradio.networking, "url_ok", lambda _: False)
+    with pytest.raises(UserError, match="the page could not be started: When localhost is not accessible") as caught:
+        serve(library, free_port(), block=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_names_for_this_machine_are_refused(served: Served) -> None:
+    for path in ("/", "/api/models", "/config"):
+        assert httpx.get(served.url + path, headers={"host": f"rebound.example:{served.port}"}).status_code == 403
+        assert httpx.get(f"http://localhost:{served.port}{path}").status_code == 200
+    assert generate(served, {"host": "rebound.example"}).status_code == 403
 
 
 def test_answers_tell_browsers_to_load_nothing_from_elsewhere(served: Served) -> None:
     headers = httpx.get(served.url).headers
-    assert "default-src 'self'" in headers["content-security-policy"] and headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'self'" in headers["content-security-policy"] and "frame-ancestors 'self'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
 
 
 def test_with_a_password_everything_wants_it(library: Library) -> None:

@@ -1,10 +1,13 @@
 """The demo without a server: limits, the library of models, drawing, the HTML of the board."""
 
+import asyncio
 import json
 import shutil
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,11 @@ from demoing import PROMPTS, write_model
 
 from flowt2i.cli import main
 from flowt2i.demo import Library, board, drawing, found, parse_auth, serve
-from flowt2i.demo.guard import allowed
+from flowt2i.demo.guard import HERE, Guard, allowed
 from flowt2i.demo.limits import MOST_UPDATES, Request, check, readable
 from flowt2i.errors import UserError
 from flowt2i.pipeline import Pipeline, Samples
-from flowt2i.solvers import SOLVERS
+from flowt2i.solvers import SOLVERS, ToleranceError
 
 WANTED: dict[str, Any] = {"prompt": "a red circle", "steps": 6, "guidance": 2.0, "solver": "euler", "seed": 7, "num": 2, "every": 2}
 
@@ -41,8 +44,9 @@ def pipeline(run: Path) -> Pipeline:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"prompt": ""}, "Say what"), ({"prompt": " \n"}, "Say what"), ({"prompt": "\x00\x07"}, "Say what"), ({"prompt": 3}, "Say what"),
-        ({"prompt": None}, "Say what"), ({"prompt": ["a"]}, "Say what"), ({"prompt": "x" * 2001}, "2,000 at most"),
+        ({"prompt": ""}, "Say what"), ({"prompt": " \n"}, "Say what"), ({"prompt": "\x00\x07"}, "Say what"), ({"prompt": 3}, "must be a text"), 
+        ({"negative": 5}, "must be a text"),
+        ({"prompt": None}, "Say what"), ({"prompt": ["a"]}, "must be a text"), ({"prompt": "x" * 2001}, "2,000 at most"),
         ({"prompt": "x" * 10**7}, "2,000 at most"),
         ({"negative": "x" * 2001}, "2,000 at most"), ({"steps": 0}, "1 to 200"), ({"steps": -1}, "1 to 200"), ({"steps": 201}, "1 to 200"),
         ({"steps": 1e9}, "1 to 200"), ({"steps": float("nan")}, "1 to 200"), ({"steps": "many"}, "1 to 200"), ({"steps": None}, "1 to 200"),
@@ -75,6 +79,9 @@ def test_prompts_keep_every_script_and_lose_what_nobody_can_read() -> None:
 def test_a_drawing_has_a_bounded_number_of_previews() -> None:
     assert check(**(WANTED | {"steps": 200, "every": 1})).every == 200 / MOST_UPDATES
     assert check(**WANTED).every == 2
+    assert check(**(WANTED | {"steps": 200, "every": 1, "num": 8, "solver": "dopri5"})).every == 200 * 8 / MOST_UPDATES  # picture after picture
+    half = check(**(WANTED | {"steps": 200, "every": 1}), drawings=2)
+    assert (half.updates, half.every) == (MOST_UPDATES / 2, 400 / MOST_UPDATES)
 
 
 # ---- models
@@ -158,27 +165,79 @@ def test_a_prompt_that_is_cut_is_told(pipeline: Pipeline) -> None:
         assert drawing.Cut(12) in list(drawing.run(lambda: pipeline, check(**WANTED | {"prompt": "a red circle " * 20, "steps": 1})))
 
 
-def test_an_abandoned_drawing_ends_at_the_next_preview(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    previews, closed, to_images = [], threading.Event(), pipeline.to_images
+def evaluated(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, each: Callable[[int], None] = lambda _: None) -> list[int]:
+    """Counts evaluations of the network, and calls `each` at every one."""
+    count: list[int] = []
+    field = pipeline.field
 
-    def second_waits(z: Any) -> np.ndarray:
-        previews.append(z)
-        if len(previews) == 2:
+    def counted(*given: Any) -> Any:
+        count.append(len(count))
+        each(len(count))
+        return field(*given)
+
+    monkeypatch.setattr(pipeline, "field", counted)
+    return count
+
+
+def test_an_abandoned_drawing_ends_before_the_next_evaluation(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, sixth = threading.Event(), threading.Event()
+
+    def wait(count: int) -> None:
+        if count == 6:
+            sixth.set()
             closed.wait(30)
-        return to_images(z)
 
-    monkeypatch.setattr(pipeline, "to_images", second_waits)
-    pictures = drawing.run(lambda: pipeline, Request("a red circle", 200, 2.0, "euler", 0, 1, 1))
+    count = evaluated(pipeline, monkeypatch, wait)
+    pictures = drawing.run(lambda: pipeline, Request("a red circle", 200, 2.0, "rk4", 0, 1, 200))  # the next preview is far away
     next(pictures)
+    assert sixth.wait(30)
     pictures.close()
     closed.set()
     with drawing._turn:  # the drawing holds it until it has ended
-        assert len(previews) == 2
+        assert len(count) == 6
 
 
-def test_a_drawing_that_takes_too_long_is_ended(pipeline: Pipeline) -> None:
+def test_whoever_leaves_while_waiting_for_the_turn_is_gone(pipeline: Pipeline) -> None:
+    gone, loaded = threading.Event(), []
+    with drawing._turn:
+        waiting = drawing.run(lambda: loaded.append(1) or pipeline, check(**WANTED), gone=gone)
+        assert next(waiting) == drawing.Pulse()
+        gone.set()
+        assert not [news for news in waiting if not isinstance(news, drawing.Pulse)] and not loaded
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_a_drawing_that_takes_too_long_is_ended_between_previews(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    count = evaluated(pipeline, monkeypatch, lambda _: time.sleep(0.05))
     with pytest.raises(UserError, match="longer than"):
-        list(drawing.run(lambda: pipeline, check(**WANTED), seconds=0))
+        list(drawing.run(lambda: pipeline, check(**WANTED | {"solver": solver, "steps": 200, "every": 200}), drawing.Clock(0.2)))
+    assert len(count) <= 5
+
+
+def test_the_drawings_of_one_request_share_its_seconds(pipeline: Pipeline) -> None:
+    clock = drawing.Clock()
+    list(drawing.run(lambda: pipeline, check(**WANTED), clock))
+    assert 0 < clock.spent < 60
+    clock.limit = clock.spent
+    with pytest.raises(UserError, match="longer than"):
+        list(drawing.run(lambda: pipeline, check(**WANTED), clock))
+
+
+def test_solvers_that_draw_one_by_one_show_no_more_previews(pipeline: Pipeline) -> None:
+    wanted = check(**WANTED | {"solver": "dopri5", "steps": 5, "num": 4, "every": 1}, drawings=8)
+    steps = [news for news in drawing.run(lambda: pipeline, wanted) if isinstance(news, drawing.Step)]
+    assert 3 <= len(steps) <= MOST_UPDATES / 8 and len({len(step.images) for step in steps}) > 2
+    assert not [news for news in drawing.run(lambda: pipeline, check(**WANTED)._replace(updates=0)) if isinstance(news, drawing.Step)]
+
+
+def test_a_solver_that_gives_up_names_no_option_of_the_command_line(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gives_up(*_: Any, **__: Any) -> Any:
+        raise ToleranceError("the error stays above the tolerance")
+
+    monkeypatch.setattr("flowt2i.settings.dopri5", gives_up)
+    with pytest.raises(UserError, match=r"dopri5: .*choose another solver") as caught:
+        list(drawing.run(lambda: pipeline, check(**WANTED | {"solver": "dopri5"})))
+    assert "--" not in str(caught.value)
 
 
 # ---- the board
@@ -216,9 +275,64 @@ def test_nothing_but_the_queue_and_the_api_is_written_to(path: str) -> None:
                                   "/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/stream/a/b/c/playlist.m3u8", "/static/../../../../etc/passwd",
                                   "/assets/..\\..\\x",
                                   "/gradio_api/deep_link", "/monitoring", "/gradio_api/custom_component/x/y/z/../../w", "/openapi.json",
-                                  "/gradio_api/runs", "/gradio_api/dev/reload"])  # fmt: skip
+                                  "/gradio_api/runs", "/gradio_api/dev/reload", "/gradio_api/heartbeat/x"])  # fmt: skip
 def test_no_file_is_read_but_the_pages_own(path: str) -> None:
     assert not allowed("GET", path) and not allowed("HEAD", path)
+
+
+async def ask(guard: Guard, path: str, *headers: tuple[bytes, bytes]) -> int:
+    """The status that a GET gets from the guard."""
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    path, _, query = path.partition("?")
+    scope = {"type": "http", "path": path, "query_string": query.encode(), "method": "GET", "headers": headers}
+    await guard(scope, None, send)  # type: ignore[arg-type]
+    return statuses[0]
+
+
+async def answers(_: Any, __: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200})
+
+
+@pytest.mark.parametrize(("name", "status"), [("127.0.0.1:7860", 200), ("localhost", 200), ("LOCALHOST:1", 200), ("[::1]:7860", 200), ("evil.example", 403),
+                                              ("evil.example:7860", 403), ("127.0.0.1.evil.example", 403), ("localhost:x", 403), ("", 403)])  # fmt: skip
+def test_only_names_of_this_machine_are_answered(name: str, status: int) -> None:
+    def got(*headers: tuple[bytes, bytes], hosts: Collection[str] | None = HERE) -> int:
+        return asyncio.run(ask(Guard(answers, frozenset, hosts=hosts), "/", *headers))
+
+    assert got((b"host", name.encode())) == status
+    assert got() == got((b"host", b"localhost"), (b"host", b"evil.example")) == 403
+    assert got((b"host", name.encode()), hosts=None) == 200  # where it is shared
+
+
+def test_those_who_listen_do_not_close_the_door_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowt2i.demo.guard.CONNECTIONS", {"listening": 3, "requests": 1})
+    one, other, plain = "/gradio_api/queue/data?session_hash=one", "/gradio_api/queue/data?session_hash=other", "/api/health"
+
+    async def while_open(*held: str) -> list[int]:
+        """The status of each kind of request while others are open."""
+        release = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await answers(scope, receive, send)
+            if ("held", "") in scope["headers"]:
+                await release.wait()
+
+        guard = Guard(app, frozenset, hosts=None)
+        tasks = [asyncio.create_task(ask(guard, path, ("held", ""))) for path in held]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        statuses = [await ask(guard, path) for path in (one, other, plain)]
+        release.set()
+        assert await asyncio.gather(*tasks) == [200] * len(held) and not guard.open
+        return statuses
+
+    assert asyncio.run(while_open(plain)) == [200, 200, 429]
+    assert asyncio.run(while_open(one)) == [200, 200, 200]
+    assert asyncio.run(while_open(one, one)) == [429, 200, 200]  # two of one session
+    assert asyncio.run(while_open(one, one, other)) == [429, 429, 200]
 
 
 def test_sharing_wants_a_password_or_the_word_public(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

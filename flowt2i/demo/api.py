@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from flowt2i import __version__
 from flowt2i.demo.board import png
-from flowt2i.demo.drawing import run
+from flowt2i.demo.drawing import Cut, run
 from flowt2i.demo.library import Library
 from flowt2i.demo.limits import WAITING, Request, check
 from flowt2i.errors import UserError, nearest
@@ -66,14 +66,16 @@ class Api:
         if self.waiting > self.most:  # one draws, the others wait
             return failure(429, f"{self.most} requests are waiting already: come back in a minute", {"Retry-After": "30"})
         self.waiting += 1
+        gone = threading.Event()
+        watcher = asyncio.create_task(_watch(http, gone))
+        samples: Samples | None = None
+        cut = False
         try:
-            async with self.turn:
-                gone = threading.Event()
-                watcher = asyncio.create_task(_watch(http, gone))
+            if await self.has_turn(watcher):
                 try:
-                    samples = await to_thread.run_sync(self.draw, model, request, gone)
+                    samples, cut = await to_thread.run_sync(self.draw, model, request, gone)
                 finally:
-                    watcher.cancel()
+                    self.turn.release()
         except UserError as error:
             return failure(422, str(error))
         except Exception:
@@ -81,13 +83,14 @@ class Api:
             return failure(500, "something broke while drawing; the terminal of the server says what")
         finally:
             self.waiting -= 1
+            watcher.cancel()
         if samples is None:
             return failure(499, "the client has gone")
         pictures = [png(picture) for picture in samples.pictures()]
         if one_png:
             return Response(pictures[0], media_type="image/png")
         images = [{"seed": seed, "png": base64.b64encode(picture).decode()} for seed, picture in zip(samples.seeds, pictures)]
-        return JSONResponse({"model": model, "prompt": request.prompt, "images": images, "settings": samples.settings,
+        return JSONResponse({"model": model, "prompt": request.prompt, "images": images, "settings": samples.settings, "cut": cut,
                              "evaluations": samples.evaluations, "seconds": round(samples.seconds, 3)})  # fmt: skip
 
     def wanted(self, body: dict[str, Any]) -> tuple[str, Request]:
@@ -98,17 +101,27 @@ class Api:
         model = body.get("model", self.library.first)
         own = self.library.card(model).config.sample
         given = {"steps": own.steps, "guidance": own.guidance, "solver": own.solver, "seed": 0, "num": 1, "negative": "", **body}
-        settings = {name: given.get(name) for name in FIELDS if name != "model"}
-        return model, check(**settings, every=16)  # looks up now and then to see whether anyone still waits
+        settings: dict[str, Any] = {name: given.get(name) for name in FIELDS if name != "model"}
+        return model, check(**settings)._replace(updates=0)  # nobody watches
 
-    def draw(self, model: str, request: Request, gone: threading.Event) -> Samples | None:
-        """In a thread: the samples, or None where the client went away."""
-        for news in run(lambda: self.library.load(model), request):
-            if gone.is_set():
-                return None
+    async def has_turn(self, watcher: "asyncio.Task[None]") -> bool:
+        """Wait for the turn; True with the turn taken, False where the client went away before (`watcher` ended)."""
+        turn = asyncio.ensure_future(self.turn.acquire())
+        try:
+            await asyncio.wait({turn, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            return turn.done()
+        finally:
+            turn.cancel()  # of no effect where it is done
+
+    def draw(self, model: str, request: Request, gone: threading.Event) -> tuple[Samples | None, bool]:
+        """In a thread: the samples, or None where the client went away; and whether the prompt was cut."""
+        samples: Samples | None = None
+        cut = False
+        for news in run(lambda: self.library.load(model), request, gone=gone):
             if isinstance(news, Samples):
-                return news
-        return None
+                samples = news
+            cut = cut or isinstance(news, Cut)
+        return samples, cut
 
 
 async def _watch(http: HttpRequest, gone: threading.Event) -> None:

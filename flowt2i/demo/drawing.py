@@ -1,4 +1,4 @@
-"""Drawing with previews, in a thread of its own, one at a time, ended where nobody waits for it any more."""
+"""Drawing with previews, in a thread of its own, one at a time, ended soon after nobody waits for it any more."""
 
 import queue
 import threading
@@ -11,6 +11,9 @@ import numpy as np
 from flowt2i.demo.limits import MOST_SECONDS, Request
 from flowt2i.errors import UserError
 from flowt2i.pipeline import Pipeline, Samples
+from flowt2i.solvers import ToleranceError
+
+PULSE = 0.5  # seconds between two looks at whether anyone still waits
 
 
 class Step(NamedTuple):
@@ -34,7 +37,23 @@ class Cut(NamedTuple):
     tokens: int
 
 
-News = Step | Cut | Samples
+class Pulse(NamedTuple):
+    """Nothing new: yielded so that whoever waits can leave."""
+
+
+class Clock:
+    """The seconds that one request may draw, over all its drawings; waiting for its turn does not count."""
+
+    def __init__(self, limit: float = MOST_SECONDS):
+        self.limit, self.spent = limit, 0.0
+
+    def check(self, drawing: float) -> None:
+        """UserError where `drawing` seconds more are too many."""
+        if self.spent + drawing > self.limit:
+            raise UserError(f"Drawing took longer than the {self.limit:.0f} s that one request may: ask for fewer steps or pictures.")
+
+
+News = Step | Cut | Pulse | Samples
 
 
 class _Abandoned(Exception):
@@ -44,26 +63,38 @@ class _Abandoned(Exception):
 _turn = threading.Lock()  # one drawing at a time, also where the one before was abandoned and has not noticed yet
 
 
-def run(load: Callable[[], Pipeline], request: Request, seconds: float = MOST_SECONDS) -> Iterator[News]:
-    """Load a model and draw with it: yields steps, and at last the `Samples`. Closing the generator ends the drawing at the next preview.
+def run(load: Callable[[], Pipeline], request: Request, clock: Clock | None = None, gone: threading.Event | None = None) -> Iterator[News]:
+    """Load a model and draw with it: yields steps, and at last the `Samples`; a `Pulse` where nothing else happens for `PULSE` seconds.
 
-    UserError where the model cannot be loaded or the drawing takes longer than it may.
+    Closing the generator, or setting `gone`, ends the drawing before its next evaluation of a network; after `gone` no samples come.
+    clock: shared by the drawings of one request. UserError where the model cannot be loaded or the drawing takes longer than it may.
     """
     news: queue.Queue[News | Exception] = queue.Queue()
-    abandoned = threading.Event()
+    clock, abandoned = clock or Clock(), gone or threading.Event()
 
     def work() -> None:
         try:
-            with _turn:
-                if not abandoned.is_set():
-                    news.put(_draw(load(), request, seconds, news.put, abandoned))
+            while not _turn.acquire(timeout=PULSE):
+                if abandoned.is_set():
+                    raise _Abandoned
+            try:
+                if abandoned.is_set():
+                    raise _Abandoned
+                news.put(_draw(load(), request, clock, news.put, abandoned))
+            finally:
+                _turn.release()
         except Exception as error:  # handed over to the thread that waits
             news.put(error)
 
     threading.Thread(target=work, daemon=True).start()
     try:
         while True:
-            item = news.get()
+            try:
+                item = news.get(timeout=PULSE)
+            except queue.Empty:
+                item = Pulse()
+            if isinstance(item, _Abandoned):
+                return
             if isinstance(item, Exception):
                 raise item
             yield item
@@ -73,28 +104,39 @@ def run(load: Callable[[], Pipeline], request: Request, seconds: float = MOST_SE
         abandoned.set()
 
 
-def _draw(pipeline: Pipeline, request: Request, seconds: float, tell: Callable[[News], None], abandoned: threading.Event) -> Samples:
+def _draw(pipeline: Pipeline, request: Request, clock: Clock, tell: Callable[[News], None], abandoned: threading.Event) -> Samples:
     started, cut_before = time.perf_counter(), pipeline.tokenizer.truncated
     shown: list[np.ndarray] = []  # as far as they are; a solver may draw one picture after another
-    finished = 0
+    finished, told = 0, 0.0
 
-    def preview(step: int, steps: int, images: np.ndarray) -> None:
-        gone = time.perf_counter() - started
+    def alive() -> None:
         if abandoned.is_set():
             raise _Abandoned
-        if gone > seconds:
-            raise UserError(f"Drawing took longer than the {seconds:.0f} s that one request may: ask for fewer steps or pictures.")
+        clock.check(time.perf_counter() - started)
+
+    def preview(step: int, steps: int, images: np.ndarray) -> None:
+        nonlocal told
         shown[finished:] = list(images)
-        tell(Step(step, steps, np.stack(shown), (finished + len(images) * step / steps) / request.num, gone))
+        fraction = (finished + len(images) * step / steps) / request.num
+        if (fraction - told) * request.updates > 1 - 1e-9:  # never more than `updates` of them
+            told = fraction
+            tell(Step(step, steps, np.stack(shown), fraction, time.perf_counter() - started))
 
     def batch_done(count: int) -> None:
         nonlocal finished
         finished += count
 
-    samples = pipeline.sample(
-        request.prompt, steps=request.steps, solver=request.solver, guidance=request.guidance, seed=request.seed, num=request.num,
-        preview=preview, preview_every=request.every, progress=batch_done, negative=request.negative,
-    )  # fmt: skip
+    try:
+        samples = pipeline.sample(
+            request.prompt, steps=request.steps, solver=request.solver, guidance=request.guidance, seed=request.seed, num=request.num,
+            preview=preview if request.updates else None, preview_every=request.every, progress=batch_done, negative=request.negative, alive=alive,
+        )  # fmt: skip
+    except UserError as error:
+        if isinstance(error.__cause__, ToleranceError):  # said without the option of the command line that visitors do not have
+            raise UserError(f"{request.solver}: {error.__cause__}; choose another solver, or less guidance") from error
+        raise
+    finally:
+        clock.spent += time.perf_counter() - started
     if pipeline.tokenizer.truncated > cut_before:
         tell(Cut(pipeline.description.text.max_tokens))
     return samples

@@ -7,8 +7,11 @@ import asyncio
 import base64
 import hmac
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Any]
@@ -16,11 +19,14 @@ Send = Callable[[Any], Any]
 
 LARGEST_BODY = 64 * 1024  # bytes; the longest prompt twice, in any script, and room for the rest
 SLOWEST_BODY = 10.0  # seconds that a request may take to arrive
-CONNECTIONS = 400  # at once; a visitor's page holds two or three
+CONNECTIONS = {"listening": 200, "requests": 200}  # at once; a page listens while it waits or is drawn for
+LISTENERS = 2  # of one session (a page that lost its connection comes back before it is missed); those of all mailboxes are fewer than may listen
+HERE = frozenset({"127.0.0.1", "localhost", "[::1]"})  # the names of this machine, to itself
 
+LISTENING = "/gradio_api/queue/data"  # stays open, so it is counted apart; heartbeats, which would too, this page needs none of
 READ = ("/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon", "/gradio_api/startup-events", "/gradio_api/info",
-        "/gradio_api/theme.css", "/gradio_api/queue/data", "/api/health", "/api/models")  # fmt: skip
-READ_UNDER = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/", "/pwa_icon/")
+        "/gradio_api/theme.css", LISTENING, "/api/health", "/api/models")  # fmt: skip
+READ_UNDER = ("/assets/", "/static/", "/svelte/", "/pwa_icon/")
 WRITE = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset", "/api/generate")
 CLOSED_TO_ALL_BUT_THE_SERVER = "/gradio_api/startup-events"  # which asks it of itself, before the first visitor, without a password
 
@@ -28,17 +34,21 @@ HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     # the page loads nothing from elsewhere and sends nothing elsewhere
-    (b"content-security-policy", b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; base-uri 'self'; object-src 'none'"),
+    (b"content-security-policy", b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; base-uri 'self'; object-src 'none'; "
+                                 b"frame-ancestors 'self'"),
 ]  # fmt: skip
 
 
 class Guard:
-    """ASGI middleware. functions: says which of the page's functions may be called; auth: (user, password) or None."""
+    """ASGI middleware. functions: says which of the page's functions may be called; auth: (user, password) or None; hosts: the names the server may be
+    called by (None: any), so that no foreign page reaches it by a name of its own that points to this machine (DNS rebinding)."""
 
-    def __init__(self, app: Any, functions: Callable[[], Collection[int]], auth: tuple[str, str] | None = None):
-        self.app, self.functions = app, functions
+    def __init__(
+        self, app: Any, functions: Callable[[], Collection[int]], auth: tuple[str, str] | None = None, hosts: Collection[str] | None = HERE,
+    ):  # fmt: skip
+        self.app, self.functions, self.hosts = app, functions, hosts
         self.expected = base64.b64encode(":".join(auth).encode()) if auth else None
-        self.open = 0
+        self.open: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -47,17 +57,22 @@ class Guard:
         if scope["type"] != "http":  # the page needs no websocket
             await send({"type": "websocket.close", "code": 1008})
             return
-        if self.open >= CONNECTIONS:
+        kinds = kinds_of(scope)
+        if any(self.open[kind] >= CONNECTIONS.get(kind, LISTENERS) for kind in kinds):
             await refuse(send, 429, "too many requests at once: come back in a minute", [(b"retry-after", b"30")])
             return
-        self.open += 1
+        self.open.update(kinds)
         try:
             await self._serve(scope, receive, send)
         finally:
-            self.open -= 1
+            self.open.subtract(kinds)
+            self.open = +self.open  # without those of which none is left
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
+        if self.hosts is not None and host(scope) not in self.hosts:
+            await refuse(send, 403, "this server answers to 127.0.0.1 and localhost only")
+            return
         if self.expected and path != CLOSED_TO_ALL_BUT_THE_SERVER and not self._known(scope):
             await refuse(send, 401, "a user name and a password are needed", [(b"www-authenticate", b'Basic realm="flowt2i"')])
             return
@@ -82,6 +97,19 @@ class Guard:
                 kind, _, given = value.partition(b" ")
                 return kind.lower() == b"basic" and hmac.compare_digest(given.strip(), self.expected or b"")
         return False
+
+
+def kinds_of(scope: Scope) -> list[str]:
+    """As what a connection is counted: a request, or one that listens, for all and for its session."""
+    if scope["path"] != LISTENING:
+        return ["requests"]
+    return ["listening", "session " + dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("session_hash", "")[:64]]
+
+
+def host(scope: Scope) -> str:
+    """The name a request calls the server by, without the port; "" where it names none, or several."""
+    names = [value.decode("latin-1").strip().lower() for name, value in scope["headers"] if name == b"host"]
+    return re.sub(r":\d*$", "", names[0]) if len(names) == 1 else ""
 
 
 def allowed(method: str, path: str) -> bool:

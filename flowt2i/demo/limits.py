@@ -7,8 +7,8 @@ from flowt2i.errors import UserError, nearest
 from flowt2i.solvers import SOLVERS
 
 LONGEST_PROMPT, MOST_STEPS, MOST_IMAGES, MOST_GUIDANCE, LARGEST_SEED = 2_000, 200, 8, 20, 2**31 - 1
-MOST_UPDATES = 50  # previews of one drawing: what waits for a slow browser stays small
-MOST_SECONDS = 300.0  # of one drawing: nobody keeps the others waiting longer
+MOST_UPDATES = 50  # previews of one request, all its drawings together: what waits for a slow browser stays small
+MOST_SECONDS = 300.0  # of drawing for one request, all its drawings together: nobody keeps the others waiting longer
 WAITING = 16  # requests of the page that may queue up, and as many of programs; further ones are told at once to come back later
 SWEEP = (1, 2, 4, 8, 16, 50)  # numbers of steps that "Quality against steps" compares
 
@@ -27,10 +27,15 @@ class Request(NamedTuple):
     num: int
     every: int = 1  # steps between two previews
     negative: str = ""
+    updates: int = MOST_UPDATES  # previews at most; 0: none
 
 
-def check(prompt: Any, steps: Any, guidance: Any, solver: Any, seed: Any, num: Any, every: Any = 1, negative: Any = "") -> Request:
-    """Turn what came over the net into a `Request`; UserError says what is out of range, in words for the visitor."""
+def check(prompt: Any, steps: Any, guidance: Any, solver: Any, seed: Any, num: Any, every: Any = 1, negative: Any = "",
+          *, drawings: int = 1) -> Request:  # fmt: skip
+    """Turn what came over the net into a `Request`; UserError says what is out of range, in words for the visitor.
+
+    drawings: how many such a request is made of; they share its previews.
+    """
     text = readable("prompt", prompt)
     if not text:
         raise UserError("Say what the picture should show.")
@@ -38,17 +43,25 @@ def check(prompt: Any, steps: Any, guidance: Any, solver: Any, seed: Any, num: A
         guess = nearest(solver[:40], SOLVERS) if isinstance(solver, str) else f" (known: {', '.join(sorted(SOLVERS))})"
         raise UserError(f"No such solver{guess}.")
     whole = _whole("Steps", steps, 1, MOST_STEPS)
-    interval = max(_whole("Update every", every, 1, MOST_STEPS), -(-whole // MOST_UPDATES))
+    number = _whole("The number of pictures", num, 1, MOST_IMAGES)
+    updates = MOST_UPDATES // drawings
+    one_by_one = number if solver == "dopri5" else 1  # it draws one picture after another, each of `whole` steps
+    interval = max(_whole("Update every", every, 1, MOST_STEPS), -(-whole * one_by_one // updates))
     return Request(
         text, whole, _number("Guidance", guidance, 0, MOST_GUIDANCE), solver, _whole("The seed", seed, 0, LARGEST_SEED),
-        _whole("The number of pictures", num, 1, MOST_IMAGES), interval, readable("negative prompt", negative),
+        number, interval, readable("negative prompt", negative), updates,
     )  # fmt: skip
 
 
 def readable(name: str, value: Any) -> str:
-    """A text in one line without what no one can read: control characters, halves of surrogate pairs, reordering marks. UserError where it is too long."""
-    if not isinstance(value, str):
+    """A text in one line without what no one can read: control characters, halves of surrogate pairs, reordering marks. None is empty.
+
+    UserError where it is too long, or no text.
+    """
+    if value is None:
         return ""
+    if not isinstance(value, str):
+        raise UserError(f"The {name} must be a text.")
     if len(value) > LONGEST_PROMPT:
         raise UserError(f"The {name} has {len(value):,} characters: {LONGEST_PROMPT:,} at most.")
     kept = (" " if c.isspace() else c for c in value if c.isspace() or (unicodedata.category(c) not in ("Cc", "Cs", "Cn") and c not in REORDERING))

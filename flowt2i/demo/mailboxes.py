@@ -2,12 +2,17 @@
 
 Its queue has a mailbox for each session that ever asked for something, two thousand of them, full of pictures where nobody came for them; and the one
 thrown out for a new one may be that of a visitor who waits. Here there are few, and nobody who waits loses one.
+
+Gradio notices a visitor who hangs up, but not one who never listened: what such a one asked for is ended here.
 """
 
+import math
+import time
 from collections import OrderedDict
 from typing import Any
 
 MOST = 64  # sessions that nobody waits in
+PATIENCE = 10.0  # seconds that a visitor has to begin to listen; the page does at once
 
 
 class Mailboxes(OrderedDict[str, Any]):
@@ -17,7 +22,22 @@ class Mailboxes(OrderedDict[str, Any]):
         super().__init__()
         self.queue, self.most = queue, most
 
+    def __getitem__(self, session: str) -> Any:
+        """The box, where something is put into it or listened for; a request of this session that nobody has listened to for too long is ended."""
+        box, now = super().__getitem__(session), time.monotonic()
+        for event in self._events():
+            if event.session_hash == session and box.heard < event.enqueue_time < now - PATIENCE:
+                event.alive = False  # as where a visitor hangs up: skipped in the queue, ended at its next news
+        return box
+
     def __setitem__(self, session: str, box: Any) -> None:
+        box.heard, get = -math.inf, box.get  # when anyone listened last, time.monotonic
+
+        def listen() -> Any:
+            box.heard = time.monotonic()
+            return get()
+
+        box.get = listen
         super().__setitem__(session, box)
         if len(self) <= self.most:
             return

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from flowt2i.demo import board, mailboxes
-from flowt2i.demo.drawing import Step, run
+from flowt2i.demo.drawing import Clock, Cut, Step, run
 from flowt2i.demo.library import Library
 from flowt2i.demo.limits import LARGEST_SEED, LONGEST_PROMPT, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, SWEEP, WAITING, Request, check
 from flowt2i.errors import UserError
@@ -29,19 +29,23 @@ HEAD = f"<script>{(HERE / 'page.js').read_text()}</script>"
 TITLE = (
     '<div class="title"><h1>flowt2i</h1><p>pictures from words, forming before your eyes</p><button class="theme" aria-label="light or dark">◐</button></div>'
 )
+WAIT = "One moment: another drawing, or the model, comes first."
 Board = Iterator[str]
 
 
 def draw(library: Library, model: Any, *inputs: Any) -> Board:
     """Pictures of one prompt, forming."""
     library.card(model)
+    html = board.render([], 0, WAIT)
     for news in run(lambda: library.load(model), check(*inputs)):
         if isinstance(news, Step):
-            yield board.render([board.forming(news)], news.fraction, progress(news))
+            html = board.render([board.forming(news)], news.fraction, progress(news))
         elif isinstance(news, Samples):
-            yield board.render([board.finished(news, model)], 1, summary(news), done=True)
-        else:
-            gr.Warning(f"The prompt is longer than the model reads ({news.tokens} tokens): its end was left out.")
+            html = board.render([board.finished(news, model)], 1, summary(news), done=True)
+        elif isinstance(news, Cut):
+            gr.Warning(cut(news))
+            continue
+        yield html  # as it was at a pulse: gradio stops asking here where the visitor has left or pressed Stop
 
 
 def compare(library: Library, sides: Sequence[tuple[Any, Request]]) -> Board:
@@ -49,32 +53,52 @@ def compare(library: Library, sides: Sequence[tuple[Any, Request]]) -> Board:
     for model, _ in sides:
         library.card(model)
     panels: list[board.Panel] = []
+    clock, html = Clock(), board.render([], 0, WAIT, "compare")
     for letter, (model, request) in zip("AB", sides):
         title = f"{letter} · {model}: {request.steps} {request.solver} steps, guidance {request.guidance:g}"
-        for news in run(partial(library.load, model), request):
+        for news in run(partial(library.load, model), request, clock):
             if isinstance(news, Step):
                 fraction = (len(panels) + news.fraction) / len(sides)
-                yield board.render([*panels, board.forming(news, title)], fraction, f"{letter}: {progress(news)}", "compare")
+                html = board.render([*panels, board.forming(news, title)], fraction, f"{letter}: {progress(news)}", "compare")
             elif isinstance(news, Samples):
                 panels.append(board.finished(news, model, title, f"{news.evaluations} evaluations, {news.seconds:.1f} s"))
+                continue
+            elif isinstance(news, Cut):
+                gr.Warning(f"{letter}: {cut(news)}")
+                continue
+            yield html
     yield board.render(panels, 1, "The same prompt and the same noise on both sides.", "compare", done=True)
 
 
-def sweep(library: Library, model: Any, request: Request) -> Board:
+def sweep(library: Library, model: Any, requests: Sequence[Request]) -> Board:
     """One prompt and the same seeds with more and more steps."""
     library.card(model)
     panels: list[board.Panel] = []
     started = time.perf_counter()
-    for k, steps in enumerate(SWEEP):
-        title = f"{steps} step" + "s" * (steps > 1)
-        for news in run(partial(library.load, model), request._replace(steps=steps, every=max(1, steps // 8))):
+    work, warned = sum(request.steps for request in requests), False
+    clock, html = Clock(), board.render([], 0, WAIT, "sweep")
+    for request in requests:
+        title, before = f"{request.steps} step" + "s" * (request.steps > 1), sum(earlier.steps for earlier in requests[: len(panels)])
+        for news in run(partial(library.load, model), request, clock):
             if isinstance(news, Step):
-                fraction = (sum(SWEEP[:k]) + news.fraction * steps) / sum(SWEEP)
+                fraction = (before + news.fraction * request.steps) / work
                 left = (time.perf_counter() - started) * (1 - fraction) / fraction
-                yield board.render([*panels, board.forming(news, title)], fraction, f"{title}, about {left:.0f} s left", "sweep")
+                html = board.render([*panels, board.forming(news, title)], fraction, f"{title}, about {left:.0f} s left", "sweep")
             elif isinstance(news, Samples):
                 panels.append(board.finished(news, model, title, f"{news.evaluations} evaluations, {news.seconds:.2g} s"))
-    yield board.render(panels, 1, f"{request.solver}, guidance {request.guidance:g}: the same noise in every column.", "sweep", done=True)
+                continue
+            elif isinstance(news, Cut):
+                if not warned:  # once for all columns
+                    gr.Warning(cut(news))
+                warned = True
+                continue
+            yield html
+    used = requests[0]
+    yield board.render(panels, 1, f"{used.solver}, guidance {used.guidance:g}: the same noise in every column.", "sweep", done=True)
+
+
+def cut(news: Cut) -> str:
+    return f"The prompt is longer than the model reads ({news.tokens} tokens): its end was left out."
 
 
 def progress(step: Step) -> str:
@@ -165,11 +189,11 @@ def page(library: Library) -> gr.Blocks:
         @spoken
         def on_compare(prompt, *rest):
             a, b, common = rest[:4], rest[4:8], rest[8:]
-            yield from compare(library, [(name, check(prompt, *own, *common)) for name, *own in (a, b)])
+            yield from compare(library, [(name, check(prompt, *own, *common, drawings=2)) for name, *own in (a, b)])
 
         @spoken
         def on_sweep(model, prompt, guidance, solver, *common):
-            yield from sweep(library, model, check(prompt, 1, guidance, solver, *common))
+            yield from sweep(library, model, [check(prompt, steps, guidance, solver, *common, drawings=len(SWEEP)) for steps in SWEEP])
 
         # preprocess=False: `check` alone judges what comes, in words for people, where gradio would print a traceback
         common_options: dict[str, Any] = {"show_progress": "full", "preprocess": False, "api_visibility": "private", "concurrency_id": "drawing",

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from typing import Any
 
-from flowt2i.demo.guard import LARGEST_BODY, Guard
+from flowt2i.demo.guard import HERE, LARGEST_BODY, Guard
 from flowt2i.demo.library import Library
 from flowt2i.errors import UserError
 
@@ -40,6 +40,8 @@ def serve(library: Library, port: int = 7860, share: bool = False, auth: tuple[s
         del os.environ[name]
     cache = tempfile.mkdtemp(prefix="flowt2i-demo-")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    direct = [*(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")), "127.0.0.1,localhost"]  # gradio asks its own server whether it is up
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(dict.fromkeys(filter(None, ",".join(direct).split(","))))
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=cache)  # read when gradio is imported, and later
     try:
         import gradio as gr  # noqa: F401
@@ -53,6 +55,7 @@ def serve(library: Library, port: int = 7860, share: bool = False, auth: tuple[s
 
     library.load(library.first)  # what is wrong with it is said here, not to the first visitor
     blocks = page(library)
+    hosts = None if share else HERE  # who comes through the public address has the password, or may come anyway
     functions = frozenset(number for number, function in blocks.fns.items() if function.fn is not None)
     if share:
         print(f"warning: a public address reaches this machine through gradio.live; {'who has the password' if auth else 'anyone who has it'} can draw",
@@ -64,13 +67,16 @@ def serve(library: Library, port: int = 7860, share: bool = False, auth: tuple[s
                 server_name="127.0.0.1", server_port=port, share=share, prevent_thread_lock=True, quiet=True, ssr_mode=False, footer_links=[],
                 theme=THEME, css=CSS, head=HEAD, enable_monitoring=False, run_history=False, pwa=False, mcp_server=False, root_path="",
                 allowed_paths=[], blocked_paths=["/"], max_file_size=LARGEST_BODY, state_session_capacity=256, inbrowser=False, inline=False,
-                app_kwargs={"middleware": [Middleware(Guard, functions=lambda: functions, auth=auth)], "routes": Api(library).routes,
+                app_kwargs={"middleware": [Middleware(Guard, functions=lambda: functions, auth=auth, hosts=hosts)], "routes": Api(library).routes,
                             "exception_handlers": {RequestValidationError: malformed}, "docs_url": None, "redoc_url": None, "openapi_url": None},
             )  # fmt: skip
     except OSError as error:
         raise UserError(f"port {port} cannot be had (another program uses it, or it needs more rights): choose another with --port") from error
+    except Exception as error:  # gradio raises bare Exceptions, httpx its own: what they say is all there is to know
+        blocks.close(verbose=False)
+        raise UserError(f"the page could not be started: {' '.join(str(error).split()) or type(error).__name__}") from error
     if share and not blocks.share_url:
-        blocks.close()
+        blocks.close(verbose=False)
         raise UserError("no public address could be had (no network, or gradio.live does not answer): leave --share out to serve this machine only")
     print(f"the page is at {blocks.local_url}{f' and at {blocks.share_url}' if blocks.share_url else ''} (stop with Ctrl-C)", file=sys.stderr)
     if block:
