@@ -101,7 +101,7 @@ class Api:
         model = body.get("model", self.library.first)
         own = self.library.card(model).config.sample
         given = {"steps": own.steps, "guidance": own.guidance, "solver": own.solver, "seed": 0, "num": 1, "negative": "", **body}
-        settings = {name: given.get(name) for name in FIELDS if name != "model"}
+        settings: dict[str, Any] = {name: given.get(name) for name in FIELDS if name != "model"}
         return model, check(**settings)._replace(updates=0)  # nobody watches
 
     async def has_turn(self, watcher: "asyncio.Task[None]") -> bool:
