@@ -4,8 +4,9 @@
     flowt2i train --config quickstart --data data/scenes --out runs/reference --train.steps 3900 --train.eval_every 300 --train.score_prompts 256
     python benchmarks/reference_curve.py runs/reference runs/quickstart runs/quickstart-seed1 runs/quickstart-seed2
 
-All runs must be of one preset with the same flow settings. Writes flowt2i/evaluation/reference_curves/PRESET.json (`--out` another file): training loss
-(means of 60 stretches of log.jsonl), validation loss and score (eval.jsonl) against images seen. A run with one evaluation gives one point.
+All runs must be of one preset with the same flow settings, their pictures drawn alike. Writes flowt2i/evaluation/reference_curves/PRESET.json (`--out`
+another file): training loss (means of 60 stretches of log.jsonl), validation loss and score (eval.jsonl) against images seen. A run with one
+evaluation gives one point.
 """
 
 import argparse
@@ -31,8 +32,9 @@ def main() -> None:
     for run, config in zip(args.runs, configs):
         described = DatasetDescription.load(checkpoint.find(run))
         same = (config.preset, config.flow, config.model.prediction) == (first.preset, first.flow, first.model.prediction)
+        same = same and on_track.drawn_with(config.sample) == on_track.drawn_with(first.sample)
         if not same or not described.is_scenes or described.codec != description.codec:
-            raise SystemExit(f"{run} is of another preset, flow or data than {args.runs[0]}")
+            raise SystemExit(f"{run} is of another preset, flow, sampler or data than {args.runs[0]}")
     runs = [
         {"seed": config.train.seed, "batch_size": config.data.batch_size, "score_prompts": config.train.score_prompts}
         | {what: points for what, points in on_track.curve_of(run).items() if points}
@@ -40,7 +42,8 @@ def main() -> None:
     ]
     reference = {
         "preset": first.preset, "codec": description.codec.kind, "image_size": description.codec.image_size, "flow": first.flow.model_dump(),
-        "prediction": first.model.prediction, "made_by": "python benchmarks/reference_curve.py " + " ".join(run.name for run in args.runs), "runs": runs,
+        "samples": [on_track.drawn_with(first.sample)], "prediction": first.model.prediction,
+        "made_by": "python benchmarks/reference_curve.py " + " ".join(run.name for run in args.runs), "runs": runs,
     }  # fmt: skip
     out = args.out or Path(on_track.__file__).parent / "reference_curves" / f"{first.preset}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ SCHEDULES: list[dict[str, Any]] = [
     *({"solver": s, "steps": n, "shift": 5.0} for s, n in [("ab2", 4), ("ab2", 6), ("ab2", 12), ("ab2", 16), ("euler", 16), ("euler", 25), ("euler", 50)]),
     *({"solver": s, "steps": 4, "shift": 5.0} for s in ("heun", "midpoint", "ab4")),
 ]
-DEFAULT: list[dict[str, Any]] = [{"solver": "ab2", "steps": 8, "shift": 5.0}]  # of the preset `quickstart`
+DEFAULT: list[dict[str, Any]] = [{"solver": s, "steps": 8, "shift": 5.0} for s in ("euler", "ab2")]  # that of the preset `quickstart` first
 GUIDANCE: list[dict[str, Any]] = [
     {"guidance": 1.0}, {"guidance": 2.0}, {"guidance": 4.0}, {"guidance": 5.0},
     {"guidance_rule": "zero-star"}, {"guidance_rule": "zero-star", "zero_init": 0.04}, *({"guidance_rescale": share} for share in (0.5, 0.7, 1.0)),
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the newest run")
     parser.add_argument("--num", type=int, default=200, help="prompts (default 200)")
     parser.add_argument("--only", choices=["solvers", "schedules", "guidance", "default"])
-    parser.add_argument("--solver", help="of the comparison of guidance (default ab2)")
+    parser.add_argument("--solver", help="of the comparison of guidance (default euler)")
     parser.add_argument("--steps", type=int, help="of the comparison of guidance (default 8)")
     parser.add_argument("--shift", type=float, help="of the comparison of guidance (default 5)")
     parser.add_argument("--guide", type=Path, help="a weaker checkpoint, for autoguidance")

@@ -1,6 +1,6 @@
 """Do the scores put more damage further away? Real pictures, blurred, noisy, compressed and shifted in colour, against other real pictures.
 
-    python benchmarks/score_order.py --data data/emoji --num 2048 --plot docs/images/score_order.png
+    python benchmarks/score_order.py --data data/emoji --num 2048 --plot score_order.png
 
 Pictures to be damaged and reference are disjoint halves of the train split. Prints a markdown table; exits 1 where an order is wrong.
 """

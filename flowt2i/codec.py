@@ -46,6 +46,11 @@ def stored_to_latents(kind: str, stored: torch.Tensor, noise: torch.Tensor | Non
     return mean if noise is None else mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise
 
 
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Decoded pictures, float [B, 3, S, S] in [-1, 1] (beyond it they are cut), as uint8 [B, S, S, 3]."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 class PixelCodec:
     """No net at all: the flow runs on the picture."""
 

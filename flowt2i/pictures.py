@@ -52,7 +52,8 @@ def checked(told: dict[str, Any]) -> dict[str, Any]:
     for name, value in told.items():
         if name not in kinds:
             raise UserError(f"the picture tells a setting {str(name)[:50]!r}, which this version does not know: it was not written by this flowt2i")
-        if isinstance(value, bool) or not isinstance(value, kinds[name]) or (name in _NUMBERS and abs(value) > 1e300):
+        too_large = isinstance(value, int) and name in _NUMBERS and abs(value) > 1e300  # for a float
+        if isinstance(value, bool) or not isinstance(value, kinds[name]) or too_large:
             raise UserError(f"the picture's setting {name} is {str(value)[:50]!r}, which it cannot be: it was not written by flowt2i")
     return {name: float(value) if name in _NUMBERS else value for name, value in told.items()}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowt2i import editing, exported, flow, hub
 from flowt2i import settings as choices
+from flowt2i.codec import to_uint8
 from flowt2i.config import Config, load_config
 from flowt2i.description import DatasetDescription, require_same
 from flowt2i.drawing import Drawing, Noise, Preview, given_picture
@@ -43,7 +44,7 @@ class Pipeline:
         self.model, self.config, self.description, self.tokenizer, self.encoder = model, config, description, tokenizer, encoder
         self._codec, self.name, self.weights, self.step = codec, name, weights, step
         self._guides: dict[str, Pipeline] = {}
-        self._moved: dict[str, str | None] = {}  # folders of VAE and text encoder that were named at loading: a guide looks there too
+        self._moved: dict[str, Any] = {}  # folders of VAE and text encoder that were named at loading: a guide looks there too
         self._compiled = False
         self.device = next(model.parameters()).device
         self.mean = torch.tensor(description.latent_mean, device=self.device).view(1, -1, 1, 1)
@@ -160,13 +161,13 @@ class Pipeline:
         Warns where this is not the model that drew it.
         """
         told = checked(picture if isinstance(picture, dict) else read_settings(picture))
-        before = {name: told[name] for name in ("model", "weights", "step") if name in told}
+        before: dict[str, Any] = {name: told[name] for name in ("model", "weights", "step") if name in told}
         if any(self.told().get(name) != value for name, value in before.items()):
             warnings.warn(f"the picture was drawn by {_name(before)}, and this is {_name(self.told())}: it will differ", stacklevel=2)
         wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "step", "init_pixels", "mask_pixels")} | instead
         for name in ("init", "mask", "guide"):
             if isinstance(wanted.get(name), str) and name not in instead and not os.path.exists(wanted[name]):
-                raise UserError(f"the picture was made with {name} {wanted[name]!r}, which is not there: give it with --{name}")
+                raise UserError(f"the picture was made with {name} {wanted[name][:200]!r}, which is not there: give it with --{name}")
         samples = self.sample(wanted.pop("prompt"), **wanted)
         for name in ("init", "mask"):
             if name not in instead and told.get(f"{name}_pixels") != samples.settings.get(f"{name}_pixels"):
@@ -215,7 +216,7 @@ class Pipeline:
         pixels = self.codec.decode(z.float() * self.std + self.mean)
         if not torch.isfinite(pixels).all():
             raise UserError("the image codec put out numbers that are not finite: the model's training diverged, or guidance is too high for it")
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return to_uint8(pixels)
 
     def _guide(self, guide: "Pipeline | str | Path | None") -> "Pipeline | None":
         """The weaker model, loaded once; UserError where its latents are not ours."""
@@ -238,7 +239,8 @@ def _name(told: dict[str, Any]) -> str:
     """ "quickstart (EMA weights, step 5000)"."""
     facts = [f"{told['weights']} weights"] if told.get("weights") else []
     facts += [f"step {told['step']}"] if "step" in told else []
-    return (told.get("model") or "a model without a name") + (f" ({', '.join(facts)})" if facts else "")
+    name = (told.get("model") or "a model without a name") + (f" ({', '.join(facts)})" if facts else "")
+    return "".join(c if c.isprintable() else "?" for c in name)[:200]  # a PNG may come from anyone, and this goes to a terminal
 
 
 def compute_dtype(config: Config) -> torch.dtype:

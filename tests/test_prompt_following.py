@@ -9,7 +9,7 @@ import torch
 
 from flowt2i.data import scenes
 from flowt2i.errors import UserError
-from flowt2i.evaluation import clip, intervals
+from flowt2i.evaluation import clip, compare, intervals
 from flowt2i.evaluation import scenes as score
 
 # ---- intervals
@@ -94,7 +94,7 @@ def test_clip_score_is_that_of_the_model_itself(tiny_clip):
     from transformers import CLIPModel
 
     net = clip.Clip.load(str(tiny_clip), "cpu")
-    prompts = scenes.prompts(0, 150)
+    prompts = list(dict.fromkeys(scenes.prompts(0, 250)))[:150]  # different ones
     images = np.stack(perfect(prompts))
     found = clip.score(net, images, prompts)
     model = CLIPModel.from_pretrained(tiny_clip).eval()
@@ -107,6 +107,23 @@ def test_clip_score_is_that_of_the_model_itself(tiny_clip):
     assert found["clip"]["low"] < found["clip"]["mean"] < found["clip"]["high"] and found["candidates"] == 100
     assert 0 <= found["retrieval"]["accuracy"] < 0.2 and found["retrieval"]["n"] == 150  # random weights: near 1 in 100
     assert net.name == "tiny-clip"
+
+
+def test_pictures_of_one_caption_are_no_further_cases(tiny_clip):
+    """Ten times the pictures of as many captions: the interval stays as wide as the captions make it, also between two models."""
+    net = clip.Clip.load(str(tiny_clip), "cpu")
+    prompts = scenes.prompts(0, 12)
+    images = np.stack(perfect(prompts))
+    once, often = clip.score(net, images, prompts), clip.score(net, np.concatenate([images] * 10), prompts * 10)
+    for part in ("clip", "retrieval"):
+        assert often[part] == pytest.approx(once[part], rel=1e-4) and often[part]["n"] == len(set(prompts))
+    assert often["pictures"] == 10 * once["pictures"]
+    blurred = images // 2
+    pair = [compare.of_clip(net, np.concatenate([images] * k), np.concatenate([blurred] * k), prompts * k) for k in (1, 10)]
+    assert list(pair[0]) == list(pair[1])
+    name = next(iter(pair[0]))
+    assert pair[1][name]["difference"] == pytest.approx(pair[0][name]["difference"], rel=1e-3) and "p" not in pair[1]["retrieval"]["difference"]
+    assert intervals.by_group([1, 0, 4], ["a", "b", "a"]).tolist() == [2.5, 0]
 
 
 def test_retrieval_finds_what_is_there():

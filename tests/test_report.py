@@ -4,18 +4,33 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from flowt2i.cli import main
 from flowt2i.config import resolve
+from flowt2i.data.options import PrepareOptions
+from flowt2i.data.prepare import prepare
 from flowt2i.description import DatasetDescription
+from flowt2i.errors import UserError
 from flowt2i.evaluation import charts, on_track, page
+from flowt2i.evaluation.assemble import measure_for
 from flowt2i.evaluation.charts import Series, line_chart
-from flowt2i.evaluation.report import Pictures, Report, Score, html
+from flowt2i.evaluation.report import Pictures, Point, Report, Score, html, write
 from flowt2i.training import checkpoint
+from flowt2i.training.distributed import World
 from flowt2i.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def scenes_data(tmp_path_factory) -> Path:
+    """As everywhere, but with held-out pictures enough for near copies."""
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    prepare(PrepareOptions(sources=["scenes"], out=out, count=240, heldout=0.5, workers=1), progress=False)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +92,57 @@ def test_a_report_of_a_run(runs, scenes_data, tmp_path, capsys):
     assert [p["evaluations"] for p in report["curves"]["guidance"]][:2] == [2, 4]  # guidance 1 needs one pass
     assert [x for x, _ in report["training"]["validation"]] == [16, 32] and len(report["training"]["loss"]) == 4
     kinds = {name.partition(",")[0] for name in report["memorisation"]}
-    assert "pixels" in kinds and all(len(m["pairs"]) == 8 and 0 <= m["near_copies"]["accuracy"] <= 1 for m in report["memorisation"].values())
+    assert "pixels" in kinds and all(len(m["pairs"]) == 8 and m["verdict"] and 0 <= m["near_copies"]["accuracy"] <= 1 for m in report["memorisation"].values())
     assert len(report["samples"]) == 12 and report["samples"][3]["seed"] == 1_000_003
     text = (tmp_path / "report.html").read_text()
     seen = checked(text)
     assert seen.count("svg") == 5 and seen.count("img") == 12 + 2 * 8 * len(report["memorisation"])
     assert "prefers-color-scheme" in text and "width=device-width" in text and report["samples"][0]["prompt"] in text
+
+
+@pytest.mark.parametrize("words, passes, told", [
+    (["--solver", "dopri5", "--tolerance", "0.5"], None, "dopri5 chooses its own"),
+    (["--negative", "a red star"], [2, 4, 4, 4, 4, 4], ""),  # no guidance at 1: nothing to lead away from
+    (["--solver", "heun", "--guidance-interval", "0.4", "1"], [3, 5, 5, 5, 5, 5], ""),  # guided in the last evaluations only, as counted
+])  # fmt: skip
+def test_every_sampler_has_its_report(runs, tmp_path, words, passes, told):
+    assert evaluate("--model", runs[0], "--metrics", "scenes", "--num", "2", "--curve-num", "2", "--out", tmp_path, *words) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    counted = [point["evaluations"] for point in report["curves"]["guidance"]]
+    assert counted == passes if passes else counted[0] >= 6
+    assert ("evaluations" in report["curves"]) == (not told) and told in " ".join(report["notes"])
+
+
+def test_a_curve_that_cannot_be_drawn_costs_only_itself(runs, tmp_path, monkeypatch):
+    from flowt2i.evaluation import assemble
+
+    def sweep(*words):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(assemble, "sweep", sweep)
+    assert evaluate("--model", runs[0], "--metrics", "scenes", "--num", "2", "--out", tmp_path) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["scores"] and [note for note in report["notes"] if "disk is full" in note]
+    assert "disk is full" in (tmp_path / "report.html").read_text()
+
+
+def test_a_curve_of_kernel_distances():
+    """Of other data than scenes, without a CLIP; two pictures are too few, which is said and costs the curve alone."""
+
+    def net(images):
+        return torch.from_numpy(images.reshape(len(images), -1)[:, :8].copy()).float()
+
+    net.dim, net.name = 8, "first pixels"
+    pipeline = SimpleNamespace(description=SimpleNamespace(is_scenes=False))
+    real = SimpleNamespace(features=torch.rand(40, 8) * 255)
+    context = SimpleNamespace(
+        need_pipeline=lambda what: pipeline, clip_name="", net=lambda: net, reference_of=lambda: real, world=World(0, 1, torch.device("cpu"))
+    )
+    measure = measure_for(context, kernel=True)
+    value, low, high = measure.of(np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8), [""] * 100)
+    assert low < value < high and measure.name == "kernel distance (first pixels)"
+    with pytest.raises(UserError, match="three pictures"):
+        measure.of(np.zeros((2, 8, 8, 3), np.uint8), ["", ""])
 
 
 def test_two_models_side_by_side(runs, tmp_path, capsys):
@@ -124,7 +184,6 @@ def test_mistakes_are_one_line_and_exit_2(runs, words, told, capsys):
 def test_a_model_of_other_data_and_one_that_diverged(runs, scenes_data, tmp_path, capsys):
     import shutil
 
-    import torch
     from safetensors.torch import load_file, save_file
 
     source = checkpoint.newest_good(runs[0])
@@ -181,6 +240,19 @@ def test_what_people_wrote_is_text_not_html():
     assert page.data_uri(np.zeros((8, 8, 3), np.uint8)).startswith("data:image/png;base64,iVBOR")
 
 
+def test_what_is_not_finite_and_no_character_is_reported_all_the_same(tmp_path):
+    nan = float("nan")
+    report = Report("run", {}, "protocol", [Score("kid-10@64", nan, "protocol", nan, nan, 10)], [{"prompt": "half a \ud83d smile", "seed": 0}])
+    report.training = {"batch_size": 8, "preset": "quickstart", "score_prompts": 4, "score": [[8, nan], [16, nan]]}
+    report.training |= {"loss": [[8, nan]], "validation": [[8, 1.0], [16, nan]]}
+    report.curves = {"measure": "kernel distance", "share": False, "n": 2, "guidance": [Point(1.0, nan, nan, nan, 2)]}
+    write(report, Pictures(samples=[np.zeros((8, 8, 3), np.uint8)]), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert checked(text).count("svg") == 1 and text.count("No value is finite") == 3 and "half a ? smile" in text
+    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN, which JSON does not know
+    assert found["training"]["loss"] == [[8, None]] and found["scores"][0]["value"] is None
+
+
 # ---- on track
 
 
@@ -213,9 +285,18 @@ def test_nothing_is_said_where_nothing_compares(quickstart, scenes_data):
     assert on_track.standing(line, resolve("stability"), description) is None
     assert on_track.standing(line, config, description.model_copy(update={"source": "emoji"})) is None
     assert on_track.standing(line | {"images_seen": 10**9}, config, description) is None
+    other_sampler = resolve("quickstart", ["--sample.guidance", "1"])  # a score of other pictures; the loss means the same
+    assert on_track.comparable(other_sampler, description)[1] == {"loss", "validation"}
+    assert "score" not in on_track.standing(line, other_sampler, description).line
+    assert on_track.comparable(resolve("quickstart", ["--sample.images", "4"]), description)[1] == {"score", "loss", "validation"}
     other_flow = resolve("quickstart", ["--flow.floor", "0.1"])
     assert on_track.comparable(other_flow, description)[1] == {"score"}
     assert "validation" not in on_track.standing(line, other_flow, description).line
+
+
+def test_a_run_that_diverged_is_behind(quickstart):
+    line = {"images_seen": 113_216, "validation": {"loss": float("nan")}, "score": float("nan")}
+    assert on_track.standing(line, *quickstart).verdict == "behind"
 
 
 def test_curves_survive_a_log_that_a_kill_cut_short(tmp_path):

@@ -30,6 +30,7 @@ def pipeline(tiny_run):
     for weight in pipeline.model.parameters():
         if weight.ndim == 2:
             weight.add_(torch.randn(weight.shape, generator=g) * weight.shape[1] ** -0.5)
+    pipeline.config.sample = SampleConfig()  # Euler's even steps: what a setting changes is told from what the preset's own would
     return pipeline
 
 
@@ -291,6 +292,8 @@ class TestOtherModels:
         with pytest.warns(UserWarning, match=r"drawn by tiny \(EMA weights, step 4\), and this is .*step 2\)") as told:
             early.redraw(picture)
         assert len(told) == 1 and "\n" not in str(told[0].message)
+        with pytest.warns(UserWarning, match=r"drawn by a\?\?\[2Jb, and") as told:
+            pipeline.redraw({"prompt": PROMPT, "seed": 0, "steps": 1, "model": "a\n\x1b[2Jb"})
 
     def test_like_takes_the_weights_of_the_picture(self, tiny_run, tmp_path, capsys):
         common = ["--model", str(tiny_run), "--json"]
@@ -423,6 +426,7 @@ class TestCommandLine:
     def test_from_a_picture_and_again(self, tiny_run, circle, tmp_path, capsys):
         common = ["--model", str(tiny_run), "--steps", "3", "--json"]
         edits = ["--init", str(circle[0]), "--mask", str(circle[1]), "--guidance-interval", "0.1", "0.9", "--guidance-rule", "zero-star", "--solver", "ab2"]
+        edits += ["--shift", "1"]
         assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png"), *edits, *common]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["evaluations"] == 5 and result["guidance_from"] == 0.1 and result["mask"] == str(circle[1])

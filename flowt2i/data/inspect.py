@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from flowt2i.codec import codec_from_spec, stored_to_latents
+from flowt2i.codec import codec_from_spec, stored_to_latents, to_uint8
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.data.finish import load_report
 from flowt2i.data.units import SPLITS, read_part
@@ -86,8 +85,7 @@ def contact_sheet(folder: Path, out: Path) -> str:
     count = min(len(dataset), COLUMNS * ROWS)
     numbers = [i * len(dataset) // count for i in range(count)]
     stored = dataset.fetch(numbers).stored
-    decoded = torch.cat([codec.decode(stored_to_latents(spec.kind, part, None)) for part in stored.split(8)])
-    images = ((decoded.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    images = np.concatenate([to_uint8(codec.decode(stored_to_latents(spec.kind, part, None))) for part in stored.split(8)])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scale = max(1, round(128 / spec.image_size))

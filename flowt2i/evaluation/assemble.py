@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flowt2i import solvers
 from flowt2i.config import load_config
 from flowt2i.data import scenes as scenes_data
 from flowt2i.description import DatasetDescription
@@ -17,12 +16,17 @@ from flowt2i.evaluation import clip, compare, on_track, scenes
 from flowt2i.evaluation.intervals import Z95
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.metrics import Context, Scores
+from flowt2i.evaluation.pictures import STRIDE, features
 from flowt2i.evaluation.report import Pictures, Point, Report, Score
+from flowt2i.pipeline import Pipeline
+from flowt2i.settings import is_guided
 from flowt2i.training import checkpoint
 
 STEPS = (1, 2, 4, 8, 16, 50)  # solver steps of the curve against cost
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 SHOWN = 24  # samples in the report: the first ones
+COUNTED = 4  # pictures on which passes of the net are counted
+UNGUIDED = {"negative": None, "guide": None}  # what acts through guidance is left out where there is none
 CURVE = 256  # prompts at each point of a curve, unless asked for others
 
 
@@ -52,16 +56,22 @@ def assemble(context: Context, found: dict[str, Scores], model: Path, left_out: 
     if measure:
         asked = prompts[:curve]
         report.curves = {"measure": measure.name, "share": measure.share, "n": len(asked)}
-        report.curves["evaluations"] = sweep(context, measure, asked, "steps", STEPS)
-        report.curves["guidance"] = sweep(context, measure, asked, "guidance", GUIDANCE)
+        for name, setting, values in (("evaluations", "steps", STEPS), ("guidance", "guidance", GUIDANCE)):
+            if setting == "steps" and report.settings["solver"] == "dopri5":
+                report.notes.append("No curve over steps: dopri5 chooses its own.")
+                continue
+            try:
+                report.curves[name] = sweep(context, measure, asked, setting, values)
+            except UserError as error:  # the scores were worth their time: the report is written without this curve
+                report.notes.append(f"No curve over {setting}: {error}")
     elif curve:
         report.notes.append("No curves over steps and guidance: on data other than the scenes they need a CLIP (--clip ID_OR_FOLDER) or --metrics kid.")
     return report, pictures
 
 
-def evaluations(settings: dict[str, Any]) -> int:
-    """Passes of the net a picture takes, guidance's counted."""
-    return solvers.EVALUATIONS[settings["solver"]](settings["steps"]) * (1 if settings["guidance"] == 1 else 2)
+def evaluations(pipeline: Pipeline, prompts: Sequence[str], seed: int, settings: dict[str, Any]) -> int:
+    """Passes of the net a picture takes, guidance's included, counted on a few pictures (all take as many, but with dopri5)."""
+    return pipeline.sample(list(prompts[:COUNTED]), seed=(seed + 1) * STRIDE, **settings).evaluations
 
 
 def from_scores(found: dict[str, Scores]) -> list[Score]:
@@ -106,7 +116,7 @@ def measure_for(context: Context, kernel: bool) -> Measure | None:
         clip_net = clip.Clip.load(context.clip_name, context.world.device)
 
         def clip_score(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, float, float]:
-            spread = clip.score(clip_net, images, prompts)["clip"]
+            spread = clip.score(clip_net, images, prompts, context.world)["clip"]
             return spread["mean"], spread["low"], spread["high"]
 
         return Measure(f"CLIP score ({clip_net.name})", False, clip_score)
@@ -114,7 +124,9 @@ def measure_for(context: Context, kernel: bool) -> Measure | None:
         net, reference = context.net(), context.reference_of()
 
         def distance(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, float, float]:
-            found = kernel_distance(net(images), reference.features)
+            if len(images) < 3:
+                raise UserError("a kernel distance needs three pictures or more: take a larger --curve-num")
+            found = kernel_distance(features(net, images, context.world, progress=False), reference.features)
             return found.value, found.value - Z95 * found.error, found.value + Z95 * found.error
 
         return Measure(f"kernel distance ({net.name})", False, distance)
@@ -123,11 +135,13 @@ def measure_for(context: Context, kernel: bool) -> Measure | None:
 
 def sweep(context: Context, measure: Measure, prompts: Sequence[str], setting: str, values: Sequence[float]) -> list[Point]:
     """The measure at each value of one setting (`steps` or `guidance`), all with the same prompts and the same noise."""
-    pipeline, points = context.need_pipeline("report"), []
+    pipeline, seed, points = context.need_pipeline("report"), noise_seed(context), []
     for value in tqdm(values, desc=f"curve over {setting}", unit="point", disable=not (context.progress and context.world.main), leave=False):
-        chosen = {setting: int(value) if setting == "steps" else value}
-        images = context.images(prompts, seed=noise_seed(context), settings=chosen)
-        points.append(Point(value, *measure.of(images, prompts), evaluations=evaluations(pipeline.settings(**context.settings | chosen))))
+        chosen: dict[str, Any] = {setting: int(value) if setting == "steps" else value}
+        if not is_guided(pipeline.settings(**context.settings | chosen | UNGUIDED)):
+            chosen |= UNGUIDED
+        images = context.images(prompts, seed=seed, settings=chosen)
+        points.append(Point(value, *measure.of(images, prompts), evaluations=evaluations(pipeline, prompts, seed, context.settings | chosen)))
     return points
 
 
@@ -174,7 +188,7 @@ def set_side_by_side(first: Context, second: Context, models: tuple[Path, Path])
     elif first.clip_name:
         net = clip.Clip.load(first.clip_name, first.world.device)
         drawn = first.images(prompts, seed=noise_seed(first)), second.images(prompts, seed=noise_seed(first))
-        rows = compare.of_clip(net, *drawn, prompts)
+        rows = compare.of_clip(net, *drawn, prompts, first.world)
     else:
         raise UserError("two models of real data are compared by a CLIP: add --clip openai/clip-vit-base-patch32 (or a folder with another CLIP)")
     report = Report(f"{models[0]} against {models[1]}", a.settings(**first.settings), f"A: {first.protocol()}; B: {second.protocol()}")

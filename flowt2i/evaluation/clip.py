@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowt2i.data.dataset import ImageTextDataset
-from flowt2i.description import DatasetDescription, require_same
+from flowt2i.description import DatasetDescription, fingerprint_files, require_same
 from flowt2i.errors import UserError
-from flowt2i.evaluation.intervals import mean_interval, tally
-from flowt2i.evaluation.memorisation import real_images
+from flowt2i.evaluation.intervals import by_group, mean_interval, share_interval
+from flowt2i.evaluation.memorisation import identity, real_images
 from flowt2i.evaluation.metrics import Context, Scores
-from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, quiet, read_config
-from flowt2i.training.distributed import best_device
+from flowt2i.evaluation.pictures import over_ranks
+from flowt2i.evaluation.reference import spread
+from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, quiet, read_config, weight_files
+from flowt2i.training.distributed import World, best_device
 
 CANDIDATES = 100  # captions among which the right one is to be found, itself counted
 BATCH = 64
@@ -31,20 +33,16 @@ BATCH = 64
 class Clip:
     """A CLIP in fp32, with its tokenizer and its preprocessing."""
 
-    def __init__(self, net: Any, tokenizer: Any, preprocess: Any, name: str) -> None:
-        self.net, self.tokenizer, self.preprocess, self.name = net, tokenizer, preprocess, name
+    def __init__(self, net: Any, tokenizer: Any, preprocess: Any, name: str, fingerprint: str) -> None:
+        self.net, self.tokenizer, self.preprocess, self.name, self.fingerprint = net, tokenizer, preprocess, name, fingerprint
+        self.dim = int(net.config.projection_dim)
         self.device = next(net.parameters()).device
         self.longest = int(net.config.text_config.max_position_embeddings)
 
     @classmethod
     def load(cls, id: str, device: str | torch.device | None = None) -> "Clip":
         """From a folder or a hub id; UserError, one line, where it cannot be had or is no CLIP."""
-        folder = find_pretrained(id, stem="model", what="CLIP", instead="--metrics kid", tokenizer=True, also="preprocessor_config.json")
-        kind = read_config(folder).get("model_type")
-        if kind != "clip":
-            raise UserError(f"CLIP {id!r} is a model of type {kind!r}, not 'clip': pass one such as 'openai/clip-vit-base-patch32'")
-        if not (folder / "preprocessor_config.json").is_file():
-            raise UserError(f"CLIP {id!r} has no preprocessor_config.json: fetch it again, it says how pictures are to be scaled")
+        folder = find(id)
         from transformers import AutoTokenizer, CLIPModel
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the one that needs no torchvision
 
@@ -61,7 +59,8 @@ class Clip:
         if missing:
             raise UserError(f"CLIP {id!r} lacks {len(missing)} weights (first: {missing[0]}): fetch or save it again")
         net = net.eval().requires_grad_(False).to(torch.device(device) if device else best_device())
-        return cls(net, tokenizer, preprocess, Path(id).name)
+        files = [folder / "config.json", folder / "preprocessor_config.json", *weight_files(folder, "model")]
+        return cls(net, tokenizer, preprocess, Path(id).name, fingerprint_files(files))
 
     @torch.inference_mode()
     def images(self, images: np.ndarray) -> Tensor:
@@ -83,50 +82,80 @@ class Clip:
         return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
 
 
-def metric(context: Context) -> Scores:
-    """`clip`: pictures of held-out captions, and beside them the real pictures of these captions."""
+def find(id: str) -> Path:
+    """The folder of a CLIP, by folder or hub id; UserError, one line, where it cannot be had or is no CLIP."""
+    folder = find_pretrained(id, stem="model", what="CLIP", instead="--metrics kid", tokenizer=True, also="preprocessor_config.json")
+    kind = read_config(folder).get("model_type")
+    if kind != "clip":
+        raise UserError(f"CLIP {id!r} is a model of type {kind!r}, not 'clip': pass one such as 'openai/clip-vit-base-patch32'")
+    if not (folder / "preprocessor_config.json").is_file():
+        raise UserError(f"CLIP {id!r} has no preprocessor_config.json: fetch it again, it says how pictures are to be scaled")
+    return folder
+
+
+def check(context: Context, name: str = "clip") -> None:
+    """UserError for what is wrong before any work: no CLIP, no model, no data of the model's codec."""
     if not context.clip_name:
         raise UserError("the clip score needs a net: add --clip openai/clip-vit-base-patch32 (or a folder with another CLIP)")
+    find(context.clip_name)
+    described = DatasetDescription.load(context.need_data(name))
+    require_same(context.need_pipeline(name).description.codec, described.codec, "codec of the model and of --data")
+
+
+def metric(context: Context) -> Scores:
+    """`clip`: pictures of held-out captions, and beside them the real pictures of these captions."""
+    check(context)
     pipeline = context.need_pipeline("clip")
     net = Clip.load(context.clip_name, context.world.device)
-    found = score(net, context.images(), context.prompts)
+    found = score(net, context.images(), context.prompts, context.world, context.progress)
     described = DatasetDescription.load(context.need_data("clip"))
-    require_same(pipeline.description.codec, described.codec, "codec of the model and of --data")
     data = ImageTextDataset(context.need_data("clip"), "heldout" if described.heldout_count else "train")
-    rows = [k for k, caption in enumerate(data.captions()) if caption.strip()][: context.num]
-    real = score(net, real_images(data, pipeline.codec, np.array(rows)), [data.caption(k) for k in rows])
+    captions = data.captions()
+    rows = [k for k in map(int, spread(len(data))) if captions[k].strip()][: context.num]
+    real = score(net, real_images(data, pipeline.codec, np.array(rows)), [captions[k] for k in rows], context.world, context.progress)
     title = f"{net.name}-{context.count}@{context.resolution}"
     names = {"clip": f"clip-{title}", "retrieval": f"retrieval-among-{found['candidates']}-{title}"}
     values, intervals, lines = {}, {}, []
     for what, name in names.items():
         for whose, measured in (("", found), ("/real pictures", real)):
             if what in measured:
-                spread = measured[what]
-                value, form = (spread["mean"], "{:6.2f}") if what == "clip" else (spread["accuracy"], "{:6.1%}")
-                values[name + whose], intervals[name + whose] = value, spread
-                ends = " to ".join(form.format(spread[end]).strip() for end in ("low", "high"))
-                lines.append(f"{what + whose:22s} {form.format(value)}   [{ends}]   n={spread['n']}")
-    protocol = f"clip and retrieval-among-{found['candidates']} with {context.clip_name}, captions of {data.split}, {context.protocol()}"
+                part = measured[what]
+                value, form = (part["mean"], "{:6.2f}") if what == "clip" else (part["accuracy"], "{:6.1%}")
+                values[name + whose], intervals[name + whose] = value, part
+                ends = " to ".join(form.format(part[end]).strip() for end in ("low", "high"))
+                of = f", {measured['pictures']} pictures of {part['n']} captions" if measured["pictures"] > part["n"] else ""
+                lines.append(f"{what + whose:22s} {form.format(value)}   [{ends}]   n={part['n']}{of}")
+    if found["pictures"] > found["clip"]["n"]:
+        lines.append(f"(more pictures than captions: {found['clip']['n']} captions are what was seen, and what the intervals count)")
+    of_data = f"data {identity(described)}, captions of {data.split} in mixed order, {found['clip']['n']} different ones"
+    protocol = f"clip and retrieval-among-{found['candidates']} with {context.clip_name} {net.fingerprint[:8]}, {of_data}, {context.protocol()}"
     return Scores(values, protocol, lines, {"intervals": intervals})
 
 
-def score(clip: Clip, images: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
-    """`clip`: CLIP score with its interval; `retrieval`: share of pictures whose own caption is nearest; `candidates`: among how many.
+def score(clip: Clip, images: np.ndarray, captions: Sequence[str], world: World | None = None, progress: bool = False) -> dict[str, Any]:
+    """`clip`: CLIP score with its interval; `retrieval`: share of pictures whose own caption is nearest; `candidates`: among how many; `pictures`.
 
-    images uint8 [N, H, W, 3], one a caption. UserError for fewer than two.
+    images uint8 [N, H, W, 3], one a caption. Both are means over the *different* captions, of what the pictures of each get, and `n` is the number of captions:
+    twenty pictures of one caption tell little more of the model than one. UserError for fewer than two pictures.
     """
-    scores, hits = score_each(clip, images, captions)
-    result = {"clip": mean_interval(scores), "candidates": min(CANDIDATES, len(set(captions)))}
-    return result | ({"retrieval": tally(sum(hits), len(hits))} if hits else {})
+    scores, hits = score_each(clip, images, captions, world, progress)
+    means = by_group(scores, captions)
+    result = {"clip": mean_interval(means), "candidates": min(CANDIDATES, len(means)), "pictures": len(images)}
+    return result | ({"retrieval": share_interval(by_group(hits, captions))} if hits else {})
 
 
-def score_each(clip: Clip, images: np.ndarray, captions: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
-    """CLIP score of every picture [N], and whether its caption was retrieved ([] where there is but one caption)."""
+def score_each(
+    clip: Clip, images: np.ndarray, captions: Sequence[str], world: World | None = None, progress: bool = False
+) -> tuple[np.ndarray, list[bool]]:  # fmt: skip
+    """CLIP score of every picture [N], and whether its caption was retrieved ([] where there is but one caption); over all ranks, the same on each."""
     if len(images) != len(captions) or len(images) < 2:
         raise UserError(f"a CLIP score needs two pictures or more, a caption each: {len(images)} pictures, {len(captions)} captions")
     distinct = sorted(set(captions))
     place = {caption: number for number, caption in enumerate(distinct)}
-    pictures, texts = clip.images(images), clip.captions(distinct)
+    world = world or World(0, 1, clip.device)
+    gather = lambda count, work, title: torch.from_numpy(over_ranks(world, count, work, (clip.dim,), np.float32, progress, title))
+    pictures = gather(len(images), lambda rows: clip.images(images[rows.start : rows.stop]).numpy(), "pictures through CLIP")
+    texts = gather(len(distinct), lambda rows: clip.captions(distinct[rows.start : rows.stop]).numpy(), "captions through CLIP")
     own = [place[caption] for caption in captions]
     hits = retrieved(pictures, texts, own, distinct) if len(distinct) > 1 else []
     return clip_scores((pictures * texts[own]).sum(-1)), hits

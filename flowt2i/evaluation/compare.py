@@ -11,13 +11,15 @@ import numpy as np
 
 from flowt2i.errors import UserError
 from flowt2i.evaluation.clip import Clip, score_each
-from flowt2i.evaluation.intervals import mean_interval, paired_difference
+from flowt2i.evaluation.intervals import by_group, mean_interval, paired_difference
 from flowt2i.evaluation.scenes import totals, verdicts
 from flowt2i.pipeline import Pipeline
+from flowt2i.training.distributed import World
 
 METHOD = (
     "Intervals of the difference: for shares Newcombe's hybrid score interval for paired shares (1998, method 10), for means the normal interval of the mean "
-    "difference; p is the exact McNemar test. Several rows are looked at: take the first as the result, the rest as where to look next."
+    "difference; p is the exact McNemar test. A CLIP's cases are captions: of one that is asked for more than once its pictures' mean. "
+    "Several rows are looked at: take the first as the result, the rest as where to look next."
 )
 
 
@@ -41,12 +43,14 @@ def of_scenes(first: Sequence[np.ndarray], second: Sequence[np.ndarray], prompts
     return rows
 
 
-def of_clip(net: Clip, first: np.ndarray, second: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
-    """The same by a CLIP: its score, and retrieval of the right caption."""
-    found = [score_each(net, images, prompts) for images in (first, second)]
-    rows = {f"clip score ({net.name})": of_means(found[0][0], found[1][0])}
+def of_clip(net: Clip, first: np.ndarray, second: np.ndarray, prompts: Sequence[str], world: World | None = None) -> dict[str, Any]:
+    """The same by a CLIP: its score, and retrieval of the right caption. Cases are captions: pictures of one caption are averaged before they are compared."""
+    found = [score_each(net, images, prompts, world) for images in (first, second)]
+    rows = {f"clip score ({net.name})": of_means(*(by_group(scores, prompts) for scores, _ in found))}
     if found[0][1]:
-        rows["retrieval"] = of_shares(found[0][1], found[1][1])
+        repeated = len(set(prompts)) < len(prompts)
+        shares = [by_group(hits, prompts) for _, hits in found]
+        rows["retrieval"] = of_means(*shares) | {"share": True} if repeated else of_shares(found[0][1], found[1][1])
     return rows
 
 

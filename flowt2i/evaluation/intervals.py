@@ -9,7 +9,7 @@ import numpy as np
 Z95 = 1.959963984540054  # the normal distribution's 97.5th percentile: two-sided 95%
 
 
-def wilson(hits: int, total: int, z: float = Z95) -> tuple[float, float]:
+def wilson(hits: float, total: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's 95% interval of a share (Wilson 1927, eq. 4); (0, 1) where nothing was counted."""
     if not total:
         return 0.0, 1.0
@@ -23,6 +23,21 @@ def tally(hits: int, total: int) -> dict[str, Any]:
     """A share with its interval: `accuracy`, `low`, `high`, `n`."""
     low, high = wilson(hits, total)
     return {"accuracy": hits / total if total else 0.0, "low": low, "high": high, "n": total}
+
+
+def by_group(values: Sequence[float] | np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """The mean of the values of each group [distinct groups], in order of first appearance: pictures of one caption are no independent cases, captions are."""
+    number = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+    place = np.array([number[group] for group in groups], np.int64)
+    return np.bincount(place, np.asarray(values, np.float64), len(number)) / np.bincount(place, minlength=len(number))
+
+
+def share_interval(shares: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """A mean of shares of independent groups, with Wilson's interval as if each group were one case: never too narrow, as in `tally` where each is."""
+    array = np.asarray(shares, np.float64)
+    mean = float(array.mean())
+    low, high = wilson(float(array.sum()), len(array))
+    return {"accuracy": mean, "low": low, "high": high, "n": len(array)}
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, z: float = Z95) -> dict[str, Any]:

@@ -3,19 +3,23 @@
 A distance by itself says nothing: of two pictures of a star on white, both real, one may all but cover the other. So the near-copy distance is measured: the
 1st percentile of the distances from held-out pictures to their nearest training picture. By definition one held-out picture in a hundred lies within it; a
 model that samples what it learned should do the same, one that copies lies within it far more often. (Near pictures of real data as the yardstick: as in
-Somepalli et al. 2212.03860, who hold nearest samples against nearest training pictures of training pictures.) Beside it the test of Meehan, Chaudhuri and
-Dasgupta 2004.05675 over one cell: the z-score of Mann and Whitney's U that samples lie farther from the training set than held-out pictures do; they
-call a model under -3 copying.
+Somepalli et al. 2212.03860, who hold nearest samples against nearest training pictures of training pictures.) Copying is said where the interval of the share
+lies wholly above that of the held-out pictures, and nowhere else.
+
+Beside it stands, without a verdict, z of Meehan, Chaudhuri and Dasgupta 2004.05675 over one cell: Mann and Whitney's U that samples lie farther from the
+training set than held-out pictures do. They call a model under -3 copying, but blur does the same: in the middle of the data everything is near. Held-out
+scenes blurred by 8 pixels have z = -11, flat colours -18 (and no near copies), as far down as copies have it.
 
 Ask with held-out captions: then samples and held-out pictures show things of one kind. Training captions show whether a caption calls its own picture back, but
 a good model, too, is nearer to the training set there.
 
-The training set is read once, in chunks; of each only features are made, and only the nearest is kept.
+The training set is read once, in chunks that are dealt out to the ranks; of each only features are made, and only the nearest is kept.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,16 +27,20 @@ import torch
 from PIL import Image as PillowImage
 from tqdm import tqdm
 
-from flowt2i.codec import stored_to_latents
+from flowt2i.codec import stored_to_latents, to_uint8
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally
-from flowt2i.evaluation.metrics import Context, Scores
+from flowt2i.evaluation.metrics import Context, Scores, Skipped
 from flowt2i.evaluation.nets import EFFICIENTNET, has_efficientnet
+from flowt2i.evaluation.pictures import STRIDE
+from flowt2i.evaluation.reference import spread
 from flowt2i.grid import grid
+from flowt2i.training.distributed import ToldElsewhere, World
 
 PERCENTILE = 1.0  # of the held-out distances: the near-copy distance
+LEAST_HELDOUT = 100  # held-out pictures below which there is no such percentile
 MOST_HELDOUT = 2_000  # held-out pictures that the near-copy distance is measured on
 TRAINING_CAPTIONS = 500  # captions of training pictures that are asked for besides
 MOST_ON_CPU = 10_000  # training pictures whose features a CPU makes (some minutes); beyond it only pixels are compared there
@@ -44,6 +52,9 @@ METHOD = (
     f"nearest training picture, pixels at {PIXEL_SIDE}x{PIXEL_SIDE} less mean brightness, features as unit vectors; near copies lie within percentile "
     f"{PERCENTILE:g} of the distances of up to {MOST_HELDOUT} held-out pictures"
 )
+
+VERDICTS = {"held-out captions": "it copies", "training captions": "these captions call their own pictures back"}  # where there are more than of new pictures
+Z_NOTE = "z is also far below 0 for blurred or flat pictures, which lie near everything: near copies tell of copying, z alone does not"
 
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 [N, H, W, 3] -> float32 [N, D], compared by Euclidean distance
 
@@ -58,11 +69,8 @@ class Nearest:
 
 def metric(context: Context) -> Scores:
     """`memorisation`: asked with held-out captions, and with captions of training pictures; in pixels, and in a net's features where one is at hand."""
+    check(context)
     pipeline, data = context.need_pipeline("memorisation"), context.need_data("memorisation")
-    if not pipeline.description.heldout_count:
-        raise UserError(f"memorisation is measured against held-out pictures, and {data} has none: prepare it with --heldout")
-    if DatasetDescription.load(data).fingerprint != pipeline.description.fingerprint:
-        raise UserError(f"memorisation is about the data that a model was trained on, and {data} is other data: give the model's own with --data")
     train, heldout = ImageTextDataset(data, "train"), ImageTextDataset(data, "heldout")
     trained = min(pipeline.config.data.subset or len(train), len(train))
     kinds: dict[str, Features] = {"pixels": pixel_features}
@@ -72,16 +80,19 @@ def metric(context: Context) -> Scores:
         kinds[net.name] = net_features(net)
     asked = {
         "held-out captions": context.prompts,
-        "training captions": _spread(train.captions()[:trained], min(context.num, TRAINING_CAPTIONS)),
+        "training captions": _evenly(train.captions()[:trained], min(context.num, TRAINING_CAPTIONS)),
     }
     drawn = {whose: context.images(captions) for whose, captions in asked.items()}
-    real = real_images(heldout, pipeline.codec, np.arange(min(MOST_HELDOUT, len(heldout))))
+    real = real_images(heldout, pipeline.codec, spread(len(heldout))[:MOST_HELDOUT])
     queries = np.concatenate([real, *drawn.values()])
     show = context.progress and context.world.main
-    found = nearest(queries, chunks_of(train, pipeline.codec, trained, show), kinds)
+    found = over_ranks(context.world, lambda: nearest(queries, chunks_of(train, pipeline.codec, trained, show, context.world), kinds))
     ends = np.cumsum([len(real), *map(len, drawn.values())])
     title = f"memorised-{context.count}@{context.resolution}"
-    scores = Scores({}, f"{title}: {METHOD}; {trained} training pictures; {context.protocol()}", [], {"intervals": {}, "memorisation": {}})
+    of_data = f"{trained} training and {len(real)} held-out pictures of data {identity(train.description)}, {len(asked['training captions'])} training captions"
+    nets = "".join(f", {net.name} {net.fingerprint[:8]}" for net in context.nets.values() if net.name in kinds)
+    protocol = f"{title}: {METHOD}{nets}; {of_data}; {context.protocol()}, noise of picture k of either set that of {(context.seed + 1) * STRIDE} + k"
+    scores = Scores({}, protocol, [], {"intervals": {}, "memorisation": {}})
     for kind, near in found.items():
         for whose, (start, end) in zip(asked, zip(ends, ends[1:])):
             name, part = f"{title}/{kind}, {whose}", Nearest(near.distance[start:end], near.index[start:end])
@@ -92,17 +103,42 @@ def metric(context: Context) -> Scores:
                  "distance": float(part.distance[k]), "near_copy": bool(part.distance[k] <= judged["threshold"])}
                 for k in order
             ]  # fmt: skip
+            judged["verdict"] = VERDICTS[whose] if judged["copies"] else "no more than new pictures"
             share = judged["near_copies"]
             scores.values[name], scores.details["intervals"][name] = share["accuracy"], share
             scores.details["memorisation"][f"{kind}, {whose}"] = judged
             scores.pictures[f"{kind}, {whose}"] = [(a, b) for a, b in pairs]
             interval = f"[{share['low']:.1%}, {share['high']:.1%}]"
-            expected = f"held-out pictures {judged['expected']:.1%}; z {judged['z']:+.1f}"
+            expected = f"held-out pictures {judged['expected']:.1%}: {judged['verdict']}; z {judged['z']:+.1f}"
             scores.lines.append(f"{kind + ', ' + whose:38s} {share['accuracy']:6.1%} near copies {interval}   n={share['n']}   {expected}")
+    scores.lines.append(f"({Z_NOTE})")
     return scores
 
 
-def _spread(captions: Sequence[str], count: int) -> list[str]:
+def check(context: Context, name: str = "memorisation") -> None:
+    """What is wrong before any work: no model, or data that do not go with it."""
+    check_data(context.need_pipeline(name).description, context.need_data(name))
+
+
+def check_data(trained_on: DatasetDescription, data: Path) -> None:
+    """UserError where there is nothing to measure against, or `data` is not what the model was trained on, in the same split; Skipped for too little."""
+    if not trained_on.heldout_count:
+        raise UserError(f"memorisation is measured against held-out pictures, and {data} has none: prepare it with --heldout")
+    if identity(DatasetDescription.load(data)) != identity(trained_on):
+        raise UserError(f"memorisation is about the data that a model was trained on, and {data} is other data: give the model's own with --data")
+    if trained_on.heldout_count < LEAST_HELDOUT:
+        raise Skipped(
+            f"near copies are told by the nearest {PERCENTILE:g}% of held-out pictures, and {data} has {trained_on.heldout_count} of them: "
+            f"prepare more, {LEAST_HELDOUT} at least (--heldout)"
+        )
+
+
+def identity(data: DatasetDescription) -> str:
+    """Names the pictures of a dataset and their split: its fingerprint alone is the same however it is split."""
+    return f"{data.fingerprint[:12]} ({data.train_count} + {data.heldout_count}, {data.heldout_fraction:g} held out)"
+
+
+def _evenly(captions: Sequence[str], count: int) -> list[str]:
     """`count` captions (or all there are), evenly spaced; empty ones left out."""
     said = [caption for caption in captions if caption.strip()]
     return [said[k * len(said) // min(count, len(said))] for k in range(min(count, len(said)))]
@@ -127,23 +163,27 @@ def net_features(net: Callable[[np.ndarray], torch.Tensor]) -> Features:
 def real_images(dataset: ImageTextDataset, codec: Any, rows: np.ndarray) -> np.ndarray:
     """Pictures of a prepared dataset, a VAE's decoded from the mean of their latents: uint8 [N, H, W, 3]."""
     stored = dataset.fetch(rows).stored
-    decoded = [codec.decode(stored_to_latents(dataset.description.codec.kind, part, None)).float().cpu() for part in stored.split(64)]
-    return ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return np.concatenate([to_uint8(codec.decode(stored_to_latents(dataset.description.codec.kind, part, None))) for part in stored.split(64)])
 
 
-def chunks_of(dataset: ImageTextDataset, codec: Any, limit: int = 0, progress: bool = False) -> Iterator[np.ndarray]:
-    """All pictures of a dataset (or its first `limit`), `CHUNK` at a time."""
+def chunks_of(
+    dataset: ImageTextDataset, codec: Any, limit: int = 0, progress: bool = False, world: World | None = None, size: int = CHUNK
+) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
+    """All pictures of a dataset (or its first `limit`), `size` at a time, each chunk with the number of its first; of several ranks each gets its part."""
     count = min(limit or len(dataset), len(dataset))
-    for start in tqdm(range(0, count, CHUNK), desc="training pictures", unit="chunk", disable=not progress, leave=False):
-        yield real_images(dataset, codec, np.arange(start, min(start + CHUNK, count)))
+    starts = range(0, count, size)[world.rank :: world.size] if world else range(0, count, size)
+    for start in tqdm(starts, desc="training pictures", unit="chunk", disable=not progress, leave=False):
+        yield start, real_images(dataset, codec, np.arange(start, min(start + size, count)))
 
 
-def nearest(queries: np.ndarray, chunks: Iterator[np.ndarray], features: dict[str, Features]) -> dict[str, Nearest]:
-    """The nearest picture of all chunks to each of the queries (uint8 [N, H, W, 3]), by every kind of feature."""
+def nearest(queries: np.ndarray, chunks: Iterable[tuple[int, np.ndarray]], features: dict[str, Features]) -> dict[str, Nearest]:
+    """The nearest picture of all chunks (number of the first, pictures) to each of the queries (uint8 [N, H, W, 3]), by every kind of feature.
+
+    The distance is infinite where there are no chunks.
+    """
     asked = {name: torch.from_numpy(make(queries)) for name, make in features.items()}
     best = {name: (torch.full((len(queries),), math.inf, dtype=torch.float64), torch.zeros(len(queries), dtype=torch.int64)) for name in features}
-    start = 0
-    for chunk in chunks:
+    for start, chunk in chunks:
         for name, make in features.items():
             known, query = torch.from_numpy(make(chunk)), asked[name]
             rough = (known * known).sum(-1) - 2 * query @ known.T  # squared distance less |query|^2: one matrix product, the same order
@@ -152,20 +192,39 @@ def nearest(queries: np.ndarray, chunks: Iterator[np.ndarray], features: dict[st
             distance, index = best[name]
             nearer = exact < distance
             best[name] = torch.where(nearer, exact, distance), torch.where(nearer, place + start, index)
-        start += len(chunk)
-    if not start:
-        raise UserError("no training pictures to compare with: prepare more samples")
     return {name: Nearest(distance.numpy(), index.numpy()) for name, (distance, index) in best.items()}
+
+
+def over_ranks(world: World, work: Callable[[], dict[str, Nearest]]) -> dict[str, Nearest]:
+    """The nearest of what every rank found in its chunks, on every rank. Where one fails, all stop."""
+    found: dict[str, Nearest] = {}
+    failure: Exception | None = None
+    try:
+        found = work()
+    except Exception as error:  # the others must not wait for a rank that gave up
+        failure = error
+    if world.any(failure is not None):
+        raise failure or ToldElsewhere("another rank stopped")
+    gather = lambda values: world.collect(values[None], world.size)  # [N] of each rank -> [ranks, N]
+    return {name: merge(gather(near.distance), gather(near.index)) for name, near in found.items()}
+
+
+def merge(distance: np.ndarray, index: np.ndarray) -> Nearest:
+    """The nearest of several, [R, N] each; of equally near ones the first in the training split, so the number of ranks changes nothing."""
+    least = distance.min(0)
+    return Nearest(least, np.where(distance == least, index, np.iinfo(np.int64).max).min(0))
 
 
 def judge(samples: np.ndarray, heldout: np.ndarray) -> dict[str, Any]:
     """Distances to the nearest training picture, of samples [N] and of held-out pictures [M] -> what the module's head describes.
 
-    `near_copies`: a tally (share, interval) of samples within `threshold`; `expected`: the share of the held-out pictures within it; `z`: Meehan's test.
+    `near_copies`: a tally (share, interval) of samples within `threshold`; `expected`, `expected_high`: the share of the held-out pictures within it and
+    where its interval ends; `copies`: whether the first interval lies wholly above the second; `z`: Meehan's test.
     """
     threshold = float(np.percentile(heldout, PERCENTILE, method="inverted_cdf"))
+    share, expected = (tally(int((distances <= threshold).sum()), len(distances)) for distances in (samples, heldout))
     return {
-        "near_copies": tally(int((samples <= threshold).sum()), len(samples)), "expected": float((heldout <= threshold).mean()),
+        "near_copies": share, "expected": expected["accuracy"], "expected_high": expected["high"], "copies": share["low"] > expected["high"],
         "threshold": threshold, "z": mann_whitney_z(samples, heldout), "median": float(np.median(samples)), "heldout_median": float(np.median(heldout)),
         "heldout_n": len(heldout),
     }  # fmt: skip

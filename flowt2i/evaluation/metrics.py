@@ -1,4 +1,7 @@
-"""The table of scores, and what a score is made from. A new one is a function `score(context) -> Scores` in a file of its own, and a line in `METRICS`."""
+"""The table of scores, and what a score is made from. A new one is a function `score(context) -> Scores` in a file of its own, and a line in `METRICS`.
+
+What such a file can refuse without any work it refuses in `check(context, name)`: all checks come before the first score.
+"""
 
 import importlib
 import json
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError, nearest
 from flowt2i.evaluation import pictures, reference
 from flowt2i.evaluation.nets import FeatureNet, load_net
@@ -51,10 +55,11 @@ class Context:
     """What there is to score: a model's pictures, or a folder of pictures (`folder`), against data."""
 
     world: World
-    num: int
+    num: int  # pictures
     pipeline: Pipeline | None = None
     data: Path | None = None  # prepared dataset
     folder: Path | None = None  # of finished pictures
+    given_num: int = 0  # --num, where it was given: the loss has another number of its own
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)  # of `Pipeline.sample`: steps, solver, guidance, shift
     net_name: str = "efficientnet-lite0"
@@ -108,14 +113,19 @@ class Context:
         return pictures.read_folder(self.folder, self.num, self.progress and self.world.main)
 
     @cached_property
-    def prompts(self) -> list[str]:
-        """Captions of the held-out images (of all, where none is held out), in order, over again where there are more pictures than captions."""
+    def captions(self) -> ImageTextDataset:
+        """The held-out images, whose captions are asked for; all where none is held out."""
         data = self.need_data("distribution")
-        split = "heldout" if ImageTextDataset(data).description.heldout_count else "train"
-        captions = [text for text in ImageTextDataset(data, split).captions() if text.strip()]
-        if not captions:
-            raise UserError(f"the {split} split of {data} has no captions to draw: prepare data with captions")
-        return [captions[k % len(captions)] for k in range(self.num)]
+        return ImageTextDataset(data, "heldout" if DatasetDescription.load(data).heldout_count else "train")
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """Captions of the held-out images (of all, where none is held out), in `reference.captioned`'s order, over again where there are too few."""
+        captions = self.captions.captions()
+        rows = reference.captioned(captions)
+        if not len(rows):
+            raise UserError(f"the {self.captions.split} split of {self.data} has no captions to draw: prepare data with captions")
+        return [captions[rows[k % len(rows)]] for k in range(self.num)]
 
     @property
     def count(self) -> int:
@@ -142,11 +152,25 @@ class Context:
             self._features[net.name] = pictures.features(net, self.images(), self.world, self.progress, f"features of {self.count} pictures")
         return self._features[net.name]
 
-    def protocol(self) -> str:
-        """How the pictures came about."""
+    @cached_property
+    def asked(self) -> str:
+        """Which captions `prompts` are."""
+        return f"{self.captions.split} captions of data {reference.data_hash(self.captions)[:8]} in mixed order"
+
+    @cached_property
+    def how(self) -> str:
+        """The settings that the model draws with, in words; a weaker model that guides it has its weights named."""
+        pipeline = self.need_pipeline("distribution")
+        settings, guide = pipeline.settings(**self.settings), pipeline._guide(self.settings.get("guide"))
+        if guide is not None:
+            settings["guide"] = f"{Path(str(settings['guide'])).name}@{pictures.weights_hash(guide)[:8]}"
+        return describe(settings)
+
+    def protocol(self, seed: str = "") -> str:
+        """How the pictures came about. seed: what is said of it, where `seed` is not that of the noise."""
         if self.pipeline is None:
             return f"pictures of {self.folder}"
-        return f"{describe(self.pipeline.settings(**self.settings))}, seed {self.seed}, {self.pipeline.weights} weights"
+        return f"{self.how}, {seed or f'seed {self.seed}'}, {self.pipeline.weights} weights"
 
 
 def find(name: str) -> Callable[[Context], Scores]:
@@ -157,16 +181,39 @@ def find(name: str) -> Callable[[Context], Scores]:
     return getattr(importlib.import_module(module), function)
 
 
-def score(names: Sequence[str], context: Context) -> tuple[dict[str, Scores], dict[str, str]]:
-    """Each metric's scores, and why others were left out. UserError where none is left."""
+def check(name: str, context: Context) -> None:
+    """What a metric can say before any work: its module's `check(context, name)`, where it has one."""
+    module = importlib.import_module(METRICS[name].partition(":")[0])
+    if hasattr(module, "check"):
+        module.check(context, name)
+
+
+@dataclass
+class Outcome:
+    """Scores of the metrics that were asked for; why others were left out; and what ended the last one, the scores before it standing."""
+
+    found: dict[str, Scores]
+    skipped: dict[str, str]
+    failure: Exception | None = None
+
+
+def score(names: Sequence[str], context: Context) -> Outcome:
+    """Each metric's scores. Mistakes that show before the work are said before it. UserError where no score is left."""
     metrics = {name: find(name) for name in dict.fromkeys(names)}
-    found: dict[str, Scores] = {}
-    skipped: dict[str, str] = {}
-    for name, metric in metrics.items():
-        try:
-            found[name] = metric(context)
-        except Skipped as error:
-            skipped[name] = str(error)
-    if not found:
-        raise UserError(next(iter(skipped.values())))
-    return found, skipped
+    outcome = Outcome({}, {})
+    for work in (lambda name: check(name, context), lambda name: outcome.found.update({name: metrics[name](context)})):
+        for name in metrics:
+            if name in outcome.skipped:
+                continue
+            try:
+                work(name)
+            except Skipped as error:
+                outcome.skipped[name] = str(error)
+            except Exception as error:
+                if not outcome.found:
+                    raise
+                outcome.failure = error
+                return outcome
+    if not outcome.found:
+        raise UserError(next(iter(outcome.skipped.values())))
+    return outcome

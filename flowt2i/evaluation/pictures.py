@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,14 @@ class Drawing:
     settings: dict[str, Any]
 
     def fingerprint(self) -> str:
-        """sha256 of all that the pictures depend on, but their number: weights, settings, seed. Prompts are looked at block by block."""
-        digest = hashlib.sha256(b"pictures-1")
+        """sha256 of all that the pictures depend on, but their number: weights (a guide's too), settings, seed. Prompts are looked at block by block."""
+        digest = hashlib.sha256(b"pictures-2")
         facts = [self.pipeline.settings(**self.settings), self.seed, BLOCK, self.pipeline.config.train.precision, self.pipeline.description.codec.fingerprint]
+        guide = self.pipeline._guide(self.settings.get("guide"))
+        if guide is not None:  # its path may hold another model by now
+            facts.append(weights_hash(guide))
         digest.update(json.dumps(facts, sort_keys=True).encode())
-        for name, tensor in sorted(self.pipeline.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(weights_hash(self.pipeline).encode())
         return digest.hexdigest()
 
     def images(self, world: World, run: Path | None = None, progress: bool = True) -> np.ndarray:
@@ -63,30 +65,40 @@ class Drawing:
         return images
 
 
+def weights_hash(pipeline: Pipeline) -> str:
+    """sha256 over names and values of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(pipeline.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def over_ranks(
     world: World, count: int, work: Callable[[range], np.ndarray], shape: tuple[int, ...], dtype: Any, progress: bool, title: str
 ) -> np.ndarray:  # fmt: skip
-    """Results [count, *shape] of `work` on blocks of rows, on every rank. Blocks are divided over the ranks, as many for each, padded and cut.
+    """Results [count, *shape] of `work` on blocks of rows, on every rank, in main memory.
 
-    Raises on all ranks where a block fails on one. That does not end the rank's work: the others would wait for it in the next block of a sharded model.
+    In rounds of one block a rank, the last block repeated where they do not come out even (a sharded model needs every rank at every pass). After each
+    round the ranks agree whether one failed, and then raise together, and share what they made: none runs ahead, and waits longer than one block takes.
     """
     blocks = -(-count // BLOCK)
-    share = world.share(blocks)
-    mine = np.zeros((len(share), BLOCK, *shape), dtype)
-    failure: Exception | None = None
-    bar = tqdm(total=count, desc=title, unit="image", disable=not (progress and world.main), leave=False)
-    for place, number in enumerate(share.tolist()):
-        rows = range(number * BLOCK, min((number + 1) * BLOCK, count))
-        try:
-            mine[place, : len(rows)] = work(rows)
-        except Exception as error:
-            failure = failure or error
-            if world.size == 1:
-                break
-        bar.update(min(len(rows) * world.size, count - bar.n))
-    bar.close()
-    raise_everywhere(world, failure)
-    return world.collect(mine, blocks).reshape(-1, *shape)[:count]
+    results = np.zeros((count, *shape), dtype)
+    with tqdm(total=count, desc=title, unit="image", disable=not (progress and world.main), leave=False) as bar:
+        for first in range(0, blocks, world.size):
+            number = min(first + world.rank, blocks - 1)
+            rows = range(number * BLOCK, min((number + 1) * BLOCK, count))
+            mine = np.zeros((1, BLOCK, *shape), dtype)
+            failure: Exception | None = None
+            try:
+                mine[0, : len(rows)] = work(rows)
+            except Exception as error:  # said after the round: the others are at work
+                failure = error
+            raise_everywhere(world, failure)
+            made = world.collect(mine, world.size).reshape(-1, *shape)[: count - first * BLOCK]
+            results[first * BLOCK : first * BLOCK + len(made)] = made
+            bar.update(len(made))
+    return results
 
 
 def raise_everywhere(world: World, failure: Exception | None) -> None:
@@ -123,9 +135,9 @@ def keep_in(run: Path, fingerprint: str) -> Path | None:
 def _read(path: Path, count: int) -> np.ndarray | None:
     try:
         images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
-    return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
+    return images if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
 
 
 def _write(path: Path, images: np.ndarray) -> None:
@@ -183,8 +195,11 @@ def read_folder(folder: Path, most: int = 0, progress: bool = False) -> np.ndarr
 def _read_array(path: Path) -> np.ndarray:
     try:
         images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as an array (nothing is unpickled): save uint8 [N, S, S, 3] with numpy.save") from error
+    if not isinstance(images, np.ndarray):  # an archive of arrays under another name
+        images.close()
+        raise UserError(f"{path} is an archive of several arrays (.npz): save one array, uint8 [N, S, S, 3], with numpy.save")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2] or not len(images):
         broken = np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all()
         what = "numbers that are not finite" if broken else f"{images.dtype} {list(images.shape)}"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import pictures
 from flowt2i.evaluation.nets import RESIZE, FeatureNet
@@ -26,6 +27,7 @@ from flowt2i.training.distributed import World
 
 MOST = 50_000  # pictures; of more, these many at even distances
 SPLITS = ("heldout", "train")
+DIVIDED = ("fingerprint", "train_count", "heldout_count", "heldout_fraction")  # of a description: which pictures, and which of them are held out
 
 
 class Identity(BaseModel):
@@ -33,14 +35,14 @@ class Identity(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = 1
+    format: Literal[2] = 2
     net: str  # name
     net_fingerprint: str  # weights, size, scaling
     resize: str  # to the net's size
     resolution: int  # side of the pictures before that
     count: int
     source: Literal["heldout", "train", "folder"]
-    source_hash: str  # of the dataset, or of the pictures of a folder
+    source_hash: str  # of the split of a dataset, or of the pictures of a folder
     made: str  # how the pictures came to their resolution
 
     @property
@@ -57,10 +59,10 @@ class Reference:
     def __init__(self, identity: Identity, features: Tensor, originals: Callable[[range], np.ndarray] | None = None):
         self.identity, self.features, self.originals = identity, features, originals
 
-    def halves(self, n: int) -> tuple[Tensor, Tensor]:
-        """Two disjoint halves of real pictures, `n` each or as many as there are: [m, dim] twice."""
+    def parted(self, n: int) -> tuple[Tensor, Tensor]:
+        """The first `n` pictures, half of all at most, and the rest: [m, dim] and [count - m, dim]. What real pictures score in place of drawn ones."""
         m = min(n, len(self.features) // 2)
-        return self.features[:m], self.features[m : 2 * m]
+        return self.features[:m], self.features[m:]
 
     def save(self, folder: Path) -> None:
         """Write FOLDER/HASH, whole or not at all."""
@@ -69,7 +71,8 @@ class Reference:
         try:
             aside.mkdir(parents=True)
             save_file({"features": self.features.contiguous()}, aside / "reference.safetensors")
-            (aside / "reference.json").write_text(self.identity.model_dump_json(indent=2) + "\n")
+            facts = self.identity.model_dump() | {"features_sha256": _sha256(aside / "reference.safetensors")}
+            (aside / "reference.json").write_text(json.dumps(facts, indent=2) + "\n")
             if not target.exists():
                 aside.rename(target)
         except OSError as error:
@@ -79,12 +82,21 @@ class Reference:
     def load(cls, folder: Path) -> "Reference":
         """UserError where it is not one, or was changed."""
         try:
-            identity = Identity.model_validate_json((folder / "reference.json").read_text())
+            facts = json.loads((folder / "reference.json").read_text())
+            written = facts.pop("features_sha256")
+            identity = Identity.model_validate(facts)
             features = load_file(folder / "reference.safetensors")["features"]
-        except (OSError, ValidationError, ValueError, SafetensorError, KeyError) as error:
+        except (OSError, ValidationError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{folder} is not a reference this version reads: delete it, and it is made again") from error
-        if len(features) != identity.count:
-            raise UserError(f"{folder} is broken: count is {identity.count}, but it holds {len(features)} features; delete it, and it is made again")
+        problem = ""
+        if features.ndim != 2 or len(features) != identity.count:
+            problem = f"count is {identity.count}, but it holds features {list(features.shape)}"
+        elif not torch.isfinite(features).all():
+            problem = "it holds numbers that are not finite"
+        elif _sha256(folder / "reference.safetensors") != written:
+            problem = "its features are not those that were written"
+        if problem:
+            raise UserError(f"{folder} is broken: {problem}; delete it, and it is made again")
         return cls(identity, features)
 
     def check(self, where: str, wanted: dict[str, Any]) -> None:
@@ -93,6 +105,10 @@ class Reference:
             have = getattr(self.identity, name)
             if have != want:
                 raise UserError(f"reference {where} has another {name}: {have!r}, and {want!r} is needed; give --reference heldout, or make one that fits")
+
+    def check_width(self, where: str, net: FeatureNet) -> None:
+        if self.features.shape[1] != net.dim:
+            raise UserError(f"{where} is broken: {self.features.shape[1]} numbers a picture, and {net.name} gives {net.dim}; delete it, and it is made again")
 
 
 def get(where: str, net: FeatureNet, resolution: int, data: Path | None, world: World, progress: bool = True, pipeline: Pipeline | None = None) -> Reference:
@@ -103,6 +119,7 @@ def get(where: str, net: FeatureNet, resolution: int, data: Path | None, world: 
     if where not in SPLITS and (Path(where) / "reference.json").exists():
         reference = Reference.load(Path(where))
         reference.check(where, {"net": net.name, "net_fingerprint": net.fingerprint, "resize": RESIZE, "resolution": resolution})
+        reference.check_width(where, net)
         return reference
     if where in SPLITS:
         if data is None:
@@ -119,7 +136,7 @@ def _of_split(split: str, net: FeatureNet, resolution: int, data: Path, world: W
     rows = spread(len(dataset))
     identity = Identity(
         net=net.name, net_fingerprint=net.fingerprint, resize=RESIZE, resolution=resolution, count=len(rows), source=split,  # type: ignore[arg-type]
-        source_hash=dataset.description.fingerprint, made="as prepared" if spec.kind == "pixels" else f"decoded by VAE {spec.fingerprint[:12]}",
+        source_hash=data_hash(dataset), made="as prepared" if spec.kind == "pixels" else f"decoded by VAE {spec.fingerprint[:12]}",
     )  # fmt: skip
     if spec.kind == "pixels":
         originals = lambda part: dataset.fetch(rows[part.start : part.stop]).stored.permute(0, 2, 3, 1).contiguous().numpy()
@@ -149,8 +166,9 @@ def _kept_or_made(
     """images(rows): the pictures of the reference, in its order."""
     found = world.on_main(lambda: _kept(home, identity) is not None)
     if found:
-        features = Reference.load(home / identity.hash).features
-        return Reference(identity, features, originals)
+        kept = Reference.load(home / identity.hash)
+        kept.check_width(str(home / identity.hash), net)
+        return Reference(identity, kept.features, originals)
     work = lambda part: net(images(part)).numpy()
     made = pictures.over_ranks(world, identity.count, work, (net.dim,), np.float32, progress, f"reference of {identity.count:,} pictures")
     reference = Reference(identity, torch.from_numpy(made), originals)
@@ -159,9 +177,26 @@ def _kept_or_made(
 
 
 def spread(count: int) -> np.ndarray:
-    """Which of `count` pictures a reference is made of, in a fixed mixed order: all, or `MOST` at even distances."""
+    """Which of `count` pictures a score looks at, in a fixed mixed order (data lies sorted by source): all, or `MOST` at even distances. int64."""
     chosen = np.arange(count) if count <= MOST else np.linspace(0, count - 1, MOST).round().astype(np.int64)
     return np.random.Generator(np.random.Philox(0)).permutation(chosen)
+
+
+def captioned(captions: Sequence[str]) -> np.ndarray:
+    """Rows of a split that are asked for, from its captions: those that say something, in the order of `spread`. int64."""
+    return np.array([k for k in spread(len(captions)).tolist() if captions[k].strip()], np.int64)
+
+
+def data_hash(dataset: ImageTextDataset) -> str:
+    """sha256 of what a score of this split depends on: pictures, how they are divided, the captions of the split."""
+    digest = hashlib.sha256(json.dumps([dataset.split, *(getattr(dataset.description, name) for name in DIVIDED)]).encode())
+    digest.update(json.dumps(dataset.captions()).encode())
+    return digest.hexdigest()
+
+
+def same_data(a: DatasetDescription, b: DatasetDescription) -> bool:
+    """Whether two descriptions, of a model and of a dataset, are of the same pictures, divided alike."""
+    return all(getattr(a, name) == getattr(b, name) for name in DIVIDED)
 
 
 @torch.no_grad()
@@ -177,6 +212,11 @@ def hash_files(files: list[Path], progress: bool = False) -> str:
     for file in tqdm(files, desc="looking at the reference", unit="image", disable=not progress, leave=False):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _kept(home: Path, identity: Identity) -> Reference | None:

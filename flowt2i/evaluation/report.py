@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -88,16 +89,25 @@ class Pictures:
 def write(report: Report, pictures: Pictures, out: Path) -> list[Path]:
     """report.json and report.html in `out`. UserError where it cannot be written."""
     report.made = report.made or time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    files = {out / "report.json": json.dumps(asdict(report), indent=1) + "\n", out / "report.html": html(report, pictures)}
+    files = {out / "report.json": json.dumps(finite(asdict(report)), indent=1, allow_nan=False) + "\n", out / "report.html": html(report, pictures)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
             aside = path.with_name(path.name + ".tmp")
-            aside.write_text(text)
+            aside.write_text(text, "utf-8", errors="replace")  # captions may hold halves of characters, which no encoding has
             aside.replace(path)
     except OSError as error:
         raise UserError(f"cannot write the report into {out} ({error.strerror}): give another --out") from error
     return list(files)
+
+
+def finite(value: Any) -> Any:
+    """Numbers, texts, lists and objects as JSON knows them: null where a number is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -157,9 +167,9 @@ def _training(report: Report) -> str:
         if own:
             x, y = _xy(own)
             n = found.get("score_prompts") if is_share else None
-            band = [wilson(round(value * n), n) for value in y] if n else []
+            band = [wilson(round(value * n), n) if math.isfinite(value) else (value, value) for value in y] if n else []
             lines.append(Series("this run", x, y, [low for low, _ in band], [high for _, high in band]))
-            svg = line_chart(
+            svg = _chart(
                 lines, x_label=f"images seen ({found['batch_size']} a step)", y_label=label, y_format=percent if is_share else short,
                 from_zero=is_share, y_log=not is_share, name=title,
             )  # fmt: skip
@@ -178,7 +188,7 @@ def _curves(report: Report) -> str:
         if points:
             line = Series(found["measure"], [p.x for p in points], [p.value for p in points], [p.low for p in points], [p.high for p in points])
             form = percent if found["share"] else short
-            svg = line_chart([line], x_label=label, y_label=found["measure"], x_log=log, y_format=form, from_zero=found["share"], name=title)
+            svg = _chart([line], x_label=label, y_label=found["measure"], x_log=log, y_format=form, from_zero=found["share"], name=title)
             shown.append((title, svg, [line]))
     if not shown:
         return ""
@@ -193,14 +203,17 @@ def _memorisation(report: Report, pictures: Pictures) -> str:
         share = found["near_copies"]
         text = (
             f"{share['accuracy']:.1%} [{share['low']:.1%}, {share['high']:.1%}] of {share['n']:,} samples are near copies, within {found['threshold']:.3g} "
-            f"of a training picture, as {found['expected']:.1%} of {found['heldout_n']:,} held-out pictures are. Median distance {found['median']:.3g}, of "
-            f"held-out pictures {found['heldout_median']:.3g}; z = {found['z']:+.1f} (below -3: nearer to the training set than new pictures should be)."
+            f"of a training picture, as {found['expected']:.1%} (at most {found['expected_high']:.1%}) of {found['heldout_n']:,} held-out pictures are. "
+            f"So: {found['verdict']}. Median distance {found['median']:.3g}, of held-out pictures {found['heldout_median']:.3g}; z = {found['z']:+.1f}."
         )
         blocks.append(f"<h3>{page.escape(name)}</h3>" + page.paragraph(text))
         shown = pictures.pairs.get(name, [])
         captions = [f"{pair['distance']:.3g}{' (near copy)' if pair['near_copy'] else ''} · {pair['caption']}" for pair in found.get("pairs", [])]
         blocks.append(page.pairs(shown, captions) if shown else "")
-    lead = page.paragraph("The samples nearest to a training picture: sample left, training picture right; below, their distance and the training caption.")
+    lead = page.paragraph(
+        "The samples nearest to a training picture: sample left, training picture right; below, their distance and the training caption. "
+        "z compares all distances: it is far below 0 for copies, but for blurred or flat pictures too, which lie near everything: alone it tells nothing."
+    )
     return page.section("Does it repeat its training pictures?", lead, *blocks) if blocks else ""
 
 
@@ -226,6 +239,14 @@ def _comparison(report: Report, pictures: Pictures) -> str:
 def _how(report: Report) -> str:
     notes = "".join(page.paragraph(note) for note in report.notes)
     return page.section("How this was made", page.code(report.protocol), notes)
+
+
+def _chart(lines: Sequence[Series], **options: Any) -> str:
+    """A chart, or what there is to say where no point is finite."""
+    try:
+        return line_chart(lines, **options)
+    except ValueError:
+        return page.paragraph("No value is finite: the training diverged, or the settings are beyond what the model stands.")
 
 
 def _xy(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:

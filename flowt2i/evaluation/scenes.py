@@ -18,7 +18,6 @@ from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally, wilson
 from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.pipeline import Pipeline
-from flowt2i.settings import describe
 
 __all__ = ["ATOMS", "FIRST_SEED", "PUBLISHED", "concepts", "kind", "metric", "score_images", "score_pipeline", "tally", "totals", "verdicts", "wilson"]
 
@@ -26,6 +25,15 @@ FIRST_SEED = 1_000_000  # of the noise: picture k has seed FIRST_SEED + k
 PUBLISHED = 2_000  # prompts of a score that is published: its 95% interval is at most 4.4 points wide
 ATOMS = ("shape", "colour", "size", "count", "relation", "background")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+
+def check(context: Context, name: str) -> None:
+    """UserError for a model or data that are not of scenes."""
+    pipeline = context.need_pipeline("scenes")
+    if context.data and not DatasetDescription.load(context.data).is_scenes:
+        raise UserError(f"the scenes score is for the built-in data, and {context.data} is not: leave out --data, or prepare `scenes`")
+    if not pipeline.description.is_scenes:
+        raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data: take --metrics kid")
 
 
 def metric(context: Context) -> Scores:
@@ -41,14 +49,10 @@ def heldout_metric(context: Context) -> Scores:
 def _metric(context: Context, heldout: bool) -> Scores:
     """--seed is that of the prompts; picture k has the noise of seed `FIRST_SEED + k` in any case."""
     pipeline = context.need_pipeline("scenes")
-    if context.data and not DatasetDescription.load(context.data).is_scenes:
-        raise UserError(f"the scenes score is for the built-in data, and {context.data} is not: leave out --data, or prepare `scenes`")
-    if not pipeline.description.is_scenes:
-        raise UserError("the scenes score asks for shapes and colours, but this model was trained on other data: take --metrics kid")
     prompts = scenes.prompts(context.seed, context.num, heldout=heldout)
     found = score_images(context.images(prompts, seed=0), prompts)
     title = f"scenes-{'heldout-pairs' if heldout else 'prompts'}-{context.num}@{pipeline.description.codec.image_size}"
-    protocol = f"{title}, {describe(pipeline.settings(**context.settings))}, prompt seed {context.seed}, {pipeline.weights} weights"
+    protocol = f"{title}, {context.protocol(f'prompt seed {context.seed}')}"
     lines = [f"{part:22s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}" for part, score in found.items()]
     values = {f"{title}/{part}": score["accuracy"] for part, score in found.items()}
     return Scores(values, protocol, lines, {"intervals": {f"{title}/{part}": score for part, score in found.items()}})

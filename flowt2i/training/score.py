@@ -48,8 +48,9 @@ class KernelScore:
             rows = reference.spread(len(trainer.heldout))[:MOST_REAL]
             real = np.concatenate([pipeline.to_images(trainer.latents(trainer.heldout.fetch(part), None)) for part in np.split(rows, range(64, len(rows), 64))])
             self.real = pictures.features(self.net, real, world, progress=False)
-        captions = [text for text in trainer.heldout.captions() if text.strip()]
-        asked = [captions[k % len(captions)] for k in range(count)] if captions else []
+        captions = trainer.heldout.captions()
+        rows = reference.captioned(captions)
+        asked = [captions[rows[k % len(rows)]] for k in range(count)] if len(rows) else []
         if len(asked) < 3 or len(self.real) < 3:
             return {}
         drawing = pictures.Drawing(pipeline, asked, 0, {"steps": min(STEPS, trainer.config.sample.steps)})
