@@ -103,7 +103,7 @@ def test_a_report_of_a_run(runs, scenes_data, tmp_path, capsys):
 @pytest.mark.parametrize("words, passes, told", [
     (["--solver", "dopri5", "--tolerance", "0.5"], None, "dopri5 chooses its own"),
     (["--negative", "a red star"], [2, 4, 4, 4, 4, 4], ""),  # no guidance at 1: nothing to lead away from
-    (["--solver", "heun", "--guidance-interval", "0.4", "1"], [3, 5, 5, 5, 5, 5], ""),  # guided in the last evaluations only, as counted
+    (["--solver", "heun", "--shift", "1", "--guidance-interval", "0.4", "1"], [3, 5, 5, 5, 5, 5], ""),  # guided in the last evaluations only, as counted
 ])  # fmt: skip
 def test_every_sampler_has_its_report(runs, tmp_path, words, passes, told):
     assert evaluate("--model", runs[0], "--metrics", "scenes", "--num", "2", "--curve-num", "2", "--out", tmp_path, *words) == 0
