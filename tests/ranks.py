@@ -220,9 +220,9 @@ def slow_disk(run: str, data: str, words: list[str]) -> list[int]:
     _set_pg_timeout(timedelta(seconds=1))
     with mock.patch.object(checkpoint, "save_file", slow):
         for step in (1, 2):
-            saver.save(step, tensors, {"state.json": "{}"}, {})
+            saver.save(step, tensors, {"state.json": "{}", "config.json": "{}"}, {})
         saver.wait()
-        saver.rehearse(Path(run) / "aside", tensors, {"state.json": "{}"}, {})
+        saver.rehearse(Path(run) / "aside", tensors, {"state.json": "{}", "config.json": "{}"}, {})
     _set_pg_timeout(timedelta(seconds=600))
     return checkpoint.list_steps(Path(run))
 
