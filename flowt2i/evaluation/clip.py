@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription, fingerprint_files, require_same
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import by_group, mean_interval, share_interval
-from flowt2i.evaluation.memorisation import identity, real_images
+from flowt2i.evaluation.memorisation import real_images
 from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.evaluation.pictures import over_ranks
-from flowt2i.evaluation.reference import spread
+from flowt2i.evaluation.reference import captioned
 from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, quiet, read_config, weight_files
 from flowt2i.training.distributed import World, best_device
 
@@ -108,11 +107,10 @@ def metric(context: Context) -> Scores:
     pipeline = context.need_pipeline("clip")
     net = Clip.load(context.clip_name, context.world.device)
     found = score(net, context.images(), context.prompts, context.world, context.progress)
-    described = DatasetDescription.load(context.need_data("clip"))
-    data = ImageTextDataset(context.need_data("clip"), "heldout" if described.heldout_count else "train")
+    data = context.captions
     captions = data.captions()
-    rows = [k for k in map(int, spread(len(data))) if captions[k].strip()][: context.num]
-    real = score(net, real_images(data, pipeline.codec, np.array(rows)), [captions[k] for k in rows], context.world, context.progress)
+    rows = captioned(captions)[: context.num]
+    real = score(net, real_images(data, pipeline.codec, rows), [captions[k] for k in rows], context.world, context.progress)
     title = f"{net.name}-{context.count}@{context.resolution}"
     names = {"clip": f"clip-{title}", "retrieval": f"retrieval-among-{found['candidates']}-{title}"}
     values, intervals, lines = {}, {}, []
@@ -127,7 +125,7 @@ def metric(context: Context) -> Scores:
                 lines.append(f"{what + whose:22s} {form.format(value)}   [{ends}]   n={part['n']}{of}")
     if found["pictures"] > found["clip"]["n"]:
         lines.append(f"(more pictures than captions: {found['clip']['n']} captions are what was seen, and what the intervals count)")
-    of_data = f"data {identity(described)}, captions of {data.split} in mixed order, {found['clip']['n']} different ones"
+    of_data = f"{context.asked}, {found['clip']['n']} different ones"
     protocol = f"clip and retrieval-among-{found['candidates']} with {context.clip_name} {net.fingerprint[:8]}, {of_data}, {context.protocol()}"
     return Scores(values, protocol, lines, {"intervals": intervals})
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowt2i.codec import stored_to_latents
+from flowt2i.codec import stored_to_latents, to_uint8
 from flowt2i.errors import UserError
 from flowt2i.evaluation import pictures
 from flowt2i.evaluation.frechet import LEAST, Moments, frechet_distance
@@ -135,7 +135,7 @@ def through_codec(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
     decoded = pipeline.codec.decode(latents)
     if not torch.isfinite(decoded).all():
         raise UserError("the VAE puts out numbers that are not finite: its weights are broken, give another with --codec")
-    return ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8(decoded)
 
 
 def _reference_text(reference: Reference) -> str:

@@ -35,7 +35,7 @@ from flowt2i.evaluation.intervals import tally
 from flowt2i.evaluation.metrics import Context, Scores, Skipped
 from flowt2i.evaluation.nets import EFFICIENTNET, has_efficientnet
 from flowt2i.evaluation.pictures import STRIDE
-from flowt2i.evaluation.reference import spread
+from flowt2i.evaluation.reference import data_hash, same_data, spread
 from flowt2i.grid import grid
 from flowt2i.training.distributed import ToldElsewhere, World
 
@@ -89,7 +89,7 @@ def metric(context: Context) -> Scores:
     found = over_ranks(context.world, lambda: nearest(queries, chunks_of(train, pipeline.codec, trained, show, context.world), kinds))
     ends = np.cumsum([len(real), *map(len, drawn.values())])
     title = f"memorised-{context.count}@{context.resolution}"
-    of_data = f"{trained} training and {len(real)} held-out pictures of data {identity(train.description)}, {len(asked['training captions'])} training captions"
+    of_data = f"{trained} training and {len(real)} held-out pictures of data {data_hash(train)[:8]}, {len(asked['training captions'])} training captions"
     nets = "".join(f", {net.name} {net.fingerprint[:8]}" for net in context.nets.values() if net.name in kinds)
     protocol = f"{title}: {METHOD}{nets}; {of_data}; {context.protocol()}, noise of picture k of either set that of {(context.seed + 1) * STRIDE} + k"
     scores = Scores({}, protocol, [], {"intervals": {}, "memorisation": {}})
@@ -124,18 +124,13 @@ def check_data(trained_on: DatasetDescription, data: Path) -> None:
     """UserError where there is nothing to measure against, or `data` is not what the model was trained on, in the same split; Skipped for too little."""
     if not trained_on.heldout_count:
         raise UserError(f"memorisation is measured against held-out pictures, and {data} has none: prepare it with --heldout")
-    if identity(DatasetDescription.load(data)) != identity(trained_on):
+    if not same_data(DatasetDescription.load(data), trained_on):
         raise UserError(f"memorisation is about the data that a model was trained on, and {data} is other data: give the model's own with --data")
     if trained_on.heldout_count < LEAST_HELDOUT:
         raise Skipped(
             f"near copies are told by the nearest {PERCENTILE:g}% of held-out pictures, and {data} has {trained_on.heldout_count} of them: "
             f"prepare more, {LEAST_HELDOUT} at least (--heldout)"
         )
-
-
-def identity(data: DatasetDescription) -> str:
-    """Names the pictures of a dataset and their split: its fingerprint alone is the same however it is split."""
-    return f"{data.fingerprint[:12]} ({data.train_count} + {data.heldout_count}, {data.heldout_fraction:g} held out)"
 
 
 def _evenly(captions: Sequence[str], count: int) -> list[str]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flowt2i.codec import codec_from_spec, stored_to_latents
+from flowt2i.codec import codec_from_spec, stored_to_latents, to_uint8
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
@@ -202,8 +202,7 @@ def same_data(a: DatasetDescription, b: DatasetDescription) -> bool:
 @torch.no_grad()
 def decoded(dataset: ImageTextDataset, rows: np.ndarray, decoder: Any) -> np.ndarray:
     """Pictures uint8 [B, S, S, 3] of a dataset of latents, as its VAE shows them."""
-    images = decoder.decode(stored_to_latents("vae", dataset.fetch(rows).stored, None))
-    return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8(decoder.decode(stored_to_latents("vae", dataset.fetch(rows).stored, None)))
 
 
 def hash_files(files: list[Path], progress: bool = False) -> str:

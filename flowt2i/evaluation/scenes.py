@@ -10,16 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from flowt2i.data import scenes, scenes_check
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally, wilson
 from flowt2i.evaluation.metrics import Context, Scores
-from flowt2i.pipeline import Pipeline
 
-__all__ = ["ATOMS", "FIRST_SEED", "PUBLISHED", "concepts", "kind", "metric", "score_images", "score_pipeline", "tally", "totals", "verdicts", "wilson"]
+__all__ = ["ATOMS", "FIRST_SEED", "PUBLISHED", "concepts", "kind", "metric", "score_images", "tally", "totals", "verdicts", "wilson"]
 
 FIRST_SEED = 1_000_000  # of the noise: picture k has seed FIRST_SEED + k
 PUBLISHED = 2_000  # prompts of a score that is published: its 95% interval is at most 4.4 points wide
@@ -58,19 +56,8 @@ def _metric(context: Context, heldout: bool) -> Scores:
     return Scores(values, protocol, lines, {"intervals": {f"{title}/{part}": score for part, score in found.items()}})
 
 
-def score_pipeline(pipeline: Pipeline, count: int, *, seed: int = 0, heldout: bool = False, progress: bool = False, **settings: Any) -> dict[str, Any]:
-    """Shares with their intervals over `count` prompts: "all" (every concept right), each atom, by kind of prompt and by number of concepts.
-
-    Prompts are drawn from `scenes.prompts(seed, count, heldout)`; image k has seed `FIRST_SEED + k`. Settings as in `Pipeline.sample`.
-    """
-    prompts = scenes.prompts(seed, count, heldout=heldout)
-    with tqdm(total=count, desc="drawing", unit="image", disable=not progress, leave=False) as bar:
-        samples = pipeline.sample(prompts, seed=FIRST_SEED, progress=bar.update, **settings)
-    return score_images(samples.images, prompts)
-
-
 def score_images(images: Iterable[np.ndarray], prompts: Sequence[str]) -> dict[str, Any]:
-    """The same of pictures that are drawn: images uint8 [H, W, 3], one a prompt."""
+    """Shares with their intervals: of everything right, each atom, each kind of prompt and number of concepts. images uint8 [H, W, 3], one a prompt."""
     return totals(verdicts(images, prompts))
 
 
