@@ -174,7 +174,10 @@ def test_choosing_another_model_and_an_example(browser: Any, served: Served) -> 
     visitor.close()
 
 
-def test_stop(browser: Any, served: Served) -> None:
+def test_stop(browser: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = served.library.load("tiny")
+    field = pipeline.field
+    monkeypatch.setattr(pipeline, "field", lambda *given: time.sleep(0.02) or field(*given))  # else it may be done before the press
     visitor = Visitor(browser, served)
     visitor.set("steps", 200)
     visitor.set("num", 8)

@@ -484,7 +484,7 @@ class TestCommandLine:
         words = ["evaluate", "--model", str(tiny_run), "--num", "4", "--steps", "2", "--solver", "ab2", "--guidance-rescale", "0.5", "--guide", str(weaker)]
         assert main([*words, "--json"]) == 0
         protocol = json.loads(capsys.readouterr().out.splitlines()[-1])["protocol"]
-        assert "ab2 2 steps" in protocol and "guidance rescale 0.5" in protocol and f"guide {weaker}" in protocol
+        assert "ab2 2 steps" in protocol and "guidance rescale 0.5" in protocol and f"guide {weaker.name}@" in protocol
 
 
 def test_a_drawing_ends_at_the_next_evaluation_when_asked(pipeline):
