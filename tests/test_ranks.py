@@ -70,14 +70,15 @@ def test_ddp_and_fsdp_load_each_others_checkpoints(scenes_data, tiny, tmp_path):
 
 
 def test_fsdp_alone_continues_exactly(scenes_data, tiny, tmp_path):
-    """Losses and state of an interrupted FSDP2 run equal those of an uninterrupted one, with evaluations between; Muon is refused in one line."""
+    """Losses and state of an interrupted FSDP2 run equal those of an uninterrupted one, with evaluations between; Muon and dopri5 are refused in one line."""
     words = ["--config", "quickstart", "--data", str(scenes_data), "--resume", "latest", *tiny, *STEADY, "--train.parallel", "fsdp", "--train.eval_every", "2"]
     jobs = [{"train": [*words, "--out", str(tmp_path / name), "--train.steps", steps]} for name, steps in (("whole", "6"), ("part", "3"), ("part", "6"))]
     jobs.append({"train": [*words, "--out", str(tmp_path / "muon"), "--optim.name", "muon"]})
     jobs.append({"train": [*words, "--out", str(tmp_path / "raw"), "--train.ema", "0", "--train.steps", "4"]})
+    jobs.append({"train": [*words, "--out", str(tmp_path / "adaptive"), "--sample.solver", "dopri5"]})
     results, errors = ranks(2, jobs, tmp_path / "out")
-    assert [[job["status"] for job in rank] for rank in results] == [[0, 0, 0, 2, 0]] * 2, errors
-    assert "evaluation at step" not in errors and "optim.name muon needs whole matrices" in errors
+    assert [[job["status"] for job in rank] for rank in results] == [[0, 0, 0, 2, 0, 2]] * 2, errors
+    assert "evaluation at step" not in errors and "optim.name muon needs whole matrices" in errors and "dopri5 takes as many passes" in errors
     assert compare(tmp_path / "whole", tmp_path / "part")["equal"] and len(losses(tmp_path / "part")) == 6
 
 

@@ -82,6 +82,8 @@ class Trainer:
         self.sharded = config.train.parallel == "fsdp" and self.world.size > 1
         if self.sharded and config.optim.name == "muon":
             raise UserError("optim.name muon needs whole matrices, and --train.parallel fsdp splits them: choose --optim.name adamw, or --train.parallel ddp")
+        if self.sharded and config.sample.solver == "dopri5":
+            raise UserError("sample.solver dopri5 takes as many passes as a picture needs, --train.parallel fsdp the same on all ranks: choose another solver")
         self.world.on_main(self._lock)
         try:
             self._build(resume, codec, text)
