@@ -174,18 +174,23 @@ def test_choosing_another_model_and_an_example(browser: Any, served: Served) -> 
     visitor.close()
 
 
-def test_stop(browser: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def start_and_stop(visitor: Visitor, served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float, every: int) -> None:
+    """Stop a drawing of which each evaluation takes `seconds`: else it may be done before the press."""
     pipeline = served.library.load("tiny")
     field = pipeline.field
-    monkeypatch.setattr(pipeline, "field", lambda *given: time.sleep(0.02) or field(*given))  # else it may be done before the press
-    visitor = Visitor(browser, served)
+    monkeypatch.setattr(pipeline, "field", lambda *given: time.sleep(seconds) or field(*given))
     visitor.set("steps", 200)
     visitor.set("num", 8)
-    visitor.set("every", 1)
+    visitor.set("every", every)
     visitor.page.click("#go")
     visitor.page.wait_for_selector("#drawn .board.busy img")
     visitor.page.click("#go-stop")
     visitor.page.wait_for_selector("#drawn .board.halted")
+
+
+def test_stop(browser: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    visitor = Visitor(browser, served)
+    start_and_stop(visitor, served, monkeypatch, seconds=0.02, every=1)
     visitor.set("steps", 1)
     visitor.draw()
     visitor.close()
@@ -209,16 +214,8 @@ def test_mischief_in_a_prompt_is_text(browser: Any, served: Served) -> None:
 
 
 def test_stop_between_two_updates(browser: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = served.library.load("tiny")
-    field = pipeline.field
-    monkeypatch.setattr(pipeline, "field", lambda *given: time.sleep(0.1) or field(*given))
     visitor = Visitor(browser, served)
-    visitor.set("steps", 200)
-    visitor.set("every", 50)
-    visitor.page.click("#go")
-    visitor.page.wait_for_selector("#drawn .board.busy img")
-    visitor.page.click("#go-stop")
-    visitor.page.wait_for_selector("#drawn .board.halted")
+    start_and_stop(visitor, served, monkeypatch, seconds=0.1, every=50)
     until = time.monotonic() + 15
     while drawing._turn.locked() and time.monotonic() < until:
         time.sleep(0.1)

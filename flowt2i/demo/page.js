@@ -101,7 +101,11 @@ window.flowt2i = (() => {
     const { model, prompt, negative, steps, guidance, solver, seed, num } = settings;
     return [model, prompt, negative || "", steps, guidance, solver, seed, num];
   };
-  self.stopped = (id) => {
+  self.stopping = (id) => {
+    const line = document.querySelector(`#${id} .board.busy .line`);
+    if (line) line.textContent = "stopping";
+  };
+  self.ended = (id) => {  // gradio has let go of the drawing: only now does it hear the next press of the button
     const board = document.querySelector(`#${id} .board.busy`);
     if (!board) return;
     board.classList.replace("busy", "halted");

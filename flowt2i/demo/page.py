@@ -204,7 +204,9 @@ def page(library: Library) -> gr.Blocks:
             ([go_sweep.click], stop_sweep, on_sweep, [model, prompt, guidance, solver, *common], swept),
         ):
             event = gr.on(triggers, act, inputs, output, **common_options)
-            stopper.click(None, cancels=[event], js=f"() => flowt2i.stopped('{output.elem_id}')", api_visibility="private")
+            stopper.click(None, cancels=[event], js=f"() => flowt2i.stopping('{output.elem_id}')", api_visibility="private")
+            for end in (event.then, event.failure):  # `then` comes after a stop too
+                end(None, js=f"() => flowt2i.ended('{output.elem_id}')", api_visibility="private")
 
         def on_model(name: Any, prompt: Any) -> list[Any]:
             try:
