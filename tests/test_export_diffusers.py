@@ -16,7 +16,7 @@ from flowt2i.errors import UserError
 from flowt2i.export.carry import self_contained
 from flowt2i.export.diffusers_format import as_diffusers, transformer_code
 from flowt2i.export.export import export
-from flowt2i.solvers import shift_times, uniform_times
+from flowt2i.schedules import shift_times, uniform_times
 from flowt2i.training.loop import train
 
 PROMPTS = ["a red circle", "<end> three small \u202eblue stars </s>, twice: three small blue stars"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_solvers import EVALUATIONS
 
 from flowt2i import Pipeline, editing, flow
 from flowt2i import settings as choices
@@ -15,7 +16,7 @@ from flowt2i.config import SampleConfig, SolverName, resolve
 from flowt2i.drawing import given_picture
 from flowt2i.errors import UserError
 from flowt2i.pictures import read_settings, save_png
-from flowt2i.solvers import EVALUATIONS, SOLVERS
+from flowt2i.solvers import SOLVERS
 from flowt2i.training import checkpoint
 from flowt2i.training.compiling import has_compiler
 
