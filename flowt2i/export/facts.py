@@ -42,9 +42,9 @@ def public_source(description: DatasetDescription) -> str:
     return ", ".join(told if set(description.source.split(", ")) <= set(told) else [*told, "local files"])
 
 
-def plain_euler(settings: dict[str, Any]) -> bool:
-    """Are these sampling settings Euler's method on even (or shifted) times, as other programs have it?"""
-    return settings["solver"] == "euler" and settings["schedule"] == "uniform"
+def euler_steps(settings: dict[str, Any]) -> int:
+    """Steps for programs that know Euler's method on even (or shifted) times only: the model's own where it draws so, else 50, for the others need fewer."""
+    return settings["steps"] if settings["solver"] == "euler" and settings["schedule"] == "uniform" else 50
 
 
 def _resolved(path: Path) -> dict[str, Any]:
