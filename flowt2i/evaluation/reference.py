@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flowt2i.codec import codec_from_spec, stored_to_latents, to_uint8
+from flowt2i.codec import Codec, codec_from_spec, stored_to_images
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
@@ -203,10 +203,9 @@ def same_data(a: DatasetDescription, b: DatasetDescription) -> bool:
     return all(getattr(a, name) == getattr(b, name) for name in DIVIDED)
 
 
-def real_images(dataset: ImageTextDataset, codec: Any, rows: np.ndarray) -> np.ndarray:
-    """Pictures of a prepared dataset, a VAE's decoded from the mean of their latents: uint8 [N, S, S, 3]."""
-    stored = dataset.fetch(rows).stored
-    return np.concatenate([to_uint8(codec.decode(stored_to_latents(dataset.description.codec.kind, part, None))) for part in stored.split(64)])
+def real_images(dataset: ImageTextDataset, codec: Codec, rows: np.ndarray) -> np.ndarray:
+    """Pictures of a prepared dataset as its codec shows them: uint8 [N, S, S, 3]."""
+    return stored_to_images(codec, dataset.fetch(rows).stored)
 
 
 def hash_files(files: list[Path], progress: bool = False) -> str:
