@@ -5,7 +5,8 @@ import torch
 
 from flowt2i.config import ModelConfig, resolve
 from flowt2i.errors import UserError
-from flowt2i.model import FlowTransformer, attend, count_parameters, mask_bias, rotate, rotation_2d, sincos_2d
+from flowt2i.model import FlowTransformer, attend, count_parameters, mask_bias, rotate
+from flowt2i.positions import rotation_2d, sincos_2d
 
 TINY = {"width": 64, "depth": 2, "heads": 2, "time_width": 32, "text_width": 32, "text_depth": 1, "bottleneck": 16}
 
@@ -91,7 +92,7 @@ def test_untrained_model_puts_out_zero():
 
 def test_patches_come_back_where_they_were():
     model, z = tiny(), torch.randn(2, 3, 32, 32)
-    assert torch.equal(model.unpatchify(model.patchify(z)), z)
+    assert torch.equal(model.unpatchify(model.patchify(z), 32, 32), z)
 
 
 def test_written_out_attention_equals_torchs():
