@@ -77,7 +77,8 @@ def guidance(guides: dict[str, Path]) -> Panels:
         },
         "rule and interval": {
             "plain": plain,
-            "until t = 0.5": _guided(guidance_until=0.5),
+            "from t = 0.05": _guided(guidance_from=0.05),  # 6, 14
+            "until t = 0.2": _guided(guidance_until=0.2),  # 7, 13
             "CFG-Zero*": _guided(guidance_rule="zero-star"),
             "zero-init 0.04": _guided(zero_init=0.04),
             "rescale 0.7": _guided(guidance_rescale=0.7),
