@@ -165,6 +165,17 @@ def test_latency_of_a_compiled_network(script, tiny_run, tmp_path):
     assert set(found["starts"]["eager"]) == {"import", "load", "first picture", "second picture"}
 
 
+def test_what_a_negative_prompt_keeps_away(script, tiny_run, tmp_path, monkeypatch, capsys):
+    module = script("negative")
+    assert len(prompts := module.asked(7)) == 7 and all("background" not in prompt for prompt in prompts)
+    monkeypatch.setattr(module, "STEPS", (1, 2))
+    script("negative", "--model", tiny_run, "--num", 1, "--name", "s", "--results", tmp_path, "--device", "cpu")
+    found = json.loads((tmp_path / "negative-s.json").read_text())
+    assert [row["evaluations"] for row in found["rows"]] == [2, 4] and found["pictures"] == 7
+    assert all(row[what]["difference"]["n"] == 7 for row in found["rows"] for what in ("avoided", "right"))
+    assert "| 4 | shows all the prompt says |" in capsys.readouterr().out
+
+
 def test_a_search_looks_at_its_times_without_the_models_shift(script, tiny_run, monkeypatch, capsys):
     from flowt2i import Pipeline
 
