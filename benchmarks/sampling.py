@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import machine
 import numpy as np
 import sampling_plot
-from sampling_settings import DEFAULT, FRECHET, PLAIN, Settings, cost, groups, label
+from sampling_settings import DEFAULT, FRECHET, PLAIN, Settings, cost, groups, label, named, same_flow
 from tqdm import tqdm
 
 from flowt2i import Pipeline
@@ -117,7 +117,7 @@ class Distances:
 
 
 def _fewer(settings: Settings, num: int) -> int:
-    return num // 4 if settings["solver"] == "dopri5" else num
+    return min(num, max(3, num // 4)) if settings["solver"] == "dopri5" else num
 
 
 def measure_for(pipeline: Pipeline, args: argparse.Namespace) -> Measure:
@@ -159,13 +159,10 @@ class Bench:
         key = self.key(settings)
         if key not in self.known:
             count = self.measure.count(settings)
-            # the seeds and blocks of `evaluation.pictures`
-            drawn = self.pipeline.sample(self.measure.prompts[:count], seed=FIRST_SEED, progress=progress, **settings)
-            told = {name: value for name, value in settings.items() if value != PLAIN.get(name)} | (
-                {"guide": Path(settings["guide"]).name} if "guide" in settings else {}
-            )
+            drawn = self.pipeline.sample(self.measure.prompts[:count], seed=FIRST_SEED, progress=progress, **settings)  # as `evaluation.pictures` draws
+            told = {name: value for name, value in named(settings).items() if value != PLAIN.get(name)}
             row = {"label": label(settings), "key": key, "settings": told, "num": count, "evaluations": drawn.evaluations, **self.measure.of(drawn.images)}
-            if all(settings.get(name) == PLAIN.get(name) for name in {*settings, *PLAIN} if "guid" in name or name == "zero_init"):
+            if same_flow(settings):
                 row["distance"] = round(float(distances(drawn.images[:FAR], self.far[: min(FAR, count)]).mean()), 5)
             self.known[key] = row
         return self.known[key]
@@ -175,20 +172,24 @@ class Bench:
         """What 100 midpoint steps draw."""
         return self.pipeline.sample(self.measure.prompts[:FAR], seed=FIRST_SEED, **PLAIN | {"solver": "midpoint", "steps": 100}).images
 
-    def seconds(self) -> tuple[float, float]:
-        """Of an evaluation in a batch here, and of measuring a picture: tried."""
+    def seconds(self, settings: list[Settings]) -> list[float]:
+        """About what each takes here: of an evaluation, of measuring whatever number of pictures, and of measuring one more, as they are tried."""
         prompts, few = (self.measure.prompts * TRIED)[:TRIED], DEFAULT | {"steps": 2}
         self.pipeline.sample(prompts, **few)
         drawn = self.pipeline.sample(prompts, **few)
-        begun = time.perf_counter()
-        self.measure.of(drawn.images)
-        return drawn.seconds / (TRIED * drawn.evaluations), (time.perf_counter() - begun) / TRIED
+        marks = [time.perf_counter()]
+        for part in (drawn.images[: TRIED // 4], drawn.images):
+            self.measure.of(part)
+            marks.append(time.perf_counter())
+        least, most = marks[1] - marks[0], marks[2] - marks[1]
+        an_evaluation, a_picture = drawn.seconds / (TRIED * drawn.evaluations), max(0.0, most - least) / (TRIED - TRIED // 4)
+        at_all = max(0.0, most - TRIED * a_picture)
+        return [at_all + self.measure.count(s) * (cost(s) * an_evaluation + a_picture) for s in settings]
 
     def run(self, wanted: list[Settings], protocol: dict[str, Any], estimate: bool = False) -> list[Row]:
         """A row for each; [] where only the time it takes was asked for."""
         new = [s for s in wanted if self.key(s) not in self.known]
-        an_evaluation, a_picture = self.seconds() if new else (0.0, 0.0)
-        work = [self.measure.count(s) * (cost(s) * an_evaluation + a_picture) for s in new]
+        work = self.seconds(new) if new else []
         pictures = sum(map(self.measure.count, new))
         print(f"{len(new)} of {len(wanted)} settings to measure, {pictures:,} pictures: about {sum(work) / 60:.0f} min on this machine", flush=True)
         if estimate:
@@ -225,11 +226,11 @@ def finished(rows: list[Row]) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    scenes_too = "right" in rows[0]
-    columns = ["right", "less 50 Euler steps"] if scenes_too else ["kernel distance × 1000", "Fréchet distance"]
+    of_scenes = "right" in rows[0]
+    columns = ["right", "less 50 Euler steps"] if of_scenes else ["kernel distance × 1000", "Fréchet distance"]
     lines = [f"| setting | evaluations | {' | '.join(columns)} | pictures | distance |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda r: (r["evaluations"], r["label"])):
-        if scenes_too:
+        if of_scenes:
             less = row["less"]
             told = [
                 f"{row['right']:.1%}",

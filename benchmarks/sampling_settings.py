@@ -16,6 +16,7 @@ Panels = dict[str, dict[str, list[Settings]]]
 PLAIN: Settings = {name: getattr(SampleConfig(), name) for name in choices.NAMES}  # 50 even Euler steps, guidance 3: what all others are compared with
 DEFAULT: Settings = PLAIN | {name: PRESETS["quickstart"]["sample"][name] for name in ("steps", "shift", "guidance")}  # 8 Euler steps at shift 5, guidance 3
 SEARCHED = "quickstart"  # the grid that comes with the package
+STEPPING = ("solver", "steps", "schedule", "shift", "tolerance")  # how the flow is followed, and not which
 DOPRI5_CALLS = 60  # of the velocity, about, at tolerance 0.3 (measured); it chooses its own steps
 ALONE = 3.0  # how much longer an evaluation takes where pictures are drawn one by one, about
 
@@ -102,9 +103,20 @@ FRECHET: list[Settings] = [
 ]
 
 
+def named(settings: Settings) -> Settings:
+    """With a guide by its folder alone, as results tell it."""
+    return settings | ({"guide": Path(settings["guide"]).name} if "guide" in settings else {})
+
+
 def label(settings: Settings) -> str:
-    """In words, a guide by its folder alone."""
-    return choices.describe(settings | ({"guide": Path(settings["guide"]).name} if "guide" in settings else {}))
+    """In words."""
+    return choices.describe(named(settings))
+
+
+def same_flow(settings: Settings) -> bool:
+    """Whether it follows the same velocities as `PLAIN`, so that many steps of both end at the same pictures (but for `sde`'s noise)."""
+    own, plain = ({name: value for name, value in s.items() if name not in STEPPING} for s in (settings, PLAIN))
+    return own == plain
 
 
 def cost(settings: Settings) -> float:

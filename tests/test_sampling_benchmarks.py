@@ -40,6 +40,7 @@ def few(script, monkeypatch):
     guided = lambda guides: panels(guidance=1.0) | {"away from": {name: [second | {"guidance": 2.0, "guide": str(path)}] for name, path in guides.items()}}
     monkeypatch.setattr(script("sampling"), "groups", lambda guides: kinds | {"guidance": guided(guides)})
     monkeypatch.setattr(script("sampling"), "FRECHET", [second])
+    monkeypatch.setattr(script("sampling"), "TRIED", 16)
     return settings
 
 
@@ -83,7 +84,7 @@ def test_it_goes_on_where_it_was_and_measures_another_model_anew(measure, tiny_r
 
 
 @pytest.mark.skipif(not has_efficientnet(), reason="no feature net")
-def test_distances_are_those_of_evaluate(measure, script, tiny_run, scenes_data, monkeypatch):
+def test_distances_are_those_of_evaluate(measure, few, script, tiny_run, scenes_data, monkeypatch):
     """On other data than scenes: the kernel distance, and the Fréchet distance where a setting tells much; here with a bound that a test can reach."""
     from flowt2i.description import DatasetDescription
     from flowt2i.evaluation import distribution, metrics
@@ -97,17 +98,13 @@ def test_distances_are_those_of_evaluate(measure, script, tiny_run, scenes_data,
     rows = {row["label"]: row for row in found["rows"]}
     telling, other = rows["euler 2 steps, guidance 3, shift 5"], rows["euler 2 steps, guidance 3, shift 3"]
     assert (telling["num"], other["num"], "frechet" in other) == (24, 16, False)
-    assert found["protocol"]["reference_of"] == "77 pictures, train" and found["protocol"]["floor"]["of"] == 24
+    assert found["protocol"]["reference_of"] == f"{DatasetDescription.load(scenes_data).train_count} pictures, train" and found["protocol"]["floor"]["of"] == 24
     pipeline = Pipeline.from_pretrained(tiny_run, device="cpu")
-    context = metrics.Context(World(0, 1, pipeline.device), 24, pipeline, scenes_data, settings=few_settings(telling, script), real="train", progress=False)
+    context = metrics.Context(World(0, 1, pipeline.device), 24, pipeline, scenes_data, settings=few.PLAIN | telling["settings"], real="train", progress=False)
     values = metrics.score(["frechet", "kid"], context).found
     assert telling["frechet"] == pytest.approx(values["frechet"].values["frechet-efficientnet-lite0-24@64"], rel=1e-6)
     assert telling["kid"] == pytest.approx(values["kid"].values["kid-efficientnet-lite0-24@64"], rel=1e-6)
     assert "kernel distance" in said
-
-
-def few_settings(row, script):
-    return script("sampling_settings").PLAIN | row["settings"]
 
 
 def test_names_of_lines_keep_apart(script):
