@@ -123,7 +123,7 @@ def _fewer(settings: Settings, num: int) -> int:
 def measure_for(pipeline: Pipeline, args: argparse.Namespace) -> Measure:
     if pipeline.description.is_scenes:
         return Following(args.num or 300)
-    few = args.num or 256
+    few = args.num or 192
     context = Context(World(0, 1, pipeline.device), max(few, args.frechet_num), pipeline, args.data or trained_on(pipeline), real=args.reference)
     return Distances(context, few, args.frechet_num)
 
@@ -249,7 +249,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="its dataset (default: the one it was trained on, where it still is); scenes need none")
     parser.add_argument("--name", help="of results and plots (default: the model's folder)")
     parser.add_argument("--groups", default="solvers,schedules,guidance", help="what to measure, with commas between (default: all three)")
-    parser.add_argument("--num", type=int, help="pictures a setting (default 300 on scenes, else 256)")
+    parser.add_argument("--num", type=int, help="pictures a setting (default 300 on scenes, else 192)")
     parser.add_argument("--frechet-num", type=int, default=LEAST, help=f"pictures of a Fréchet distance, of {len(FRECHET)} settings (default {LEAST}; 0: none)")
     parser.add_argument("--reference", default="train", help="real pictures: train (default), heldout, or a folder")
     parser.add_argument(

@@ -128,6 +128,8 @@ def test_on_a_gpu_the_whole_network_is_one_graph(tiny_run, monkeypatch):
     asked = []
     monkeypatch.setattr("flowt2i.pipeline.has_compiler", lambda: True)
     pipeline, plain = (Pipeline.from_pretrained(tiny_run, device="cpu") for _ in range(2))
+    for each in (pipeline, plain):  # as if it said velocities, which solvers keep as they are
+        each.model.config = each.model.config.model_copy(update={"prediction": "v"})
     monkeypatch.setattr(type(pipeline.model), "compile", lambda model, **how: asked.append(how))
     device, pipeline.device = pipeline.device, torch.device("cuda")
     pipeline.compile()
