@@ -3,12 +3,12 @@
 Settings are complete (`PLAIN` with what differs), so that a model's own configuration changes nothing. Evaluations in the comments are with guidance's.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flowt2i import settings as choices
 from flowt2i.config import PRESETS, SampleConfig
-from flowt2i.solvers import EVALUATIONS
 
 Settings = dict[str, Any]
 Panels = dict[str, dict[str, list[Settings]]]
@@ -17,8 +17,12 @@ PLAIN: Settings = {name: getattr(SampleConfig(), name) for name in choices.NAMES
 DEFAULT: Settings = PLAIN | {name: PRESETS["quickstart"]["sample"][name] for name in ("steps", "shift", "guidance")}  # 8 Euler steps at shift 5, guidance 3
 SEARCHED = "quickstart"  # the grid that comes with the package
 STEPPING = ("solver", "steps", "schedule", "shift", "tolerance")  # how the flow is followed, and not which
-DOPRI5_CALLS = 60  # of the velocity, about, at tolerance 0.3 (measured); it chooses its own steps
-ALONE = 3.0  # how much longer an evaluation takes where pictures are drawn one by one, about
+CALLS: dict[str, Callable[[int], int]] = {  # of the velocity in so many steps: what to expect; what a drawing took is counted as it happens
+    "euler": lambda n: n, "ab2": lambda n: n, "sde": lambda n: n, "ab4": lambda n: n + 2 * min(3, n),
+    "midpoint": lambda n: 2 * n, "heun": lambda n: 2 * n - 1, "rk4": lambda n: 4 * n - 1,
+    "dopri5": lambda n: 60,  # about, at tolerance 0.3 (measured): it chooses its own steps
+}  # fmt: skip
+ALONE = 3.0  # how much longer an evaluation takes where pictures are drawn one by one, as by dopri5, about
 
 
 def _steps(*numbers: int, **more: Any) -> list[Settings]:
@@ -121,7 +125,5 @@ def same_flow(settings: Settings) -> bool:
 
 def cost(settings: Settings) -> float:
     """About how much time a picture takes, in evaluations of a batch; an interval's savings are not counted."""
-    guided = 2 if choices.is_guided(settings) else 1
-    if settings["solver"] == "dopri5":
-        return DOPRI5_CALLS * guided * ALONE
-    return EVALUATIONS[settings["solver"]](settings["steps"]) * guided
+    guided, alone = 2 if choices.is_guided(settings) else 1, ALONE if settings["solver"] == "dopri5" else 1.0
+    return CALLS[settings["solver"]](settings["steps"]) * guided * alone
