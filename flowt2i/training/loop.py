@@ -34,6 +34,7 @@ from flowt2i.data import feed
 from flowt2i.data.dataset import Batch, ImageTextDataset
 from flowt2i.description import DatasetDescription, require_same
 from flowt2i.errors import UserError
+from flowt2i.human import duration
 from flowt2i.memory import is_out_of_memory
 from flowt2i.model import count_parameters
 from flowt2i.pipeline import Pipeline, build_model, compute_dtype
@@ -46,6 +47,7 @@ from flowt2i.training.features import CaptionFeatures
 from flowt2i.training.fit_memory import StartAgain, fitting_micro_batch, smaller
 from flowt2i.training.objective import Objective, Terms, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
+from flowt2i.training.pace import Pace
 from flowt2i.training.saver import Contents, Saver
 from flowt2i.training.score import KernelScore
 from flowt2i.training.tracking import Tracker, picture_name
@@ -125,9 +127,9 @@ class Trainer:
         if self.compiled:
             compile_blocks(self.model)
         self.wrapped: nn.Module = parallel.replicate(self.objective) if world.size > 1 and not self.sharded else self.objective
-        self.kernel_score = KernelScore()
+        self.kernel_score, self.pace = KernelScore(), Pace(config.train.eval_every, config.train.eval_share)
         self.saver = Saver(world, self.run_folder, config.train.keep_recent, config.train.keep_every)
-        self.logged_saves = 0
+        self.logged_saves, self.put_off = 0, False
         self.forecast = dryrun.Forecast(self)
         self.budget = seconds(config.train.stop_after)
         self.stop_signal: int | None = None
@@ -323,7 +325,7 @@ class Trainer:
                 last = self.complete
                 if last or outcome.stop or self.step % every.checkpoint_every == 0:
                     self.save()
-                if last or (every.eval_every and self.step % every.eval_every == 0 and not outcome.stop):
+                if last or (not outcome.stop and self._is_evaluated()):
                     evaluation = evaluate(self, tracker, last=last)
                     since, since_step = time.perf_counter(), self.step
                 if last or outcome.stop:
@@ -343,6 +345,17 @@ class Trainer:
         summary = {"run": str(self.run_folder), "step": self.step, "images_seen": self.step * batch_size}
         summary |= {"seconds": round(time.perf_counter() - self.started, 1), "peak_memory_gib": round(distributed.peak_memory(self.world.device), 2)}
         return summary | self.saver.summary() | evaluation
+
+    def _is_evaluated(self) -> bool:
+        """Whether the training pauses now to be evaluated, on all ranks alike; says once that it does so less often than it was asked to."""
+        due = self.pace.due(self.step, self.world)
+        if not due and self.pace.asked(self.step) and not self.put_off and self.progress:
+            self.put_off = True
+            tqdm.write(
+                f"no evaluation at step {self.step:,}: the last one took {duration(self.pace.last)}, and they are to take at most "
+                f"{self.config.train.eval_share:.0%} of the time (--train.eval_share)", file=sys.stderr,
+            )  # fmt: skip
+        return due
 
     def _step(self, batches: Any, factor: float, logging: bool) -> Outcome:
         """One optimizer step over the global batch. UserError, before anything is updated, where a loss or the gradient is not finite."""
