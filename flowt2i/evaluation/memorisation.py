@@ -27,7 +27,6 @@ import torch
 from PIL import Image as PillowImage
 from tqdm import tqdm
 
-from flowt2i.codec import stored_to_latents, to_uint8
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
@@ -35,7 +34,7 @@ from flowt2i.evaluation.intervals import tally
 from flowt2i.evaluation.metrics import Context, Scores, Skipped
 from flowt2i.evaluation.nets import EFFICIENTNET, has_efficientnet
 from flowt2i.evaluation.pictures import STRIDE
-from flowt2i.evaluation.reference import data_hash, same_data, spread
+from flowt2i.evaluation.reference import data_hash, real_images, same_data, spread
 from flowt2i.grid import grid
 from flowt2i.training.distributed import ToldElsewhere, World
 
@@ -153,12 +152,6 @@ def pixel_features(images: np.ndarray) -> np.ndarray:
 def net_features(net: Callable[[np.ndarray], torch.Tensor]) -> Features:
     """Features of a net as unit vectors: their Euclidean distance is 0 for the same direction, 2 for the opposite one."""
     return lambda images: torch.nn.functional.normalize(net(images).float(), dim=-1).numpy()
-
-
-def real_images(dataset: ImageTextDataset, codec: Any, rows: np.ndarray) -> np.ndarray:
-    """Pictures of a prepared dataset, a VAE's decoded from the mean of their latents: uint8 [N, H, W, 3]."""
-    stored = dataset.fetch(rows).stored
-    return np.concatenate([to_uint8(codec.decode(stored_to_latents(dataset.description.codec.kind, part, None))) for part in stored.split(64)])
 
 
 def chunks_of(

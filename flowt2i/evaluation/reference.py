@@ -145,7 +145,7 @@ def _of_split(split: str, net: FeatureNet, resolution: int, data: Path, world: W
         return found
     same = pipeline is not None and pipeline.description.codec.fingerprint == spec.fingerprint
     decoder = pipeline.codec if same and pipeline else codec_from_spec(spec).to(world.device)
-    return _kept_or_made(identity, lambda part: decoded(dataset, rows[part.start : part.stop], decoder), net, data / "references", world, progress)
+    return _kept_or_made(identity, lambda part: real_images(dataset, decoder, rows[part.start : part.stop]), net, data / "references", world, progress)
 
 
 def _of_folder(folder: Path, net: FeatureNet, resolution: int, data: Path | None, world: World, progress: bool) -> Reference:
@@ -200,9 +200,10 @@ def same_data(a: DatasetDescription, b: DatasetDescription) -> bool:
 
 
 @torch.no_grad()
-def decoded(dataset: ImageTextDataset, rows: np.ndarray, decoder: Any) -> np.ndarray:
-    """Pictures uint8 [B, S, S, 3] of a dataset of latents, as its VAE shows them."""
-    return to_uint8(decoder.decode(stored_to_latents("vae", dataset.fetch(rows).stored, None)))
+def real_images(dataset: ImageTextDataset, codec: Any, rows: np.ndarray) -> np.ndarray:
+    """Pictures of a prepared dataset, a VAE's decoded from the mean of their latents: uint8 [N, H, W, 3]."""
+    stored = dataset.fetch(rows).stored
+    return np.concatenate([to_uint8(codec.decode(stored_to_latents(dataset.description.codec.kind, part, None))) for part in stored.split(64)])
 
 
 def hash_files(files: list[Path], progress: bool = False) -> str:
