@@ -3,8 +3,8 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks.py JOBS.json OUT
 
 JOBS.json: a list of {"train": words of `flowt2i train`, and what is to go wrong: see `fault`}, {"evaluate": [checkpoint, data, words]} or
-{"collectives", "rehearse", "pictures", "kernel" or "slow_disk": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the rank was given (step, first row,
-sample numbers, noise), or what the function of that name returns.
+{"collectives", "rehearse", "pictures", "kernel" or "slow_disk": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the
+rank was given (step, first row, sample numbers, noise), or what the function of that name returns.
 """
 
 import errno
