@@ -297,12 +297,13 @@ def test_between_points_that_lie_far_apart():
 
 
 def test_the_curves_are_written_by_one_command(tmp_path, scenes_data, tiny):
-    """`benchmarks/reference_curve.py` trains a run a seed and writes what they drew; a second time it finds them complete."""
+    """`benchmarks/reference_curve.py` trains a run a seed and writes what they drew."""
     root = Path(__file__).parents[1]
     script = [sys.executable, str(root / "benchmarks" / "reference_curve.py"), "--out", str(tmp_path / "curves.json")]
     words = ["--train", tmp_path / "runs", "--data", scenes_data, "--seeds", "1", "--steps", "4", "--evaluations", "2", "--prompts", "2"]
     alike = ["--alike", "steps=8", "shift=5", "--because", "measured"]
-    done = subprocess.run([*script, *map(str, words), *alike, "--settings", shlex.join(tiny)], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
+    command = [*script, *map(str, words), *alike, "--settings", shlex.join(tiny)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
     assert done.returncode == 0 and "wrote" in done.stdout, done.stderr
     found = json.loads((tmp_path / "curves.json").read_text())
     (run,) = found["runs"]
