@@ -7,9 +7,12 @@ one before. A minute of evaluations is free, so that short runs are looked at as
 The weights do not depend on it (an evaluation changes no state of the training), so what a clock decides here makes no run another.
 """
 
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from flowt2i.config import Config, SampleConfig
 from flowt2i.description import DatasetDescription
@@ -28,16 +31,21 @@ class Pace:
 
     every: int  # steps; 0: none but the last
     share: float
+    telling: bool = False  # say so where the first one is put off
     began: float = field(default_factory=time.perf_counter)
     spent: float = 0.0  # seconds of evaluations so far
     last: float = 0.0  # of the last one
 
     def due(self, step: int, world: World) -> bool:
         """Whether to evaluate after this step: rank 0's answer, on every rank."""
-        return self.asked(step) and bool(world.from_main(int(self.affordable(time.perf_counter() - self.began))))
-
-    def asked(self, step: int) -> bool:
-        return bool(self.every) and step % self.every == 0
+        if not self.every or step % self.every:
+            return False
+        due = bool(world.from_main(int(self.affordable(time.perf_counter() - self.began))))
+        if self.telling and not due:
+            self.telling = False
+            most = f"{self.share:.2g} of the time (--train.eval_share)"
+            tqdm.write(f"no evaluation at step {step:,}: the last one took {duration(self.last)}, and they are to take at most {most}", file=sys.stderr)
+        return due
 
     def affordable(self, elapsed: float) -> bool:
         """Whether another evaluation like the last one fits, after so many seconds of training and evaluations."""
