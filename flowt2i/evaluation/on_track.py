@@ -73,12 +73,12 @@ def expected(reference: dict[str, Any], what: str, images: float) -> Expected | 
     Between points that may lie far apart: a score by straight lines, a loss, which falls about as a power of the images seen, by straight lines in the
     logarithms of both. (Half way between 0.1 at 10,000 images and 0.05 at 40,000, at 20,000, that is 0.071 and not 0.083.)
     """
-    scale, back = (lambda x: x, float) if what == "score" else (np.log, math.exp)
     values = []
     for run in reference["runs"]:
         points = np.asarray(run.get(what) or np.zeros((0, 2)), np.float64)
         if len(points) and points[0, 0] / REACH <= images <= points[-1, 0] * REACH:
-            values.append(back(float(np.interp(scale(images), scale(points[:, 0]), scale(points[:, 1])))))
+            x, y = points.T
+            values.append(float(np.interp(images, x, y) if what == "score" else np.exp(np.interp(np.log(images), np.log(x), np.log(y)))))
     return Expected(float(np.mean(values)), min(values), max(values), len(values)) if values else None
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
 
 MOST_REAL = 256  # real pictures it compares with: looked at once a run
-TOGETHER = 16  # pictures drawn and looked at together, on any number of ranks, so that no number depends on it; 64 of them occupy four
+TOGETHER = 16  # pictures drawn and looked at together whatever the number of ranks, so that the score does not depend on it; 64 keep four ranks busy
 
 
 class KernelScore:
