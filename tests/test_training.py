@@ -204,6 +204,7 @@ def test_wandb_offline_and_tensorboard(scenes_data, tiny, tmp_path):
         "validation/loss",
         "validation_ema/loss",
         "score",
+        "eval_s",
         "statistics/latent_std",
         "statistics/velocity_std",
     } <= scalars

@@ -61,8 +61,8 @@ def check_names(args: argparse.Namespace, names: list[str], is_scenes: bool) -> 
     for name, users in OF_METRICS.items():
         if getattr(args, name) and not set(users) & set(names):
             raise UserError(f"--{name} is about {', '.join(users[:-1])} and {users[-1]}, and the scores are {', '.join(names)}: leave it out")
-    if args.clip and not ("clip" in names or args.out):
-        raise UserError("--clip is about the clip score and the curves of a report: add clip to --metrics, or leave it out")
+    if args.clip and not ("clip" in names or (args.out and not is_scenes)):  # a report's curves of scenes are by the exact checker
+        raise UserError("--clip is about the clip score, and the curves of a report on other data than scenes: add clip to --metrics, or leave it out")
 
 
 def check_writable(folder: Path) -> None:
