@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
 from tqdm import tqdm
 
 from flowt2i.data.dataset import ImageTextDataset
@@ -33,10 +32,9 @@ from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally
 from flowt2i.evaluation.metrics import Context, Scores, Skipped
 from flowt2i.evaluation.nets import EFFICIENTNET, has_efficientnet
-from flowt2i.evaluation.pictures import STRIDE
+from flowt2i.evaluation.pictures import STRIDE, raise_everywhere
 from flowt2i.evaluation.reference import data_hash, real_images, same_data, spread
-from flowt2i.grid import grid
-from flowt2i.training.distributed import ToldElsewhere, World
+from flowt2i.training.distributed import World
 
 PERCENTILE = 1.0  # of the held-out distances: the near-copy distance
 LEAST_HELDOUT = 100  # held-out pictures below which there is no such percentile
@@ -191,8 +189,7 @@ def over_ranks(world: World, work: Callable[[], dict[str, Nearest]]) -> dict[str
         found = work()
     except Exception as error:  # the others must not wait for a rank that gave up
         failure = error
-    if world.any(failure is not None):
-        raise failure or ToldElsewhere("another rank stopped")
+    raise_everywhere(world, failure)
     gather = lambda values: world.collect(values[None], world.size)  # [N] of each rank -> [ranks, N]
     return {name: merge(gather(near.distance), gather(near.index)) for name, near in found.items()}
 
@@ -240,11 +237,3 @@ def closest_pairs(samples: np.ndarray, found: Nearest, count: int, real: Callabl
     """
     order = np.argsort(found.distance, kind="stable")[:count]
     return order, np.stack([samples[order], real(found.index[order])], axis=1)
-
-
-def pairs_sheet(pairs: np.ndarray, distances: np.ndarray, threshold: float, captions: Sequence[str]) -> PillowImage.Image:
-    """Pairs [K, 2, H, W, 3] side by side, sample left and training picture right, with the distance under the one and its caption under the other."""
-    labels = []
-    for distance, caption in zip(distances, captions):
-        labels += [f"sample, distance {distance:.3g}{' (near copy)' if distance <= threshold else ''}", f"training: {caption}"]
-    return grid(pairs.reshape(-1, *pairs.shape[2:]), labels, columns=min(8, 2 * len(pairs)))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flowt2i.codec import codec_from_spec, stored_to_latents, to_uint8
+from flowt2i.codec import Codec, codec_from_spec, stored_to_images
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
@@ -75,8 +76,11 @@ class Reference:
             (aside / "reference.json").write_text(json.dumps(facts, indent=2) + "\n")
             if not target.exists():
                 aside.rename(target)
-        except OSError as error:
-            warnings.warn(f"the reference could not be kept in {folder} ({error.strerror}) and is made anew each time", stacklevel=2)
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a disk that is full
+            why = getattr(error, "strerror", None) or error
+            warnings.warn(f"the reference could not be kept in {folder} ({why}) and is made anew each time", stacklevel=2)
+        finally:  # still there where another evaluation was quicker, or the disk is full
+            shutil.rmtree(aside, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path) -> "Reference":
@@ -199,11 +203,9 @@ def same_data(a: DatasetDescription, b: DatasetDescription) -> bool:
     return all(getattr(a, name) == getattr(b, name) for name in DIVIDED)
 
 
-@torch.no_grad()
-def real_images(dataset: ImageTextDataset, codec: Any, rows: np.ndarray) -> np.ndarray:
-    """Pictures of a prepared dataset, a VAE's decoded from the mean of their latents: uint8 [N, H, W, 3]."""
-    stored = dataset.fetch(rows).stored
-    return np.concatenate([to_uint8(codec.decode(stored_to_latents(dataset.description.codec.kind, part, None))) for part in stored.split(64)])
+def real_images(dataset: ImageTextDataset, codec: Codec, rows: np.ndarray) -> np.ndarray:
+    """Pictures of a prepared dataset as its codec shows them: uint8 [N, S, S, 3]."""
+    return stored_to_images(codec, dataset.fetch(rows).stored)
 
 
 def hash_files(files: list[Path], progress: bool = False) -> str:
