@@ -51,7 +51,8 @@ class KernelScore:
 
     def _load_net(self, trainer: "Trainer") -> nets.FeatureNet:
         """UserError on all ranks where one has no net: the others must not go on alone, and an evaluation that fails does not end the training."""
-        net, failure = None, None
+        net: nets.FeatureNet | None = None
+        failure: UserError | None = None
         try:
             net = nets.load_net(nets.EFFICIENTNET, trainer.world.device)
         except UserError as error:
