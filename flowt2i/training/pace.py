@@ -23,7 +23,7 @@ from flowt2i.training.distributed import World
 FREE = 60.0  # seconds of evaluations that are not held against the share
 SCORE_STEPS = 20  # of the solver, at most, for pictures that are scored while training
 FORWARD = 1 / 3  # of a training step: a backward pass takes two forward ones
-EVALUATIONS: dict[str, Callable[[int], int]] = {  # of the velocity in N steps, as `flowt2i/solvers/__init__.py` has it; dopri5 chooses: as rk4, for want of better
+EVALUATIONS: dict[str, Callable[[int], int]] = {  # of the velocity in N steps (flowt2i/solvers); dopri5, which chooses: as rk4
     "euler": lambda n: n, "heun": lambda n: 2 * n - 1, "midpoint": lambda n: 2 * n, "rk4": lambda n: 4 * n - 1,
     "ab2": lambda n: n, "ab4": lambda n: n + 2 * min(3, n), "sde": lambda n: n, "dopri5": lambda n: 4 * n - 1,
 }  # fmt: skip
