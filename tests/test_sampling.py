@@ -237,10 +237,12 @@ class TestBetween:
 
 
 class TestFromAPicture:
-    def test_little_strength_changes_little(self, pipeline, circle):
+    def test_little_strength_changes_little(self, pipeline, circle, monkeypatch):
         original, _ = editing.load_init(circle[0], None, 64)
+        monkeypatch.setattr(pipeline, "field", lambda z, *_: torch.zeros_like(z))  # what an untrained network thinks of the picture does not matter
         changes = [np.abs(pipeline.sample(PROMPT, steps=10, init=circle[0], strength=s).images[0] - original.astype(float)).mean() for s in (0.05, 0.4, 1.0)]
-        assert changes[0] < min(changes[1:])
+        assert changes == sorted(changes)
+        assert changes[0] < 12
         fresh = pipeline.sample(PROMPT, steps=10).images
         assert differ(pipeline.sample(PROMPT, steps=10, init=circle[0], strength=1.0).images, fresh) <= 1
 
