@@ -34,7 +34,7 @@ RECIPES = {
     "seed-ema": Recipe("seed", (*_SEED, "--train.ema", "0.99"), "a kinder baseline: averaged weights"),
     "quickstart": Recipe("quickstart", (), "the default recipe"),
     # The default recipe with one of its parts as the seed has it.
-    "quickstart-seed-block": Recipe("quickstart", ("--model.block", "seed", "--model.mlp_ratio", "2", "--model.heads", str(_SIZE["heads"])), "the seed's block"),
+    "quickstart-seed-block": Recipe("quickstart", ("--model.block", "seed", "--model.mlp_ratio", "2", "--model.heads", "3"), "the seed's block"),
     "quickstart-adamw": Recipe("quickstart", ("--optim.name", "adamw"), "AdamW on all weights, at its rate of the preset"),
     "quickstart-uniform-times": Recipe("quickstart", ("--flow.times", "uniform"), "training times uniform"),
     "quickstart-v": Recipe("quickstart", ("--model.prediction", "v"), "the network puts out the velocity"),

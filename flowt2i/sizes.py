@@ -3,8 +3,9 @@
     flowt2i train --config quickstart --size M --data data/scenes --print-config
     flowt2i train --config quickstart --size 25M --data data/scenes
 
-The rule is a power law of the width for each setting, `at * (width / reference_width) ^ exponent`. Its constants lie in `sizes.json`, which also says
-where they come from: `benchmarks/size_fit.py --write` puts there what it measured. What is given by name (`--model.depth 10`) wins over the dial.
+The rule is a power law of the width for each setting, `at * (width / reference_width) ^ exponent`. Its constants lie in `sizes.json`, and beside each where
+it comes from: `benchmarks/size_fit.py --write` puts there what it measured; until then they run through the presets `quickstart` (S) and `stability` (L).
+What is given by name (`--model.depth 10`) wins over the dial.
 """
 
 import functools
@@ -24,7 +25,7 @@ UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
 @functools.cache
 def constants() -> dict[str, Any]:
-    """`sizes.json`: `source`, `reference_width`, `widths` by name, and of each law `at` (its value at the reference width) and `exponent`."""
+    """`sizes.json`: `reference_width`, `widths` by name, and of each law `at` (its value at the reference width), `exponent`, and where it is `from`."""
     found: dict[str, Any] = json.loads(CONSTANTS.read_text())
     return found
 

@@ -32,8 +32,8 @@ def add_config(parser: argparse.ArgumentParser, default: str = "") -> None:
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", metavar="S|M|L|25M", help="size of the model, by name (XS, S, M, L, XL) or as a number of parameters: sets width, depth, heads, "
-                        "caption encoder, learning rates and batch, but for what is given by --section.field (docs/learning.md)")  # fmt: skip
+    parser.add_argument("--size", metavar="S|M|L|25M", help="size of the model, by name (XS, S, M, L, XL) or as a number of parameters: sets width, depth, "
+                        "heads, caption encoder, learning rates and batch, but for what is given by --section.field (docs/learning.md)")  # fmt: skip
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
