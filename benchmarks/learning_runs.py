@@ -6,7 +6,6 @@ a process took it up) and `points.jsonl` (a line a scored checkpoint).
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -23,6 +22,7 @@ from flowt2i.config import Config, seconds
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import INTERRUPTED, UserError
+from flowt2i.training.compiling import has_compiler
 
 Equal = Literal["data", "flops", "time"]
 LEAST_HELDOUT = 16  # pictures: below it neither a validation loss by time bin nor a kernel distance says anything
@@ -139,9 +139,12 @@ def open_plan(folder: Path, name: str, seed: int, budget: Budget, points: int, c
     fingerprint, cost = DatasetDescription.load(data).fingerprint, training_flops(config, data)
     config = config.model_copy(deep=True)
     config.train.seed = seed
+    if budget.equal == "time" and config.train.compile == "auto":  # decided here, so that the probe and the run are alike
+        config.train.compile = "on" if budget.amount >= 60 and has_compiler() else "off"
     if theirs := read_plan(folder):
-        require_same(folder, theirs, planned(name, seed, budget, points, config, fingerprint, cost, theirs.steps))
-        return theirs
+        plan = planned(name, seed, budget, points, config, fingerprint, cost, theirs.steps)
+        require_same(folder, theirs, plan)
+        return plan
     if budget.equal == "time":
         steps = budget.amount / step_seconds(folder, config, budget, data)
     else:
@@ -156,11 +159,12 @@ def open_plan(folder: Path, name: str, seed: int, budget: Budget, points: int, c
 def read_plan(folder: Path) -> Plan | None:
     """The plan that a folder holds; None where it holds none. UserError where it cannot be read."""
     try:
-        return Plan(**json.loads((folder / "plan.json").read_text()))
+        values = json.loads((folder / "plan.json").read_text())
+        return Plan(**values | {"config": Config.model_validate(values["config"]).model_dump()})  # a setting that came since has its default
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}/plan.json cannot be read ({error}): remove {folder} to make this run again") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}/plan.json cannot be read ({str(error).splitlines()[0]}): remove {folder} to make this run again") from error
 
 
 def planned(name: str, seed: int, budget: Budget, points: int, config: Config, data: str, cost: float, steps: int) -> Plan:
@@ -175,8 +179,8 @@ def planned(name: str, seed: int, budget: Budget, points: int, config: Config, d
 
 
 def require_same(folder: Path, theirs: Plan, ours: Plan) -> None:
-    """UserError naming the first thing in which the run of a folder is another."""
-    flat = lambda plan: {k: v for k, v in asdict(plan).items() if k != "config"} | {
+    """UserError naming the first thing in which the run of a folder is another. How its FLOPs are counted is no part of the run."""
+    flat = lambda plan: {k: v for k, v in asdict(plan).items() if k not in ("config", "flops_per_image")} | {
         f"{section}.{field}": value
         for section, fields in plan.config.items() if isinstance(fields, dict)
         for field, value in fields.items() if section != "track"
@@ -188,11 +192,11 @@ def require_same(folder: Path, theirs: Plan, ours: Plan) -> None:
 
 
 def step_seconds(folder: Path, config: Config, budget: Budget, data: Path) -> float:
-    """Seconds of a step of a recipe on this machine, measured by training a few that are thrown away; compiled as the run itself will be."""
+    """Seconds of a step of a recipe on this machine, measured by training a few that are thrown away."""
     probe = folder / "probe"
     shutil.rmtree(probe, ignore_errors=True)
     settings = planned("probe", 0, budget, 1, config, "", 0.0, PROBE).config
-    settings["train"] |= {"log_every": 5, "eval_images": 1, "compile": compiled(config.train.compile, budget.amount)}
+    settings["train"] |= {"log_every": 5, "eval_images": 1}
     settings["sample"] |= {"images": 1, "steps": 1}
     probe.mkdir(parents=True)
     write_whole(probe / "config.json", json.dumps(settings))
@@ -200,11 +204,6 @@ def step_seconds(folder: Path, config: Config, budget: Budget, data: Path) -> fl
     found = statistics.median(config.data.batch_size / line["images_per_s"] for line in read_lines(probe / "run" / "log.jsonl")[2:])
     shutil.rmtree(probe)
     return found
-
-
-def compiled(choice: str, length: float) -> str:
-    """`train.compile` of a probe: as `training.compiling.will_compile` decides for a run of so many seconds."""
-    return ("on" if length >= 60 and shutil.which(os.environ.get("CXX", "g++")) else "off") if choice == "auto" else choice
 
 
 # ---- training ---------------------------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ def score_checkpoint(path: Path, data: Path, how: dict[str, Any], seed: int, pro
     if outcome.failure:
         raise outcome.failure
     found: dict[str, Any] = {"weights": pipeline.weights, "protocols": {name: scores.protocol for name, scores in outcome.found.items()}}
-    bins = {name.rsplit("/", 1)[1]: value for name, value in outcome.found["loss"].values.items() if f"/{pipeline.weights}/" in name}
+    bins = {name.rsplit("/", 1)[1]: value for name, value in outcome.found["loss"].values.items() if f"/{pipeline.weights.lower()}/" in name}
     found["loss"] = {"mean": statistics.fmean(bins[name] for name in COMPARABLE if name in bins)} | bins
     if "scenes" in outcome.found:
         found["scenes"] = {name.rsplit("/", 1)[1]: tally for name, tally in outcome.found["scenes"].details["intervals"].items()}

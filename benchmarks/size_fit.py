@@ -48,7 +48,6 @@ def arguments() -> Parser:
     parser.add_argument("--results", type=Path, metavar="DIR", default=RESULTS, help="where the results are written (default benchmarks/results)")
     parser.add_argument("--name", help="of the results (default size-fit-DATA)")
     parser.add_argument("--write", action="store_true", help="put what was found into flowt2i/sizes.json")
-    parser.add_argument("--constants", type=Path, default=sizes.CONSTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the fit as one JSON object on the last line")
     return parser
 
@@ -199,8 +198,8 @@ def plot(results: dict[str, Any], path: Path) -> Path:
     flops = [one["flops"] for one in found["best"]]
     plain = [p for p in points if not p["factors"]]
     panels[1].plot([p["budget"] for p in plain], [p["loss"] for p in plain], "o", color="0.75", markersize=4, label="all sizes")
-    for panel, key, law, scale in ((panels[1], "loss", "loss_law", 1.0), (panels[2], "parameters", "size_law", 1.0)):
-        panel.plot(flops, [one[key] * scale for one in found["best"]], "*", color="C0", markersize=11, label="best size")
+    for panel, key, law in ((panels[1], "loss", "loss_law"), (panels[2], "parameters", "size_law")):
+        panel.plot(flops, [one[key] for one in found["best"]], "*", color="C0", markersize=11, label="best size")
         if law in found:
             xs, through = np.geomspace(flops[0], flops[-1], 50), PowerLaw(**found[law])
             text = f"{through.floor:.3g} + " if through.floor else ""
@@ -208,7 +207,8 @@ def plot(results: dict[str, Any], path: Path) -> Path:
         panel.set(xscale="log", yscale="log", xlabel="model FLOPs of training, C")
         panel.legend(fontsize=8, frameon=False)
     panels[1].set(ylabel="held-out loss, t < 0.8", title="loss against compute")
-    panels[2].set(ylabel="parameters", title="best size against compute")
+    best = [one["parameters"] for one in found["best"]]
+    panels[2].set(ylabel="parameters", title="best size against compute", ylim=(min(best) / 2, max(best) * 2))
     largest = max(p["budget"] for p in points)
     for panel, (name, swept) in zip(panels[3:], results["swept"].items()):
         for i, one in enumerate(swept["best"]):
@@ -250,7 +250,7 @@ def main(words: list[str] | None = None) -> int:
         path = args.results / f"{results['name']}.json"
         learning_runs.write_whole(path, json.dumps(results, indent=1))
         if args.write:
-            write_constants(results, args.constants)
+            write_constants(results, sizes.CONSTANTS)
     except UserError as error:
         print(f"size_fit.py: error: {error}", file=sys.stderr)
         return 2
@@ -265,7 +265,7 @@ def main(words: list[str] | None = None) -> int:
         files.append(plot(results, path.with_suffix(".png")))
     except ImportError:
         print("no plot: pip install matplotlib, and run the same command again", file=sys.stderr)
-    print("\n".join([*said(results), *map(str, files), *([str(args.constants)] if args.write else [])]))
+    print("\n".join([*said(results), *map(str, files), *([str(sizes.CONSTANTS)] if args.write else [])]))
     if args.json:
         print(json.dumps({"files": [str(file) for file in files], "fit": results["fit"], "swept": results["swept"]}))
     return 0

@@ -36,7 +36,7 @@ def benchmark(monkeypatch):
 
     def module(name):
         found = importlib.import_module(name)
-        found.trained = trained
+        found.RUNS = trained
         return found
 
     return module
@@ -66,7 +66,7 @@ def learning(benchmark, scenes_data, tmp_path):
         ]
         return script.main([str(word) for word in [*fixed, *words, *SMALL]])
 
-    run.trained = script.trained
+    run.trained = script.RUNS
     return run
 
 
@@ -288,14 +288,15 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
 
     real = fit.trained
     monkeypatch.setattr(fit, "trained", pretended)
-    constants = tmp_path / "sizes.json"
+    constants, before = tmp_path / "sizes.json", fit.sizes.constants()
+    monkeypatch.setattr(fit.sizes, "CONSTANTS", constants)
     words = ["--data", scenes_data, "--sizes", "64,96,128,192", "--budgets", "1T,2T", "--results", tmp_path, "--out", tmp_path / "runs"]
-    assert fit.main([str(w) for w in [*words, "--sweep", "lr=0.25,0.5,2", "--write", "--constants", constants, "--name", "fit", "--json"]]) == 0
+    assert fit.main([str(w) for w in [*words, "--sweep", "lr=0.25,0.5,2", "--write", "--name", "fit", "--json"]]) == 0
     found = json.loads((tmp_path / "fit.json").read_text())
     assert len(made) == 4 * 2 + 4 * 3 and len(found["points"]) == len(made)
     assert all(one["inside"] and one["parameters"] == pytest.approx(128**2, rel=0.02) for one in found["fit"]["best"])
     assert found["fit"]["size_law"]["exponent"] == pytest.approx(0, abs=0.01) and found["fit"]["loss_law"]["exponent"] < 0
-    written, before = json.loads(constants.read_text()), fit.sizes.constants()
+    written = json.loads(constants.read_text())
     assert written["laws"]["lr"]["at"] == pytest.approx(before["laws"]["lr"]["at"] / 2, rel=0.02) and "size_fit.py" in written["laws"]["lr"]["from"]
     assert written["laws"]["batch_size"] == before["laws"]["batch_size"] and written["fit"]["data"] == scenes_data.name
     assert (tmp_path / "fit.png").exists()
