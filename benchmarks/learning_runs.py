@@ -1,7 +1,7 @@
 """Trainings of a fixed budget with scores along their way: planned once, resumed by asking again, never repeated. What `learning.py` and `size_fit.py` share.
 
-A run has a folder: `plan.json` (what it is, in full), `config.json` (as `flowt2i train` gets it), `run/` (its run folder), `starts.json` (the steps at which
-a process took it up) and `points.jsonl` (a line a scored checkpoint).
+A run has a folder: `plan.json` and `config.json` (what it is, in full; the second as `flowt2i train` gets it), `run/` (its run folder), `starts.json` (the
+steps at which a process took it up) and `points.jsonl` (a line a scored checkpoint).
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowt2i import flops
-from flowt2i.config import Config, seconds
+from flowt2i.config import Config, load_config, seconds
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import INTERRUPTED, UserError
@@ -69,7 +69,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides a run, as plan.json has it."""
+    """All that decides a run."""
 
     name: str
     seed: int
@@ -152,7 +152,7 @@ def open_plan(folder: Path, name: str, seed: int, budget: Budget, points: int, c
     plan = planned(name, seed, budget, points, config, fingerprint, cost, points * max(1, round(steps / points)))
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.json", json.dumps(plan.config, indent=2))
-    write_whole(folder / "plan.json", json.dumps(asdict(plan), indent=2))
+    write_whole(folder / "plan.json", json.dumps({name: value for name, value in asdict(plan).items() if name != "config"}, indent=2))
     return plan
 
 
@@ -160,10 +160,10 @@ def read_plan(folder: Path) -> Plan | None:
     """The plan that a folder holds; None where it holds none. UserError where it cannot be read."""
     try:
         values = json.loads((folder / "plan.json").read_text())
-        return Plan(**values | {"config": Config.model_validate(values["config"]).model_dump()})  # a setting that came since has its default
+        return Plan(**values, config=load_config(folder / "config.json").model_dump())  # a setting that came since is as it was before
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder}/plan.json cannot be read ({str(error).splitlines()[0]}): remove {folder} to make this run again") from error
 
 

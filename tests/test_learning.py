@@ -78,7 +78,7 @@ def test_the_baseline_is_the_seeds_recipe_to_the_letter(benchmark):
     model, optim = baseline.model.resolve("pixels", (3, 64, 64)), baseline.optim
     assert (model.width, model.depth, baseline.data.batch_size) == (quick.model.width, quick.model.depth, quick.data.batch_size), "equal size"
     assert (model.block, model.positions, model.prediction, model.bottleneck, model.mlp_ratio) == ("seed", "learned", "v", 0, 2.0)
-    assert model.width // model.heads == 64
+    assert model.width // model.heads == 64 and model.text_window == 0
     assert (optim.name, optim.lr, optim.beta1, optim.beta2, optim.schedule) == ("adamw", 5e-4, 0.9, 0.999, "cosine")
     assert (optim.warmup, optim.warmup_from, optim.final) == (0.05, 0.1, 0.1)
     assert (baseline.flow.times, baseline.train.ema) == ("uniform", 0.0)
