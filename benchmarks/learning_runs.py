@@ -229,13 +229,19 @@ def run_train(config: Path, data: Path, run: Path) -> None:
     """
     words = [sys.executable, "-m", "flowt2i", "train", "--config", str(config), "--data", str(data), "--out", str(run), "--resume", "latest", "--json"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
-    handlers = {which: signal.signal(which, lambda number, _: process.send_signal(number)) for which in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        came.append(number)
+        process.send_signal(number)
+
+    handlers = {which: signal.signal(which, pass_on) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
         status = process.wait()
     finally:
         for which, handler in handlers.items():
             signal.signal(which, handler)
-    if status == INTERRUPTED:
+    if status == INTERRUPTED or (status and came):  # one that came before the training listened ended it at once: there was nothing to save
         raise Interrupted
     if status:
         raise SystemExit(status if status > 0 else 1)
