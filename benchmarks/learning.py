@@ -38,7 +38,7 @@ def arguments() -> Parser:
     parser.add_argument("--recipes", default="seed,quickstart", help="names with commas between, each with @SHARE of the budget (default seed,quickstart)")
     parser.add_argument("--list", action="store_true", help="print the recipes, and end")
     parser.add_argument("--equal", choices=("data", "flops", "time"), default="data", help="what all runs get alike (default data)")
-    parser.add_argument("--budget", help="of it: images (120k), FLOPs of training (5P), or time of training (10m)")
+    parser.add_argument("--budget", help="of it: images (120k), FLOPs of training (125T), or time of training (10m)")
     parser.add_argument("--seeds", default="0", help="seeds of training and prompts, with commas between (default 0)")
     parser.add_argument("--points", type=int, default=10, help="scored checkpoints a run, at even distances (default 10)")
     parser.add_argument("--num", type=int, default=200, help="pictures at each point (default 200)")

@@ -46,7 +46,7 @@ class Budget:
 
     @classmethod
     def parse(cls, equal: Equal, text: str) -> "Budget":
-        """`120k` images, `2.5P` FLOPs, `10m`; UserError otherwise."""
+        """`120k` images, `125T` FLOPs, `10m`; UserError otherwise."""
         try:
             if equal == "time":
                 amount = seconds(text)
@@ -56,7 +56,7 @@ class Budget:
         except ValueError:
             amount = 0.0
         if not 0 < amount < math.inf:
-            example = {"data": "120k (images)", "flops": "2.5P (2.5e15 FLOPs of training)", "time": "10m"}[equal]
+            example = {"data": "120k (images)", "flops": "125T (1.25e14 FLOPs of training)", "time": "10m"}[equal]
             raise UserError(f"--budget {text!r}: with --equal {equal} give one such as {example}")
         return cls(equal, amount)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What size of model a compute budget is worth, and which rates and batch a size wants: the fit behind `flowt2i train --size`.
 
-    python benchmarks/size_fit.py --data data/scenes --sizes 96,128,192,256 --budgets 0.3P,0.6P,1.2P
-    python benchmarks/size_fit.py --data data/scenes --sizes 96,128,192,256 --budgets 1.2P --sweep lr=0.5,1,2 --sweep batch_size=0.5,1,2 --write
+    python benchmarks/size_fit.py --data data/scenes --sizes 96,128,192,256 --budgets 20T,40T,80T,160T
+    python benchmarks/size_fit.py --data data/scenes --sizes 96,128,192,256 --budgets 80T --sweep lr=0.5,1,2 --sweep batch_size=0.5,1,2 --write
 
 Trains the recipe at each width for each budget of model FLOPs, with what the rule of flowt2i/sizes.py sets for that width, and takes the held-out loss of its
 end (t < 0.8). A parabola in the logarithm of the size gives each budget's best size, power laws go through these: loss against FLOPs, size against FLOPs.
@@ -40,7 +40,7 @@ def arguments() -> Parser:
     parser.add_argument("--data", type=Path, metavar="DIR", required=True, help="prepared dataset")
     parser.add_argument("--recipe", default="quickstart", help="recipe of benchmarks/recipes.py, but for its size (default quickstart)")
     parser.add_argument("--sizes", default="96,128,192,256", help=f"widths, at least {LEAST_SIZES} (default 96,128,192,256)")
-    parser.add_argument("--budgets", required=True, help="FLOPs of training, with commas between, such as 0.3P,0.6P,1.2P")
+    parser.add_argument("--budgets", required=True, help="FLOPs of training, with commas between, such as 20T,40T,80T")
     parser.add_argument("--seeds", default="0", help="seeds, with commas between; losses are their mean (default 0)")
     parser.add_argument("--sweep", action="append", default=[], metavar="LAW=FACTORS", help=f"one of {', '.join(SWEPT)}, such as lr=0.5,1,2; may be repeated")
     parser.add_argument("--loss-images", type=int, default=1024, help="held-out images of the loss (default 1024)")
