@@ -28,6 +28,7 @@ from flowt2i.cli import Parser
 from flowt2i.config import parse_overrides
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import INTERRUPTED, UserError
+from flowt2i.training.distributed import best_device
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
             "starts": learning_runs.read_starts(folder), "points": points,
         })  # fmt: skip
     runs.sort(key=lambda one: [recipes.label(*recipe) for recipe in asked].index(one["label"]))
-    return {"name": args.name or title, **machine.facts(), **facts_of(args, description, budget), "baseline": baseline, "runs": runs,
+    return {"name": args.name or title, **machine.facts(best_device()), **facts_of(args, description, budget), "baseline": baseline, "runs": runs,
             "summary": learning_report.summary(runs, baseline)}  # fmt: skip
 
 

@@ -1,38 +1,38 @@
-"""Where and with what a figure was measured: what every results file says of its machine."""
+"""What a figure was taken on: written beside every result."""
 
 import datetime
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import flowt2i
-from flowt2i.training.distributed import best_device
 
 
-def facts() -> dict[str, Any]:
-    """`date`, `machine` (processor, cores, threads, memory, GPU) and `versions` (Python, torch, flowt2i and its commit)."""
-    machine: dict[str, Any] = {"processor": processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
-    machine |= {"torch_threads": torch.get_num_threads(), "device": best_device().type}
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name(0)
-    if hasattr(os, "sysconf"):
-        machine["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "flowt2i": flowt2i.__version__, "commit": commit()}
-    return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": machine, "versions": versions}
+def facts(device: torch.device) -> dict[str, Any]:
+    """`date` (UTC), `machine` (processor, and GPU where one is used), `cores` that this process may use, `threads`, versions, and the `commit` of the code."""
+    name = _processor() + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = {"flowt2i": flowt2i.__version__, "python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy")}
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"date": date, "machine": name, "cores": cores, "threads": torch.get_num_threads(), "versions": versions, "commit": commit()}
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+def _processor() -> str:
+    """As Linux calls it; elsewhere the kind of processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def commit() -> str:
-    """The commit of the code, "+" behind it where files differ from it; empty outside of a checkout."""
+    """With "+" behind it where tracked files differ from it; empty outside of a checkout."""
     git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         head = git("rev-parse", "--short", "HEAD")

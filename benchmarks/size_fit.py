@@ -30,6 +30,7 @@ from tqdm import tqdm
 from flowt2i import sizes
 from flowt2i.cli import Parser
 from flowt2i.errors import INTERRUPTED, UserError, nearest
+from flowt2i.training.distributed import best_device
 
 LEAST_SIZES = 4
 SWEPT = {"lr": ("lr", "muon_lr"), "batch_size": ("batch_size",), "depth": ("depth",)}  # what is multiplied together
@@ -74,7 +75,14 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
         points.append({"width": width, "budget": budget.amount, "factors": factors} | mean | {"losses": [one["loss"] for one in found]})
     name = args.name or f"size-fit-{args.data.resolve().name}"
     settings = {"recipe": args.recipe, "more": more, "seeds": seeds, "data": args.data.resolve().name, "fingerprint": description.fingerprint}
-    return {"name": name, **machine.facts(), **settings, "points": points, "fit": fit(points), "swept": {key: refit(key, points) for key in sweeps}}
+    return {
+        "name": name,
+        **machine.facts(best_device()),
+        **settings,
+        "points": points,
+        "fit": fit(points),
+        "swept": {key: refit(key, points) for key in sweeps},
+    }
 
 
 def parse_sweep(text: str) -> tuple[str, list[float]]:
@@ -147,10 +155,10 @@ def refit(name: str, points: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_constants(results: dict[str, Any], path: Path) -> None:
     """The constants of the dial, with the refitted laws and a record of the fit."""
-    by = f"benchmarks/size_fit.py, {results['date'][:10]}, commit {results['versions']['commit']}"
+    by = f"benchmarks/size_fit.py, {results['date'][:10]}, commit {results['commit']}"
     found = dict(sizes.constants())
     found["laws"] = found["laws"] | {law: value | {"from": by} for swept in results["swept"].values() for law, value in swept["laws"].items()}
-    found["fit"] = {key: results[key] for key in ("date", "machine", "versions", "recipe", "data", "seeds", "fit", "swept")}
+    found["fit"] = {key: results[key] for key in ("date", "machine", "versions", "commit", "recipe", "data", "seeds", "fit", "swept")}
     learning_runs.write_whole(path, json.dumps(found, indent=2))
 
 
