@@ -204,11 +204,12 @@ class Config(_Section):
     track: TrackConfig = TrackConfig()
 
 
-# What each preset changes from the defaults above. The seed's own recipe stays at hand as `seed`.
+# What each preset changes from the defaults above. The seed's own recipe stays at hand as `seed`: plain AdamW has torch's own decay of the second moment,
+# and what was found for captions since is not the seed's.
 SEED_RECIPE: dict[str, Any] = {
-    "model": {"block": "seed", "mlp_ratio": 2.0, "positions": "learned", "prediction": "v"},
+    "model": {"block": "seed", "mlp_ratio": 2.0, "positions": "learned", "prediction": "v", "bottleneck": 0, "text_window": 0},
     "flow": {"times": "uniform"},
-    "optim": {"name": "adamw"},
+    "optim": {"name": "adamw", "beta2": 0.999},
     "train": {"ema": 0.0},
 }
 PRESETS: dict[str, dict[str, Any]] = {

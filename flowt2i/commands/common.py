@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowt2i import sizes
 from flowt2i.config import Config, load_config, resolve
 from flowt2i.errors import UserError
 
@@ -27,6 +28,12 @@ def add_moved(parser: argparse.ArgumentParser) -> None:
 def add_config(parser: argparse.ArgumentParser, default: str = "") -> None:
     settings = "; settings as --section.field value" + (f" (default {default})" if default else "")
     parser.add_argument("--config", metavar="PRESET", help="preset, or the config.json of a run" + settings)
+    add_size(parser)
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", metavar="S|M|L|25M", help="size of the model, by name (XS, S, M, L, XL) or as a number of parameters: sets width, depth, "
+                        "heads, caption encoder, learning rates and batch, but for what is given by --section.field (docs/learning.md)")  # fmt: skip
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -65,12 +72,15 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def configuration(args: argparse.Namespace) -> Config:
-    """What `--config` and the settings after it say."""
+    """What `--config`, `--size` and the settings after them say."""
     if getattr(args, "stop_after", None):
         args.rest = [*args.rest, "--train.stop_after", args.stop_after]
-    if args.config and args.config.endswith(".json"):
-        return resolve(None, args.rest, base=load_config(Path(args.config)))
-    return resolve(args.config, args.rest)
+    preset, base = (None, load_config(Path(args.config))) if args.config and args.config.endswith(".json") else (args.config, None)
+    config = resolve(preset, args.rest, base)
+    if getattr(args, "size", None):
+        args.rest = [*sizes.words(args.size, config.model), *args.rest]  # what was given by name comes later, and wins
+        config = resolve(preset, args.rest, base)
+    return config
 
 
 def only_dataset() -> Path:

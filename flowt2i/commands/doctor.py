@@ -28,6 +28,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.rest and not args.config:
         raise UserError(f"{args.rest[0]}: settings belong to a --config")
+    if args.size and not args.config:
+        raise UserError("--size belongs to a --config")
     config = configuration(args) if args.config else None
     from flowt2i.doctor import examine, report
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flowt2i.commands.common import add_json, add_moved, configuration, only_dataset
+from flowt2i.commands.common import add_json, add_moved, add_size, configuration, only_dataset
 from flowt2i.config import PRESETS, Config, describe_fields
 from flowt2i.errors import INTERRUPTED, UserError, first_of_node, told_elsewhere
 from flowt2i.memory import is_out_of_memory
@@ -20,14 +20,16 @@ def add(commands: Any) -> None:
         description="Train a run. Any setting can be given as --section.field value.",
         epilog="examples:\n  flowt2i train --config quickstart --data data/scenes\n"
         "  flowt2i train --config stability --data data/mine --out runs/mine --optim.lr 3e-4\n"
+        "  flowt2i train --config quickstart --size M --data data/mine --print-config\n"
         "  flowt2i train --config stability --data data/mine --out runs/mine --resume latest\n"
         "  torchrun --nproc-per-node 2 train.py --config stability --data data/mine\n\n"
         "presets: " + ", ".join(PRESETS) + "\n\nsettings:\n" + describe_fields().replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="PRESET", help="preset, or the config.json of a run (default stability)")
+    add_size(parser)
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (default: the only one under data/)")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default runs/PRESET-DATA)")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default runs/PRESET-DATA, with --size runs/PRESET-SIZE-DATA)")
     parser.add_argument("--resume", metavar="latest|PATH", help="continue from the run's newest checkpoint, or from the one at PATH")
     parser.add_argument("--stop-after", metavar="TIME", help="save and stop after so long, such as 3h or 90m (the same as --train.stop_after)")
     add_moved(parser)
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(json.dumps(resolved_config(config, args.data), indent=2))
         return 0
-    run = args.out or Path("runs") / f"{config.preset}-{data.resolve().name}"
+    run = args.out or Path("runs") / "-".join(filter(None, (config.preset, args.size, data.resolve().name)))
     from flowt2i.training.distributed import ToldElsewhere
     from flowt2i.training.loop import Stopped, train
 

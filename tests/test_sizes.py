@@ -1,0 +1,87 @@
+"""The dial for the size of a model."""
+
+import json
+
+import pytest
+import torch
+
+from flowt2i import sizes
+from flowt2i.cli import main
+from flowt2i.config import resolve
+from flowt2i.errors import UserError
+from flowt2i.model import FlowTransformer, count_parameters
+
+
+def printed(capsys, *words):
+    assert main(["train", *words, "--print-config"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.skipif(sizes.constants()["fit"] is not None, reason="the constants were fitted")
+def test_without_a_fit_the_dial_goes_through_the_presets():
+    for width, preset in ((192, "quickstart"), (768, "stability")):
+        config = resolve(preset).model_dump()
+        for name, value in sizes.settings(width).items():
+            section, _, field = name.partition(".")
+            assert config[section][field] == value, name
+
+
+def test_every_width_is_a_model():
+    for width in sizes.WIDTHS:
+        model = sizes.at_width(width, resolve("quickstart").model)
+        assert model.resolve("pixels", (3, 64, 64)).width == width and model.width // model.heads % 8 == 0
+
+
+@pytest.mark.parametrize("preset", ["quickstart", "stability", "seed"])
+@pytest.mark.parametrize("size", ["XS", "S", "M", "L"])
+def test_the_count_of_parameters_is_near_the_models_own(preset, size):
+    config = resolve(preset, sizes.words(size, resolve(preset).model))
+    with torch.device("meta"):
+        model = FlowTransformer(config.model.resolve("pixels", (3, 64, 64)), (3, 64, 64), 0, 436)
+    total = count_parameters(model)["total"]
+    assert abs(sizes.parameters(config.model) / total - 1) < (0.1 if size == "XS" else 0.05)
+
+
+def test_a_number_of_parameters_comes_near_itself():
+    model = resolve("quickstart").model
+    for text, number in (("4M", 4e6), ("25m", 25e6), ("0.1B", 1e8), ("120,000,000", 1.2e8), ("3e8", 3e8)):
+        assert abs(sizes.parameters(sizes.at_width(sizes.width_of(text, model), model)) / number - 1) < 0.15
+
+
+def test_more_parameters_never_mean_less_width():
+    model = resolve("quickstart").model
+    counts = [sizes.parameters(sizes.at_width(width, model)) for width in sizes.WIDTHS]
+    assert counts == sorted(counts)
+
+
+def test_the_dial_sets_and_what_is_given_by_name_wins(capsys):
+    config = printed(capsys, "--config", "quickstart", "--size", "m")
+    assert config["model"]["width"] == 384 and config["data"]["batch_size"] > 32 and config["optim"]["lr"] < 1.5e-3
+    assert config["model"]["mlp_ratio"] == 3 and config["flow"]["floor"] == 0.4, "the recipe stays the preset's"
+    given = printed(capsys, "--config", "quickstart", "--size", "M", "--model.depth", "5", "--data.batch_size=48", "--optim.lr", "1e-3")
+    assert (given["model"]["depth"], given["data"]["batch_size"], given["optim"]["lr"]) == (5, 48, 1e-3)
+    assert given["model"]["width"] == 384
+
+
+def test_no_size_changes_nothing(capsys):
+    assert printed(capsys, "--config", "quickstart") == resolve("quickstart").model_dump()
+
+
+@pytest.mark.parametrize("size", ["Q", "12", "9000B", "4Mx", "nan"])
+def test_a_size_that_cannot_be_is_one_line(size, capsys):
+    assert main(["train", "--size", size, "--print-config"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--size" in said
+
+
+def test_doctor_does_not_leave_a_size_unheard(capsys):
+    assert main(["doctor", "--size", "M"]) == 2
+    assert "--config" in capsys.readouterr().err
+
+
+def test_factors_multiply_laws():
+    plain, halved = sizes.settings(384), sizes.settings(384, {"lr": 0.5, "depth": 2})
+    assert halved["optim.lr"] == pytest.approx(plain["optim.lr"] / 2, rel=0.01) and halved["model.depth"] > 1.8 * plain["model.depth"]
+    assert halved["optim.muon_lr"] == plain["optim.muon_lr"]
+    with pytest.raises(UserError, match="parameters such as 25M"):
+        sizes.words("huge", resolve("quickstart").model)
