@@ -330,6 +330,8 @@ def count_parameters(model: FlowTransformer) -> dict[str, int]:
         "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "text_embed": "text embedding",
     }  # fmt: skip
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         words = name.split(".")
         word = words[2] if words[0] == "blocks" else words[0]
         part = "attention over the caption" if "text_kv" in name else names.get(word, "norms")

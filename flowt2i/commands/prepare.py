@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
             "flowt2i prepare 'shards/{00000..00046}.tar' --out data/t2i --codec sd-vae-ft-mse --text t5-small",
             "flowt2i prepare --out data/text-to-image-2M --limit 100000   # jackyhate/text-to-image-2M from the hub, streamed",
             "torchrun --nproc-per-node 4 load_dataset.py 'shards/*.tar' --out data/t2i   # or, anywhere: prepare … --worker 0/4, 1/4, …",
+            "flowt2i prepare my_images/ --like runs/mine --image-size 128 --out data/mine128   # for `train --init runs/mine`",
             "flowt2i prepare part0 part1 --merge --out data/t2i           # of workers that had no common disk",
         ),
     )
