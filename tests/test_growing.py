@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from export_models import enliven
 from safetensors.torch import load_file
 
 from flowt2i import Pipeline, flow
@@ -212,3 +213,40 @@ def test_data_like_a_model(tiny_run, larger, scenes_data, tmp_path, capsys):
     for words, told in ((["--max-tokens", "7"], "--max-tokens 7 is not that of --like"), (["--vocab-size", "999"], "says how to learn a tokenizer")):
         assert main(["prepare", "scenes", "--count", "9", "--like", str(tiny_run), "--out", str(tmp_path / "x"), *words]) == 2
         assert told in capsys.readouterr().err
+
+
+# ---- what comes after follows the model's size ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grown(tiny_run, larger, tmp_path_factory):
+    """A run at 128 pixels of the model of `tiny_run`, its weights made lively."""
+    run = tmp_path_factory.mktemp("grown") / "run"
+    config, folder = begin(tiny_run, larger, SHORT)
+    train(config, larger, run, progress=False, init=folder)
+    return enliven(run)
+
+
+def test_native_export_of_a_grown_model(grown, tmp_path):
+    export(grown, tmp_path / "out", samples=1)
+    assert np.array_equal(drawn(tmp_path / "out"), drawn(grown))
+    assert "128×128" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_diffusers_draws_a_grown_model(grown):
+    from flowt2i.export.diffusers_format import as_diffusers
+
+    ours = Pipeline.from_pretrained(grown, device="cpu")
+    theirs = as_diffusers(ours)
+    theirs.set_progress_bar_config(disable=True)
+    start = ours.initial_noise([3])
+    found = theirs("a small red circle", num_inference_steps=2, guidance_scale=2.0, latents=start, output_type="np").images
+    wanted = ours.sample("a small red circle", steps=2, guidance=2.0, shift=ours.settings()["shift"], seed=3, solver="euler").images
+    assert found.shape == (1, 128, 128, 3) and np.abs(found * 255 - wanted).max() < 1.5 and wanted.std() > 5
+
+
+@pytest.mark.slow
+def test_onnx_of_a_grown_model(grown, tmp_path):
+    pytest.importorskip("onnxruntime")
+    export(grown, tmp_path / "out", format="onnx", samples=0)
+    assert json.loads((tmp_path / "out" / "sampling.json").read_text())["shape"] == [3, 128, 128]
