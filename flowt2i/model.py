@@ -241,6 +241,9 @@ class FlowTransformer(nn.Module):
     for the shape (`ModelConfig.resolve`).
     """
 
+    positions: Tensor  # of its own grid: learned, or a buffer that is not saved
+    rotation: Tensor | None
+
     def __init__(self, config: ModelConfig, shape: tuple[int, int, int], text_dim: int, vocab_size: int = 0):
         super().__init__()
         self.config, self.shape, self.patch = config, shape, config.patch

@@ -1,7 +1,9 @@
 """`train --init`: a model goes on with the same data, at another size, with other patches, or by low-rank adapters; and `prepare --like`."""
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,3 +252,26 @@ def test_onnx_of_a_grown_model(grown, tmp_path):
     pytest.importorskip("onnxruntime")
     export(grown, tmp_path / "out", format="onnx", samples=0)
     assert json.loads((tmp_path / "out" / "sampling.json").read_text())["shape"] == [3, 128, 128]
+
+
+@pytest.mark.slow
+def test_the_benchmark_tells_what_growing_saves(tiny, scenes_data, larger, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("growing", Path(__file__).parents[1] / "benchmarks" / "growing.py")
+    growing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(growing)
+
+    def here(run, data, words):
+        assert main(["train", "--data", str(data), "--out", str(run), "--resume", "latest", *words]) == 0
+
+    monkeypatch.setattr(growing, "train", here)
+    small = ["--train.minutes", "--train.steps"]
+    words = [word for pair in zip(tiny[::2], tiny[1::2]) if pair[0] not in small for word in pair]
+    words += ["--train.eval_images", "4", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1", "--train.dry_run", "false"]
+    asked = ["--small", str(scenes_data), "--large", str(larger), "--out", str(tmp_path), "--minutes", "0.02", "--every", "10"]
+    monkeypatch.setattr("sys.argv", ["growing.py", *asked, *words])
+    growing.main()
+    told = json.loads((tmp_path / "growing.json").read_text())
+    grown, scratch = told["curves"].values()
+    assert len(grown) >= 3 and len(scratch) >= 3 and grown[0]["seconds"] > scratch[0]["seconds"] > 0 and told["saving"]["loss"]["scratch_best"] > 0
+    assert (tmp_path / "growing.png").exists() and "loss: from scratch" in capsys.readouterr().out
+    assert load_config(tmp_path / "grown" / "config.json").flow == load_config(tmp_path / "scratch" / "config.json").flow

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(report))
         return 0
-    preset = args.config or (None if args.sources else "stability")  # the hub's 2M pairs are what the big presets are for
+    preset = args.config or (None if args.sources or args.like else "stability")  # the hub's 2M pairs are what the big presets are for
     if preset and preset not in PREPARATION:
         raise UserError(f"no preset {preset!r}{nearest(preset, PREPARATION)}")
     report = prepare(PrepareOptions.of(**{**(PREPARATION[preset] if preset else {}), **fields}))
