@@ -14,9 +14,9 @@ SHORTEST = 1e-6  # interval that may be written out: times are fp32 (6e-8 next t
 SEARCHED = Path(__file__).with_name("schedules.json")  # {name: {number of steps: times}}, written by benchmarks/search_schedule.py
 
 
-def uniform_times(steps: int, device: torch.device | str = "cpu") -> Tensor:
-    """`steps + 1` equally spaced times from 0 to 1."""
-    return torch.linspace(0, 1, steps + 1, device=device)
+def uniform_times(steps: int) -> Tensor:
+    """Equally spaced times from 0 to 1. [steps + 1]."""
+    return torch.linspace(0, 1, steps + 1)
 
 
 def shift_times(times: Tensor, shift: float) -> Tensor:

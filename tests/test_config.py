@@ -1,8 +1,10 @@
 """Configuration: presets, overrides, and mistakes answered in one line."""
 
+import json
+
 import pytest
 
-from flowt2i.config import PRESETS, Config, load_config, resolve
+from flowt2i.config import NOT_SECTIONS, PRESETS, Config, load_config, resolve
 from flowt2i.errors import UserError
 
 
@@ -80,8 +82,19 @@ def test_config_round_trips(tmp_path):
         load_config(tmp_path / "config.json")
 
 
+def test_a_model_of_before_a_field_keeps_what_it_was(tmp_path):
+    values = resolve("quickstart").model_dump()
+    del values["model"]["text_window"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_config(tmp_path / "config.json").model.text_window == 0
+    for wrong in ("[]", '{"model": 3}'):
+        (tmp_path / "config.json").write_text(wrong)
+        with pytest.raises(UserError, match="is not a configuration"):
+            load_config(tmp_path / "config.json")
+
+
 def test_every_field_says_what_it_is_for():
-    for name in (n for n in Config.model_fields if n != "preset"):
+    for name in (n for n in Config.model_fields if n not in NOT_SECTIONS):
         for field, info in type(getattr(Config(), name)).model_fields.items():
             assert info.description, f"{name}.{field}"
 
