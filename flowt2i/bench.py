@@ -137,7 +137,8 @@ class BareStep:
         """Noise, times and captions of a micro-batch, as `Objective` takes them."""
         config, text = self.config, self.description.text
         draw = stream.draw(config.train.seed, 0, images, self.description.codec.shape, config.flow.caption_dropout, False, self.device)
-        t = flow.times(draw.uniform, draw.choice, config.flow.times, config.flow.logit_mean, config.flow.logit_std, config.flow.uniform_share)
+        f = config.flow
+        t = flow.times(draw.uniform, draw.choice, f.times, f.logit_mean, f.logit_std, f.uniform_share, f.time_shift)
         captions = self.captions(images)
         mask = torch.ones(images, text.max_tokens, dtype=torch.bool, device=self.device)
         captions, mask = drop_captions(captions, mask, draw.dropped, captions[0, :1])

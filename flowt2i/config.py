@@ -85,6 +85,9 @@ class FlowConfig(_Section):
     logit_mean: float = Field(0.0, description="logit-normal times: mean (above 0: nearer the data)")
     logit_std: float = Field(1.0, gt=0, description="logit-normal times: standard deviation")
     uniform_share: float = Field(0.1, ge=0, le=1, description="logit-normal times: share of the batch whose times stay uniform")
+    time_shift: float = Field(
+        1.0, gt=0, description="training times: above 1 nearer the noise, as larger pictures want them; `train --init` sets it where a model grows"
+    )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions replaced by the empty one, for guidance")
     floor: float = Field(0.05, gt=0, lt=1, description="x-prediction: the loss divides by 1 - t, kept above this")
 
@@ -129,6 +132,9 @@ class TrainConfig(_Section):
         "ddp", description="several ranks: each holds the whole model (ddp), or a share of every tensor, for models past one card's memory (fsdp)"
     )
     seed: int = Field(0, ge=0, description="of data order, noise, times, dropout and initial weights")
+    lora: int = Field(
+        0, ge=0, description="with --init: train low-rank adapters of this rank only (peft), and leave the model's weights as they are; 0: all weights"
+    )
     precision: Literal["bf16", "fp32"] = Field("bf16", description="compute under autocast; weights are always fp32")
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile of each block; auto: where a compiler is found and the run is long enough to pay"
@@ -191,10 +197,29 @@ class TrackConfig(_Section):
     tensorboard: bool = Field(False, description="write TensorBoard events into RUN/tensorboard")
 
 
+class Origin(_Section):
+    """The model that a run began from (`train --init`): written down, never set by hand."""
+
+    model: str  # as it was named
+    weights: Literal["ema", "raw"]
+    step: int | None  # of its own training; None where it does not say
+    image_size: int
+    patch: int
+    latent_mean: tuple[float, ...]  # its normalisation, which stays in force whatever the new data measure
+    latent_std: tuple[float, ...]
+
+    @property
+    def told(self) -> str:
+        """ "runs/emoji (EMA weights, step 5,000, 64x64 pixels)"."""
+        facts = ["EMA weights" if self.weights == "ema" else "raw weights", *([] if self.step is None else [f"step {self.step:,}"])]
+        return f"{self.model} ({', '.join([*facts, f'{self.image_size}x{self.image_size} pixels'])})"
+
+
 class Config(_Section):
     """One run, whole. `RUN/config.json` holds it."""
 
     preset: str = "custom"
+    origin: Origin | None = None
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     flow: FlowConfig = FlowConfig()
@@ -203,6 +228,8 @@ class Config(_Section):
     sample: SampleConfig = SampleConfig()
     track: TrackConfig = TrackConfig()
 
+
+NOT_SECTIONS = ("preset", "origin")
 
 # What each preset changes from the defaults above. The seed's own recipe stays at hand as `seed`: plain AdamW has torch's own decay of the second moment,
 # and what was found for captions since is not the seed's.
@@ -277,7 +304,7 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 def set_field(config: Config, key: str, text: str) -> None:
     """Set `section.field` from text, converted and checked by its type."""
     section_name, _, field = key.partition(".")
-    sections = {name: getattr(config, name) for name in type(config).model_fields if name != "preset"}
+    sections = {name: getattr(config, name) for name in type(config).model_fields if name not in NOT_SECTIONS}
     known = [f"{name}.{f}" for name, section in sections.items() for f in type(section).model_fields]
     if key not in known:
         raise UserError(f"no setting --{key}{nearest(key, known)}")
@@ -318,7 +345,7 @@ def load_config(path: Path) -> Config:
 def describe_fields() -> str:
     """All settings with default and meaning, for `--help`."""
     lines = []
-    for name in (n for n in Config.model_fields if n != "preset"):
+    for name in (n for n in Config.model_fields if n not in NOT_SECTIONS):
         for field, info in type(getattr(Config(), name)).model_fields.items():
             lines.append(f"  --{name}.{field} (default {json.dumps(info.default)})\n      {info.description}")
     return "\n".join(lines)

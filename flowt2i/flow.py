@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowt2i.schedules import shift_times
+
 Prediction = Literal["v", "x"]
 
 
@@ -53,17 +55,20 @@ def times(
     mean: float = 0.0,
     std: float = 1.0,
     uniform_share: float = 0.1,
+    shift: float = 1.0,
 ) -> Tensor:
     """Training times in (0, 1) from two uniform draws [B] each.
 
     "uniform": the first draw itself. "logit_normal": `t = sigmoid(mean + std * Phi^-1(u))` (2403.03206, eq. 19), except for a
     share `uniform_share` of the batch (where `choice` falls under it), which stays uniform so that no time is never trained.
+    shift: all of them are moved towards the noise by as much (`schedules.shift_times`; of logit-normal times the mean falls by log(shift)).
     """
     if distribution == "uniform":
-        return uniform
+        return shift_times(uniform, shift) if shift != 1 else uniform
     normal = torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))
     shaped = torch.sigmoid(mean + std * normal).to(uniform.dtype)
-    return torch.where(choice < uniform_share, uniform, shaped)
+    mixed = torch.where(choice < uniform_share, uniform, shaped)
+    return shift_times(mixed, shift) if shift != 1 else mixed  # bit for bit what it was, where nothing is shifted
 
 
 def loss_per_image(output: Tensor, data: Tensor, noise: Tensor, t: Tensor, prediction: Prediction, floor: float = 0.05) -> Tensor:

@@ -241,6 +241,9 @@ class FlowTransformer(nn.Module):
     for the shape (`ModelConfig.resolve`).
     """
 
+    positions: Tensor  # of its own grid: learned, or a buffer that is not saved
+    rotation: Tensor | None
+
     def __init__(self, config: ModelConfig, shape: tuple[int, int, int], text_dim: int, vocab_size: int = 0):
         super().__init__()
         self.config, self.shape, self.patch = config, shape, config.patch
@@ -356,6 +359,8 @@ def count_parameters(model: FlowTransformer) -> dict[str, int]:
         "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "text_embed": "text embedding",
     }  # fmt: skip
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         words = name.split(".")
         word = words[2] if words[0] == "blocks" else words[0]
         part = "attention over the caption" if "text_kv" in name else names.get(word, "norms")

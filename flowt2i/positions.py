@@ -49,5 +49,5 @@ def rotation_2d(rows: int, columns: int, head: int) -> Tensor:
 
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Learned positions [rows * columns, d] of an old grid (rows, columns), interpolated bicubically for a new one."""
-    image = table.view(1, *old, -1).permute(0, 3, 1, 2)
-    return F.interpolate(image, size=new, mode="bicubic", align_corners=False)[0].flatten(1).T
+    image = table.float().view(1, *old, -1).permute(0, 3, 1, 2)
+    return F.interpolate(image, size=new, mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flowt2i.config import PRESETS, Config, load_config, resolve
+from flowt2i.config import NOT_SECTIONS, PRESETS, Config, load_config, resolve
 from flowt2i.errors import UserError
 
 
@@ -94,7 +94,7 @@ def test_a_model_of_before_a_field_keeps_what_it_was(tmp_path):
 
 
 def test_every_field_says_what_it_is_for():
-    for name in (n for n in Config.model_fields if n != "preset"):
+    for name in (n for n in Config.model_fields if n not in NOT_SECTIONS):
         for field, info in type(getattr(Config(), name)).model_fields.items():
             assert info.description, f"{name}.{field}"
 

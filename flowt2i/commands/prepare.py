@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
             "flowt2i prepare 'shards/{00000..00046}.tar' --out data/t2i --codec sd-vae-ft-mse --text t5-small",
             "flowt2i prepare --out data/text-to-image-2M --limit 100000   # jackyhate/text-to-image-2M from the hub, streamed",
             "torchrun --nproc-per-node 4 load_dataset.py 'shards/*.tar' --out data/t2i   # or, anywhere: prepare … --worker 0/4, 1/4, …",
+            "flowt2i prepare my_images/ --like runs/mine --image-size 128 --out data/mine128   # for `train --init runs/mine`",
             "flowt2i prepare part0 part1 --merge --out data/t2i           # of workers that had no common disk",
         ),
     )
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(report))
         return 0
-    preset = args.config or (None if args.sources else "stability")  # the hub's 2M pairs are what the big presets are for
+    preset = args.config or (None if args.sources or args.like else "stability")  # the hub's 2M pairs are what the big presets are for
     if preset and preset not in PREPARATION:
         raise UserError(f"no preset {preset!r}{nearest(preset, PREPARATION)}")
     report = prepare(PrepareOptions.of(**{**(PREPARATION[preset] if preset else {}), **fields}))

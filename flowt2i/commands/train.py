@@ -22,6 +22,8 @@ def add(commands: Any) -> None:
         "  flowt2i train --config stability --data data/mine --out runs/mine --optim.lr 3e-4\n"
         "  flowt2i train --config quickstart --size M --data data/mine --print-config\n"
         "  flowt2i train --config stability --data data/mine --out runs/mine --resume latest\n"
+        "  flowt2i train --init runs/mine --data data/mine128 --out runs/mine128 --train.steps 5000    # a model of 64 pixels goes on at 128\n"
+        "  flowt2i train --init runs/mine --data data/own --out runs/own --lora 8 --train.steps 500    # or low-rank adapters only\n"
         "  torchrun --nproc-per-node 2 train.py --config stability --data data/mine\n\n"
         "presets: " + ", ".join(PRESETS) + "\n\nsettings:\n" + describe_fields().replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,6 +32,14 @@ def add(commands: Any) -> None:
     add_size(parser)
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (default: the only one under data/)")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default runs/PRESET-DATA, with --size runs/PRESET-SIZE-DATA)")
+    parser.add_argument(
+        "--init",
+        metavar="MODEL",
+        help="begin from the weights of this run, checkpoint, exported model or hub id, at the picture size of the data; "
+        "its architecture, way of drawing and, without --config, all other settings are taken over (docs/growing.md)",
+    )
+    parser.add_argument("--lora", type=int, metavar="RANK", help="with --init: train low-rank adapters only (the same as --train.lora)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="refuse data that were not prepared at this size")
     parser.add_argument("--resume", metavar="latest|PATH", help="continue from the run's newest checkpoint, or from the one at PATH")
     parser.add_argument("--stop-after", metavar="TIME", help="save and stop after so long, such as 3h or 90m (the same as --train.stop_after)")
     add_moved(parser)
@@ -41,7 +51,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
-        config, data = configuration(args), args.data if args.print_config else args.data or only_dataset()
+        data = args.data if args.print_config and not args.init else args.data or only_dataset()
+        config, run, init = settled(args, data)
     except UserError:
         if first_of_node():
             raise
@@ -49,12 +60,11 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(json.dumps(resolved_config(config, args.data), indent=2))
         return 0
-    run = args.out or Path("runs") / "-".join(filter(None, (config.preset, args.size, data.resolve().name)))
     from flowt2i.training.distributed import ToldElsewhere
     from flowt2i.training.loop import Stopped, train
 
     try:
-        summary = train(config, data, run, args.resume, codec=args.codec, text=args.text)
+        summary = train(config, data, run, args.resume, codec=args.codec, text=args.text, init=init)
     except Stopped as stopped:
         if main_rank:
             print(f"flowt2i train: {stopped}", file=sys.stderr)
@@ -78,6 +88,41 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f'next: flowt2i generate "…" --model {run} --out picture.png', file=sys.stderr)
     return 0
+
+
+def settled(args: argparse.Namespace, data: Path | None) -> tuple[Config, Path, Path | None]:
+    """Configuration, run folder, and the folder of the model to begin from (None: from nothing, or the run's own checkpoints go on)."""
+    if args.lora is not None:
+        args.rest = [*args.rest, "--train.lora", str(args.lora)]
+    if args.image_size is not None and data is not None:
+        _require_size(args.image_size, data, args.init)
+    base = configuration(args)  # without --config: of the default preset, and not used where there is --init
+    name = base.preset if args.config or not args.init else Path(args.init).resolve().name
+    run = args.out or Path("runs") / "-".join(filter(None, (name, args.size, data.resolve().name if data else "data")))
+    if not args.init:
+        return base, run, None
+    if args.size:
+        raise UserError("--init brings the size of its model along: leave out --size")
+    from flowt2i.description import DatasetDescription
+    from flowt2i.training import start
+
+    if args.resume not in (None, "latest"):
+        raise UserError("--init and --resume PATH both say what to begin from: leave out one of them")
+    if args.resume and (before := start.continued(run, args.rest)):
+        return before, run, None
+    assert data is not None
+    found = start.find(args.init)
+    config = start.configuration(args.init, found, DatasetDescription.load(data), args.rest, base if args.config else None)
+    return config, run, found.folder
+
+
+def _require_size(size: int, data: Path, init: str | None) -> None:
+    from flowt2i.description import DatasetDescription
+
+    have = DatasetDescription.load(data).codec.image_size
+    if have != size:
+        like = f" --like {init}" if init else ""
+        raise UserError(f"--image-size {size}: {data} was prepared at {have} pixels: run `flowt2i prepare SOURCE --image-size {size}{like} --out DIR` first")
 
 
 def resolved_config(config: Config, data: Path | None) -> dict[str, Any]:

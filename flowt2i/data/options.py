@@ -24,6 +24,9 @@ class PrepareOptions(BaseModel):
     out: Path = Field(description="folder to write the dataset to")
     codec: str = Field("pixels", description="`pixels`, `sd-vae-ft-mse`, or the id or folder of an AutoencoderKL")
     text: str = Field("builtin", description="`builtin` (learned from the captions), `t5-small`, or the id or folder of a text encoder")
+    like: str = Field(
+        "", description="a model, or prepared data: take over its codec, text encoder, tokenizer and picture size, to train it on (`train --init`)"
+    )
     image_size: int = Field(64, ge=8, le=2048, description="side of the square images in pixels")
     limit: int | None = Field(None, ge=1, description="stop when this many samples are kept")
     heldout: float = Field(0.02, ge=0, le=0.5, description="share of samples held out of training, chosen by a hash of their keys")
@@ -49,7 +52,11 @@ class PrepareOptions(BaseModel):
 
     @classmethod
     def of(cls, **fields: object) -> "PrepareOptions":
-        """Checked options; UserError naming the first wrong field."""
+        """Checked options; UserError naming the first wrong field. With `like`, completed by what it says."""
+        if fields.get("like"):
+            from flowt2i.data.like import liken
+
+            fields = liken(dict(fields))
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -91,7 +98,7 @@ def one_spelling(fields: dict[str, Any]) -> dict[str, Any]:
     fields = dict(fields)
     if isinstance(fields.get("sources"), list):
         fields["sources"] = [_absolute(source) for source in fields["sources"]]
-    for name in ("codec", "text"):
+    for name in ("codec", "text", "like"):
         if isinstance(fields.get(name), str) and Path(fields[name]).expanduser().is_dir():
             fields[name] = _absolute(fields[name])
     return fields

@@ -108,6 +108,7 @@ def open_codec(options: PrepareOptions) -> Any:
 
 def make_plan(folder: Path, options: PrepareOptions, shards: list[Shard], codec: Any) -> tuple[Plan, Any]:
     """The plan, made by the first run, and the tokenizer. To be called in one's `turn`."""
+    from flowt2i.data.like import tokenizer_of
     from flowt2i.text import load_tokenizer, make_tokenizer
 
     signatures = [shard.signature() for shard in shards]
@@ -123,7 +124,10 @@ def make_plan(folder: Path, options: PrepareOptions, shards: list[Shard], codec:
         if not why and (kept or others or not options.share().alone):
             return plan, load_tokenizer(plan.text, folder)
     clear(folder)  # no sample was kept yet, so nothing is lost by starting again, with other options or a mended source
-    tokenizer = make_tokenizer(options.text, captions=_prefix(options, shards), max_tokens=options.max_tokens, vocab_size=options.vocab_size)
+    if options.like and options.text == "builtin":
+        tokenizer = tokenizer_of(options.like)
+    else:
+        tokenizer = make_tokenizer(options.text, captions=_prefix(options, shards), max_tokens=options.max_tokens, vocab_size=options.vocab_size)
     sizes = _estimates(shards)
     total = None if None in sizes else sum(size or 0 for size in sizes)
     estimate = min(total, options.limit) if total is not None and options.limit else options.limit if total is None else total

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flowt2i.config import PRESETS, Config, SampleConfig
+from flowt2i.config import PRESETS, Config, FlowConfig, SampleConfig
 from flowt2i.description import DatasetDescription
 from flowt2i.evaluation.intervals import wilson
 from flowt2i.settings import NAMES
@@ -54,11 +54,11 @@ def load(preset: str) -> dict[str, Any] | None:
 def comparable(config: Config, description: DatasetDescription) -> tuple[dict[str, Any] | None, set[str]]:
     """The reference curves for this run (None: there are none), and which of `loss`, `validation`, `score` mean the same in it."""
     reference = load(config.preset)
-    if reference is None or not description.is_scenes or config.data.subset:
+    if reference is None or not description.is_scenes or config.data.subset or config.origin:
         return None, set()
     if description.codec.kind != reference["codec"] or description.codec.image_size != reference["image_size"]:
         return None, set()
-    same_loss = config.flow.model_dump() == reference["flow"] and config.model.prediction == reference["prediction"]
+    same_loss = config.flow == FlowConfig(**reference["flow"]) and config.model.prediction == reference["prediction"]
     same_pictures = drawn_with(config.sample) in [drawn_with(SampleConfig(**settings)) for settings in reference["samples"]]
     return reference, {*({"score"} if same_pictures else ()), *({"loss", "validation"} if same_loss else ())}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from flowt2i.config import Config
 from flowt2i.errors import UserError
-from flowt2i.export.facts import public_source
+from flowt2i.export.facts import public_config, public_source
 from flowt2i.grid import grid
 from flowt2i.human import duration
 from flowt2i.pipeline import Pipeline, save_png
@@ -78,7 +78,8 @@ def write_card(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}",
-        f"Draws {size}×{size} pictures from captions: {facts['parameters'] / 1e6:.1f}M parameters, trained from scratch with flow matching by flowt2i.",
+        f"Draws {size}×{size} pictures from captions: {facts['parameters'] / 1e6:.1f}M parameters, "
+        f"trained {'on from another model' if config.origin else 'from scratch'} with flow matching by flowt2i.",
     ]
     if drawn:
         parts.append(
@@ -113,10 +114,12 @@ def _data(pipeline: Pipeline, source: str, longest: int) -> str:
 
 
 def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
-    config = pipeline.config
+    config = public_config(pipeline.config)
     model = config.model
     device = f"{facts['ranks'] or 1} × {re.sub(r'^cuda(:[0-9]+)?$', 'CUDA GPU', facts['device'])}" if facts["device"] else ""
     rows = [
+        ("began from", config.origin.told if config.origin else ""),
+        ("trained", f"low-rank adapters of rank {config.train.lora}, merged here" if config.train.lora else ""),
         ("steps", _count(facts["step"])),
         ("images seen", _count(facts["images_seen"])),
         ("time in steps", (duration(facts["seconds"]) if facts["seconds"] else "") + (f" on {device}" if device else "")),

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from flowt2i import exported
+from flowt2i.config import Config
 from flowt2i.description import DatasetDescription
 from flowt2i.pipeline import Pipeline
+from flowt2i.pretrained import looks_like_path
 from flowt2i.training import checkpoint
 from flowt2i.training.tracking import read_log
 
@@ -42,6 +44,13 @@ def public_source(description: DatasetDescription) -> str:
         return description.source
     told = [*description.hub_sources, *(["scenes"] if "scenes" in description.source.split(", ") else [])]
     return ", ".join(told if set(description.source.split(", ")) <= set(told) else [*told, "local files"])
+
+
+def public_config(config: Config) -> Config:
+    """The configuration, in which a model it was grown from bears its name alone: where it lies on this machine is nobody's business."""
+    if config.origin is None or not looks_like_path(config.origin.model):
+        return config
+    return config.model_copy(update={"origin": config.origin.model_copy(update={"model": Path(config.origin.model).resolve().name})})
 
 
 def euler_steps(settings: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from flowt2i import exported
 from flowt2i.description import DatasetDescription
-from flowt2i.export.facts import public_source
+from flowt2i.export.facts import public_config, public_source
 from flowt2i.hub import PATTERNS
 from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import find_pretrained, weight_files
@@ -31,7 +31,7 @@ def write(pipeline: Pipeline, folder: Path, dtype: torch.dtype, captions: int, n
     """
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in pipeline.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(pipeline.config.model_dump_json(indent=2) + "\n")
+    (folder / "config.json").write_text(public_config(pipeline.config).model_dump_json(indent=2) + "\n")
     pipeline.tokenizer.save(folder)
     kept = {"source": public_source(pipeline.description), "prompts": pipeline.description.prompts[:captions]}
     description = pipeline.description.model_copy(update=kept)

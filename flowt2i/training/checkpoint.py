@@ -27,6 +27,7 @@ from torch import nn
 from flowt2i import exported
 from flowt2i.errors import UserError
 from flowt2i.human import size
+from flowt2i.training.lora import has_adapters, merged
 from flowt2i.training.parallel import share_like
 
 MANIFEST = "manifest.json"
@@ -249,8 +250,13 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_into(model: nn.Module, path: Path) -> None:
-    """Load weights strictly; UserError names the first missing, surplus or misshapen tensor."""
+    """Load the weights of a file, strictly (`load_named`). A model without adapters takes those of the file merged."""
     tensors = load_tensors(path)
+    load_named(model, tensors if has_adapters(model) else merged(tensors), path)
+
+
+def load_named(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Load named tensors, which come from `path`; UserError names the first missing, surplus or misshapen one."""
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in tensors:

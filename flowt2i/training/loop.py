@@ -36,7 +36,7 @@ from flowt2i.errors import UserError
 from flowt2i.model import count_parameters
 from flowt2i.pipeline import Pipeline, build_model, compute_dtype
 from flowt2i.text import load_encoder, load_tokenizer
-from flowt2i.training import checkpoint, distributed, dryrun, parallel, resuming, stream
+from flowt2i.training import checkpoint, distributed, dryrun, lora, parallel, resuming, start, stream
 from flowt2i.training.compiling import compile_blocks, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
@@ -69,7 +69,8 @@ class Trainer:
     """Owns model, optimizer, EMA, data and counters of a run."""
 
     def __init__(
-        self, config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True, codec: str | None = None, text: str | None = None
+        self, config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True, codec: str | None = None, text: str | None = None,
+        init: Path | None = None,
     ):  # fmt: skip
         self.started = time.perf_counter()
         self.world = distributed.start(config.train.timeout_s)
@@ -85,14 +86,16 @@ class Trainer:
             raise UserError("sample.solver dopri5 takes as many passes as a picture needs, --train.parallel fsdp the same on all ranks: choose another solver")
         self.world.on_main(self._lock)
         try:
-            self._build(resume, codec, text)
+            self._build(resume, codec, text, init)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, resume: str | None, codec: str | None, text: str | None) -> None:
-        config, world, device = self.config, self.world, self.world.device
+    def _build(self, resume: str | None, codec: str | None, text: str | None, init: Path | None) -> None:
+        world, device = self.world, self.world.device
         source = world.on_main(lambda: resuming.find(self.run_folder, resume))
+        config = self.config = start.remembered(self.config, source, init)
+        self.description = start.described(self.description, config.origin)
         self.compiled = will_compile(config.train, device)
         pad = self._text_padding()
         self.dataset = ImageTextDataset(self.data, "train", pad_to=pad)
@@ -101,6 +104,10 @@ class Trainer:
         self.tokenizer = load_tokenizer(self.description.text, self.data)
         torch.manual_seed(config.train.seed)
         self.model = build_model(config, self.description)
+        if init and not source:
+            start.load(self.model, init)
+        if config.train.lora:
+            lora.inject(self.model, config.train.lora)
         self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
         self.objective = Objective(self.model, config.flow, config.train.precision)
         self.ema_objective = Objective(self.ema.model, config.flow, config.train.precision) if self.ema else None
@@ -327,7 +334,8 @@ class Trainer:
         config, codec = self.config, self.description.codec
         dropout, moments = config.flow.caption_dropout, codec.kind == "vae"
         draw = stream.draw(config.train.seed, step, config.data.batch_size, codec.shape, dropout, moments, self.world.device)
-        return draw, flow.times(draw.uniform, draw.choice, config.flow.times, config.flow.logit_mean, config.flow.logit_std, config.flow.uniform_share)
+        f = config.flow
+        return draw, flow.times(draw.uniform, draw.choice, f.times, f.logit_mean, f.logit_std, f.uniform_share, f.time_shift)
 
     def forward(self, module: nn.Module, batch: Batch, draw: stream.Draw, t: Tensor, part: slice) -> tuple[Tensor, Terms]:
         """Latents and loss terms of a micro-batch: rows `part` of the global batch."""
@@ -500,7 +508,8 @@ class Trainer:
     def headline(self) -> str:
         """What is about to happen, for people."""
         parts = count_parameters(self.model)
-        lines = [
+        lines = [f"begins from {self.config.origin.told}"] if self.config.origin and not self.resumed_from else []
+        lines += [
             f"model: {parts['total'] / 1e6:.1f}M trainable parameters (" + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in parts.items() if k != "total") + ")"
         ]
         lines.append(
@@ -511,8 +520,8 @@ class Trainer:
         return "\n".join(lines)
 
 
-def train(config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True, **where: str | None) -> dict[str, Any]:
-    """Train a run; see `Trainer` (`where`: codec, text: folders where these moved to).
+def train(config: Config, data: Path, run: Path, resume: str | None = None, progress: bool = True, **where: Any) -> dict[str, Any]:
+    """Train a run; see `Trainer` (`where`: codec, text: folders where these moved to; init: folder of the model to begin from).
 
     UserError for what the user can mend, Stopped after a signal (all saved).
     """
@@ -532,7 +541,7 @@ def train(config: Config, data: Path, run: Path, resume: str | None = None, prog
 
 
 def _train(
-    config: Config, data: Path, run: Path, resume: str | None, progress: bool, before: tuple[float, int | None] | None, **where: str | None
+    config: Config, data: Path, run: Path, resume: str | None, progress: bool, before: tuple[float, int | None] | None, **where: Any
 ) -> dict[str, Any]:  # fmt: skip
     trainer = None
     try:

@@ -14,7 +14,8 @@ from flowt2i.training.optim import learning_rate, schedule_steps
 if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
 
-SAME = ("data.batch_size", "data.subset", "data.flip", "train.seed", "model", "flow", "optim.name")  # fields and sections that a resume must not change
+# Fields and sections that a resume must not change.
+SAME = ("data.batch_size", "data.subset", "data.flip", "train.seed", "train.lora", "model", "flow", "optim.name")
 
 
 def find(run: Path, resume: str | None) -> Path | None:

@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""What growing saves: 128 pixels reached by a model grown from 64, against 128 from scratch, at equal compute.
+
+    flowt2i prepare ../shared/data/emoji --out data/emoji                                      # 64 pixels
+    flowt2i prepare ../shared/data/emoji --like data/emoji --image-size 128 --out data/emoji128
+    python benchmarks/growing.py --small data/emoji --large data/emoji128 --minutes 60 --out runs/growing
+
+Two arms of `--minutes` each, one after the other on the whole machine: `scratch` trains at the large size from the first step; `grown` trains a share of
+the time (`--share`, 0.5) at the small size, then goes on at the large one (`train --init`). Model, batch, optimizer, times and way of drawing are the same at
+the large size, learning rates end at zero in each stage, and the normalisation is each one's own. Evaluations at the large size (validation loss of the
+averaged weights; kernel distance against held-out pictures, where EfficientNet-lite0 is installed) are told by seconds spent in steps since the arm began,
+the small stage counted in. Writes OUT/growing.json and OUT/growing.png, and prints how much sooner the grown arm is as good as the other one ends.
+A second call goes on where the first was stopped.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RECIPE = ["--data.batch_size", "64", "--flow.logit_mean", "-0.8", "--flow.floor", "0.2", "--train.ema", "0.998", "--sample.steps", "16"]
+
+
+def train(run: Path, data: Path, words: list[str]) -> None:
+    """A stage, from its start or from where it was stopped."""
+    command = [sys.executable, "-m", "flowt2i", "train", "--data", str(data), "--out", str(run), "--resume", "latest", *words]
+    subprocess.run(command, check=True)
+
+
+def seconds_by_step(run: Path) -> list[tuple[int, float]]:
+    """Steps and the seconds spent in them up to there, without evaluations: from the rates of the log."""
+    found, seconds, before = [(0, 0.0)], 0.0, 0
+    for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
+        seconds += (line["images_seen"] - before) / line["images_per_s"]
+        before = line["images_seen"]
+        found.append((line["step"], seconds))
+    return found
+
+
+def curve(run: Path, offset: float) -> list[dict[str, Any]]:
+    """The evaluations of a run: seconds since its arm began, step, validation loss, kernel distance and its error (where it was measured)."""
+    times = seconds_by_step(run)
+    points = []
+    for line in map(json.loads, (run / "eval.jsonl").read_text().splitlines()):
+        spent = max(seconds for step, seconds in times if step <= line["step"])
+        loss = line.get("validation_ema", line["validation"])["loss"]
+        points.append({"seconds": round(offset + spent, 1), "step": line["step"], "loss": loss} | {k: line[k] for k in ("kid", "kid_error") if k in line})
+    return points
+
+
+def reached(points: list[dict[str, Any]], name: str, goal: float) -> float | None:
+    """When a falling curve first stands at the goal or under it, seconds."""
+    return next((point["seconds"] for point in points if name in point and point[name] <= goal), None)
+
+
+def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measures = [(name, label) for name, label in (("loss", "validation loss at the large size"), ("kid", "kernel distance"))
+                if all(name in point for points in curves.values() for point in points)]  # fmt: skip
+    figure, axes = plt.subplots(1, len(measures), figsize=(5.5 * len(measures), 4), squeeze=False, constrained_layout=True)
+    for axis, (name, label) in zip(axes[0], measures):
+        for arm, points in curves.items():
+            errors = [point.get("kid_error", 0.0) if name == "kid" else 0.0 for point in points]
+            axis.errorbar([point["seconds"] / 60 for point in points], [point[name] for point in points], errors, marker="o", ms=3, capsize=2, label=arm)
+        axis.set(xlabel="minutes of training", ylabel=label, yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", type=Path, required=True, metavar="DIR", help="prepared data of the small size")
+    parser.add_argument("--large", type=Path, required=True, metavar="DIR", help="the same, prepared at the large size with --like the small one")
+    parser.add_argument("--out", type=Path, default=Path("runs/growing"))
+    parser.add_argument("--minutes", type=float, default=60, help="training time of an arm (default 60)")
+    parser.add_argument("--share", type=float, default=0.5, help="of it at the small size, for the grown arm (default 0.5)")
+    parser.add_argument("--every", type=int, default=100, help="steps between evaluations (default 100)")
+    parser.add_argument("--config", default="quickstart")
+    args, words = parser.parse_known_args()
+
+    from flowt2i.description import DatasetDescription
+    from flowt2i.training.grow import time_shift
+
+    shapes = [DatasetDescription.load(data).codec.shape for data in (args.small, args.large)]
+    shift = time_shift(*shapes)
+    common = ["--config", args.config, *RECIPE, *words]
+    small, grown, scratch = (args.out / name for name in ("small", "grown", "scratch"))
+    evaluated = ["--train.eval_every", str(args.every)]
+    # The times at the large size are the same for both arms: a growing model is given them, the other one is told.
+    from flowt2i.config import resolve
+
+    drawn = resolve(args.config, [*RECIPE, *words]).sample.shift
+    large = ["--flow.time_shift", str(shift), "--sample.shift", str(drawn * shift), *evaluated]
+    train(small, args.small, [*common, "--train.minutes", str(args.minutes * args.share)])
+    offset = seconds_by_step(small)[-1][1]
+    train(grown, args.large, ["--init", str(small), *common, *large, "--train.minutes", str(args.minutes * (1 - args.share))])
+    train(scratch, args.large, [*common, *large, "--train.minutes", str(args.minutes)])
+
+    curves = {f"grown from {shapes[0][1]}": curve(grown, offset), "from scratch": curve(scratch, 0.0)}
+    ours, theirs = curves.values()
+    savings = {}
+    for name in ("loss", "kid"):
+        if name in theirs[-1]:
+            best = min(theirs, key=lambda point: point[name])
+            soon = reached(ours, name, best[name])
+            savings[name] = {"scratch_best": best[name], "scratch_seconds": best["seconds"], "grown_best": min(p[name] for p in ours), "grown_seconds": soon}
+    result = {"small": shapes[0], "large": shapes[1], "minutes": args.minutes, "share": args.share, "curves": curves, "saving": savings}
+    (args.out / "growing.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(curves, args.out / "growing.png")
+    for name, found in savings.items():
+        sooner = f"at {found['grown_seconds'] / found['scratch_seconds']:.0%} of the time" if found["grown_seconds"] else "not within its time"
+        end = f"from scratch {found['scratch_best']:.4g} after {found['scratch_seconds'] / 60:.1f} min"
+        print(f"{name}: {end}; grown is as good {sooner}, and its best is {found['grown_best']:.4g}")
+
+
+if __name__ == "__main__":
+    main()
