@@ -46,7 +46,8 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
     """
     require_fit(name, start.description, data)
     config = (base or start.config).model_copy(deep=True)
-    config.model, config.flow, config.sample = (part.model_copy(deep=True) for part in (start.model, start.config.flow, start.config.sample))
+    config.model = start.model.model_copy(deep=True)
+    config.flow, config.sample = start.config.flow.model_copy(deep=True), start.config.sample.model_copy(deep=True)
     config.train.lora = 0
     if data.fingerprint != start.description.fingerprint:
         config.sample.prompts = []  # previews show captions of the new data
