@@ -25,19 +25,27 @@ ALWAYS = {"train_images_per_s", "sample_images_per_s", "model_tflops", "ceiling_
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch) -> None:
+PLENTY = 1e6  # seconds: tests do not depend on the machine's speed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
     """Few repetitions of small things: what is measured does not matter here."""
-    monkeypatch.setattr(ceiling, "matrix_rate", lambda n, k, m, dtype, device, seconds: 1.0)
-    for name in ("fastest_of", "mean_of"):
-        original = getattr(bare, name)
-        monkeypatch.setattr(bare, name, lambda work, device, least=1, seconds=0.0, original=original: original(work, device, 1, 0.0))
-    monkeypatch.setattr(data, "COUNT", 40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ceiling, "matrix_rate", lambda n, k, m, dtype, device, seconds: 1.0)
+        for name in ("fastest_of", "mean_of"):
+            original = getattr(bare, name)
+            patch.setattr(bare, name, lambda work, device, least=1, seconds=0.0, original=original: original(work, device, 1, 0.0))
+        real = run.loop_rate
+        patch.setattr(run, "loop_rate", lambda config, data, compiled, seconds: real(config, data, compiled, 0.0))
+        patch.setattr(data, "COUNT", 40)
+        patch.setattr(data, "T5_SMALL", data.T5_SMALL | {"num_layers": 1, "d_model": 64, "d_ff": 64})
+        yield
 
 
 @pytest.fixture(scope="module")
-def result(scenes_data):
-    return bench(resolve("quickstart", TINY), scenes_data, seconds=30)
+def result(scenes_data, quick):
+    return bench(resolve("quickstart", TINY), scenes_data, seconds=PLENTY)
 
 
 # ---- the whole -----------------------------------------------------------------------------------------------------------
@@ -67,12 +75,12 @@ def test_told_in_words(result):
 
 def test_latents_without_a_dataset():
     """The stand-ins for VAE and T5 go the whole way: prepare, features of captions, a real training."""
-    result = bench(resolve("stability", TINY), latents=True, seconds=20)
+    result = bench(resolve("stability", TINY), latents=True, seconds=PLENTY)
     assert result["loop"]["steps"] >= 2 and result["gflop_per_image"] > 0
 
 
 def test_fixed_captions_leave_no_loop():
-    result = bench(resolve("quickstart", TINY), text_tokens=5, seconds=1)
+    result = bench(resolve("quickstart", TINY), text_tokens=5, seconds=0)
     assert result["loop"] is None and "--text-tokens" in result["loop_why"] and result["text_tokens"] == 5
     assert set(result["micro_batches"]) == {"4"}, "no time for others"
     assert "not measured" in summary(result)

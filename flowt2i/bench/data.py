@@ -11,6 +11,7 @@ from flowt2i.data.prepare import prepare
 from flowt2i.text import END, PAD, learn_tokenizer
 
 COUNT = 600  # scenes; a loop sees them again and again
+T5_SMALL = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
 
 
 def generated(folder: Path, latents: bool) -> Path:
@@ -41,6 +42,6 @@ def stand_in_encoder(folder: Path) -> Path:
     backend = learn_tokenizer(scenes.prompts(0, 200), 400)
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=END, model_max_length=128).save_pretrained(folder)
     torch.manual_seed(0)
-    config = T5Config(vocab_size=512, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, is_encoder_decoder=False, use_cache=False)
+    config = T5Config(vocab_size=512, **T5_SMALL, is_encoder_decoder=False, use_cache=False)
     T5EncoderModel(config).save_pretrained(folder, safe_serialization=True)
     return folder

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from flowt2i.bench.timing import clock
+from flowt2i.bench.timing import clock, one_shape_each
 from flowt2i.config import Config
 from flowt2i.data.dataset import Batch
 from flowt2i.training.loop import Outcome, Trainer
@@ -67,7 +65,7 @@ def loop_rate(config: Config, data: Path, compiled: bool, seconds: float) -> dic
     with tempfile.TemporaryDirectory(prefix="flowt2i-bench-") as folder:
         trainer = TimedTrainer(config, data, Path(folder) / "run", seconds)
         try:
-            with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            with one_shape_each():
                 trainer.train()
         finally:
             trainer.close()

@@ -46,22 +46,25 @@ def bench(config: Config, data: Path | None = None, latents: bool = False, text_
     step that it is compared with are means over the same number of seconds, one after the other.
     UserError where nothing fits into memory, or the data cannot be used.
     """
+    given = ImageTextDataset(data) if data else None
+    codec = given.description.codec if given else describe(latents, 1).codec
+    config.model.resolve(codec.kind, codec.shape)  # what cannot be is refused before anything is measured
     with tempfile.TemporaryDirectory(prefix="flowt2i-bench-") as folder, tqdm(total=sum(SHARES.values()), file=sys.stderr, leave=False) as bar:
-        return _bench(config, data, Path(folder), latents, text_tokens, Budget(seconds), bar)
+        return _bench(config, given, Path(folder), latents, text_tokens, Budget(seconds), bar)
 
 
-def _bench(config: Config, data: Path | None, folder: Path, latents: bool, text_tokens: int, budget: Budget, bar: Any) -> dict[str, Any]:
+def _bench(
+    config: Config, dataset: ImageTextDataset | None, folder: Path, latents: bool, text_tokens: int, budget: Budget, bar: Any
+) -> dict[str, Any]:  # fmt: skip
     device = best_device()
     batch = config.data.batch_size
     micro, accumulate = accumulation(batch, config.train.micro_batch, 1)
 
     bar.set_description("data")
-    dataset = None
     if text_tokens:
         description, lengths = describe(latents, text_tokens), np.array([text_tokens])
     else:
-        config.model.resolve("vae" if latents else "pixels", (4, 8, 8) if latents else (3, 64, 64))  # refused before anything is prepared
-        dataset = ImageTextDataset(data or generated(folder, latents))
+        dataset = dataset or ImageTextDataset(generated(folder, latents))
         description, lengths = dataset.description, dataset.token_lengths()
     model = config.model.resolve(description.codec.kind, description.codec.shape)
     _advance(bar, "data", "matrix products")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flowt2i import flow
 from flowt2i.bench.captions import draw_lengths, padded_width
-from flowt2i.bench.timing import clock, fastest_of, mean_of, median
+from flowt2i.bench.timing import clock, fastest_of, mean_of, median, one_shape_each
 from flowt2i.config import Config
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import CodecSpec, DatasetDescription, TextSpec
@@ -95,8 +95,8 @@ class BareStep:
         self.optimizer.zero_grad()
 
     def micro_seconds(self, images: int) -> float:
-        """Seconds a micro-batch takes, compiled for its own size as in a training, which only ever sees one."""
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        """Seconds a micro-batch takes, compiled for its own size."""
+        with one_shape_each():
             return fastest_of(lambda: self.micro_step(images), self.device)
 
     def update_seconds(self) -> float:
@@ -109,7 +109,7 @@ class BareStep:
 
     def step_seconds(self, images: int, accumulate: int, seconds: float) -> float:
         """Mean seconds of whole steps, one after the other for about so long."""
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        with one_shape_each():
             return mean_of(lambda: self.step(images, accumulate), self.device, seconds=seconds)
 
     def fits(self, images: int) -> bool:
@@ -133,7 +133,7 @@ class BareStep:
         """
         rounds: list[dict[str, float]] = []
         random = np.random.default_rng(0)
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        with one_shape_each():
             for _ in range(4):
                 marks = [clock(self.device)]
                 if dataset:

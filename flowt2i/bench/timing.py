@@ -52,6 +52,11 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
+def one_shape_each() -> Any:
+    """A context in which what is compiled is compiled for each shape by itself, as in a training, which only ever sees one."""
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)
+
+
 class Budget:
     """The time a benchmark may take, from now on."""
 
