@@ -47,6 +47,7 @@ class ModelConfig(_Section):
     time_width: int = Field(512, ge=16, description="width of the time embedding that feeds AdaLN")
     text_width: int = Field(512, ge=32, description="built-in caption encoder: its width")
     text_depth: int = Field(4, ge=0, description="built-in caption encoder: its number of blocks")
+    text_window: int = Field(7, ge=0, description="built-in caption encoder: words that each word sees by their distance before each attention, odd; 0: none")
     pooled_text: bool = Field(True, description="modern block: add the mean caption feature to the time embedding")
     patch: int = Field(0, ge=0, description="side of a patch; 0: 8 for pixels, 1 for latents, so that 64x64 images make 64 tokens")
     bottleneck: int = Field(128, ge=0, description="pixels: width of a linear bottleneck in the patch embedding; 0: none")
@@ -73,6 +74,8 @@ class ModelConfig(_Section):
             raise UserError(f"model.width {self.width} and the width of its {self.heads} heads must be multiples of 4")
         if self.text_width % max(1, self.text_width // 64) or self.text_width % 2:
             raise UserError(f"model.text_width {self.text_width} must be a multiple of 64, or an even number under 128")
+        if self.text_window and self.text_window % 2 == 0:
+            raise UserError(f"model.text_window {self.text_window} must be odd (as many words before as after), or 0")
         prediction = self.prediction if self.prediction != "auto" else ("x" if pixels else "v")
         return self.model_copy(update={"patch": patch, "prediction": prediction, "bottleneck": self.bottleneck if pixels else 0})
 

@@ -35,6 +35,7 @@ from flowt2i.evaluation.validation import validation_loss
 from flowt2i.training import checkpoint, distributed, dryrun, parallel
 from flowt2i.training import evaluate as evaluation
 from flowt2i.training.evaluate import evaluate
+from flowt2i.training.fit_memory import fit_memory
 from flowt2i.training.loop import Trainer
 from flowt2i.training.saver import Saver
 from flowt2i.training.score import KernelScore
@@ -42,7 +43,7 @@ from flowt2i.training.score import KernelScore
 
 def record(seen: list[Any], stack: ExitStack) -> None:
     """Note what each micro-batch of the run is made of."""
-    forward, ready = Trainer._forward, Trainer._make_ready
+    forward, ready = Trainer.forward, Trainer._make_ready
 
     def beginning(self: Trainer) -> None:
         ready(self)
@@ -53,7 +54,7 @@ def record(seen: list[Any], stack: ExitStack) -> None:
         seen.append({"step": self.step, "row": part.start, "samples": batch.index.tolist(), "noise": noise})
         return forward(self, module, batch, draw, t, part)
 
-    stack.enter_context(mock.patch.object(Trainer, "_forward", noting))
+    stack.enter_context(mock.patch.object(Trainer, "forward", noting))
     stack.enter_context(mock.patch.object(Trainer, "_make_ready", beginning))
 
 
@@ -111,7 +112,7 @@ def short_of_memory(short: int, most: int) -> Any:
             return forward(images, *rest)
 
         self.objective.forward = limited  # type: ignore[method-assign]
-        self.fit_memory()
+        fit_memory(self)
         return train(self)
 
     return mock.patch.object(Trainer, "train", training)

@@ -11,8 +11,9 @@ from flowt2i.config import resolve
 from flowt2i.errors import UserError
 from flowt2i.memory import is_out_of_memory
 from flowt2i.training import checkpoint, distributed
+from flowt2i.training import fit_memory as fitting
 from flowt2i.training.distributed import World
-from flowt2i.training.fit_memory import fitting_micro_batch
+from flowt2i.training.fit_memory import fit_memory, fitting_micro_batch
 from flowt2i.training.loop import Stopped, Trainer, train
 
 
@@ -55,7 +56,7 @@ def fit(run, data, words, most):
         return forward(images, *rest)
 
     trainer.objective.forward = limited  # type: ignore[method-assign]
-    trainer.fit_memory()
+    fit_memory(trainer)
     assert sizes == [8, 4, 2][: len(sizes)] and all(p.grad is None for p in trainer.model.parameters())
     trainer.train()
     trainer.close()
@@ -84,7 +85,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(scenes_data, tiny, tmp_
     trainer = Trainer(resolve("quickstart", tiny), scenes_data, tmp_path / "run", progress=False)
     trainer.objective.forward = lambda *args: (_ for _ in ()).throw(RuntimeError("a bug"))  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="a bug"):
-        trainer.fit_memory()
+        fit_memory(trainer)
     trainer.close()
 
 
@@ -97,10 +98,10 @@ def short_at_first(monkeypatch, signalled=None):
         if len(started) > 1:
             return ready(self)
         self.sharded, self.stop_signal = True, signalled
-        self._probe = lambda micro: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-        self._fits_shares = lambda micro, fits: done.append("vote") or fits
+        monkeypatch.setattr(fitting, "_probe", lambda trainer, micro: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+        monkeypatch.setattr(fitting, "_fits_shares", lambda trainer, micro, fits: done.append("vote") or fits)
         self.world = World(0, 1, torch.device("cuda"))
-        self.fit_memory()
+        fit_memory(self)
 
     monkeypatch.setattr(Trainer, "_make_ready", make_ready)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))

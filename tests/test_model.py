@@ -5,7 +5,8 @@ import torch
 
 from flowt2i.config import ModelConfig, resolve
 from flowt2i.errors import UserError
-from flowt2i.model import FlowTransformer, attend, count_parameters, mask_bias, rotate, rotation_2d, sincos_2d
+from flowt2i.model import CaptionEncoder, FlowTransformer, Neighbours, attend, count_parameters, mask_bias, rotate
+from flowt2i.positions import rotation_2d, sincos_2d
 
 TINY = {"width": 64, "depth": 2, "heads": 2, "time_width": 32, "text_width": 32, "text_depth": 1, "bottleneck": 16}
 
@@ -91,7 +92,7 @@ def test_untrained_model_puts_out_zero():
 
 def test_patches_come_back_where_they_were():
     model, z = tiny(), torch.randn(2, 3, 32, 32)
-    assert torch.equal(model.unpatchify(model.patchify(z)), z)
+    assert torch.equal(model.unpatchify(model.patchify(z), 32, 32), z)
 
 
 def test_written_out_attention_equals_torchs():
@@ -123,3 +124,29 @@ def test_positions_tell_all_places_apart():
 def test_sizes_that_do_not_divide_are_refused(change):
     with pytest.raises(UserError):
         ModelConfig(**{**TINY, **change}).resolve("pixels", (3, 64, 64))
+
+
+def test_neighbours_are_a_depthwise_convolution() -> None:
+    torch.manual_seed(0)
+    mix, x = Neighbours(8, 5).double(), torch.randn(2, 9, 8, dtype=torch.float64)
+    mask = torch.arange(9)[None, :, None] < torch.tensor([9, 6])[:, None, None]
+    weight = mix.weight.permute(2, 1, 0)  # [width, 1, window]
+    wanted = x + torch.nn.functional.conv1d((x * mask).transpose(1, 2), weight, padding=2, groups=8).transpose(1, 2)
+    torch.testing.assert_close(mix(x, mask), wanted)
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_padding_a_caption_changes_none_of_its_features(window: int) -> None:
+    torch.manual_seed(0)
+    encoder = CaptionEncoder(11, 32, 2, window)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(11, (2, 6))
+    short = encoder(ids, torch.ones(2, 6, dtype=torch.bool))
+    padded = encoder(torch.cat([ids, torch.full((2, 3), 10)], 1), torch.arange(9).expand(2, 9) < 6)
+    torch.testing.assert_close(padded[:, :6], short)
+
+
+def test_an_even_window_of_words_is_refused() -> None:
+    with pytest.raises(UserError, match="text_window 4 must be odd"):
+        ModelConfig(text_window=4).resolve("pixels", (3, 64, 64))

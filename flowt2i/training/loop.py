@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,23 +28,22 @@ from tqdm import tqdm
 
 from flowt2i import flow
 from flowt2i.codec import codec_from_spec, stored_to_latents
-from flowt2i.config import Config, load_config, seconds
+from flowt2i.config import Config, seconds
 from flowt2i.data import feed
 from flowt2i.data.dataset import Batch, ImageTextDataset
-from flowt2i.description import DatasetDescription, require_same
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
-from flowt2i.memory import is_out_of_memory
 from flowt2i.model import count_parameters
 from flowt2i.pipeline import Pipeline, build_model, compute_dtype
 from flowt2i.text import load_encoder, load_tokenizer
-from flowt2i.training import checkpoint, distributed, dryrun, parallel, stream
+from flowt2i.training import checkpoint, distributed, dryrun, parallel, resuming, stream
 from flowt2i.training.compiling import compile_blocks, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
-from flowt2i.training.fit_memory import StartAgain, fitting_micro_batch, smaller
+from flowt2i.training.fit_memory import StartAgain, fit_memory
 from flowt2i.training.objective import Objective, Terms, drop_captions
-from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
+from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate, schedule_steps
 from flowt2i.training.saver import Contents, Saver
 from flowt2i.training.score import KernelScore
 from flowt2i.training.tracking import Tracker, picture_name
@@ -93,7 +91,7 @@ class Trainer:
 
     def _build(self, resume: str | None, codec: str | None, text: str | None) -> None:
         config, world, device = self.config, self.world, self.world.device
-        source = world.on_main(lambda: self._find_resume(resume))
+        source = world.on_main(lambda: resuming.find(self.run_folder, resume))
         self.compiled = will_compile(config.train, device)
         pad = self._text_padding()
         self.dataset = ImageTextDataset(self.data, "train", pad_to=pad)
@@ -113,7 +111,7 @@ class Trainer:
         self.optimizer = Optimizer(config.optim, self.model)
         self.step, self.steps = 0, 0 if config.train.minutes else config.train.steps
         if source:
-            self._load(source)
+            resuming.load(self, source)
         self.resumed_from = source
         self.first, self.resumed, self.warm = self.step, bool(self.step and self.steps), 0.0
         self.mean = torch.tensor(self.description.latent_mean, device=device).view(1, -1, 1, 1)
@@ -146,25 +144,6 @@ class Trainer:
         if self.config.data.flip and self.description.codec.kind != "pixels":
             raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
 
-    def _find_resume(self, resume: str | None) -> Path | None:
-        """Where to continue from, or None for a new run. Never silently starts over. Rank 0 looks, for all."""
-        checkpoint.recover(self.run_folder)
-        dryrun.clear(self.run_folder)
-        steps = checkpoint.list_steps(self.run_folder)
-        if resume is None:
-            if steps:
-                raise UserError(f"{self.run_folder} already holds a run at step {steps[-1]}: add --resume latest to continue it, or choose another --out")
-            return None
-        if resume == "latest":
-            source = checkpoint.newest_good(self.run_folder)
-            if source is None:
-                print(f"no checkpoint in {self.run_folder} yet: starting at step 0", file=sys.stderr)
-            return source
-        source = checkpoint.find(Path(resume))
-        if not (source / "state.json").exists():
-            raise UserError(f"--resume {resume} is an exported model, without the optimizer's state: resume from a run folder or a checkpoint")
-        return source
-
     def _lock(self) -> None:
         """Keep other trainings out of the run folder, for as long as rank 0 lives."""
         try:
@@ -190,52 +169,6 @@ class Trainer:
         if longest <= 32:
             return max(1, longest)
         return 32 if self.compiled else 8
-
-    def _load(self, source: Path) -> None:
-        theirs_data = DatasetDescription.load(source)
-        require_same(theirs_data.codec, self.description.codec, "codec of the checkpoint and of the data")
-        require_same(theirs_data.text, self.description.text, "text encoder of the checkpoint and of the data")
-        for name in ("latent_mean", "latent_std", "fingerprint"):
-            if getattr(theirs_data, name) != getattr(self.description, name):
-                raise UserError(f"the checkpoint {source} was trained on other data ({name} differs): resume with that data, or start a new run")
-        theirs = load_config(source / "config.json")
-        for name in ("data.batch_size", "data.subset", "data.flip", "train.seed", "model", "flow", "optim.name"):
-            section, _, field = name.partition(".")
-            a, b = (getattr(c, section) if not field else getattr(getattr(c, section), field) for c in (theirs, self.config))
-            if a != b:
-                what = name if field else f"{section}.{next(f for f in type(a).model_fields if getattr(a, f) != getattr(b, f))}"
-                raise UserError(f"the checkpoint {source} was made with another {what}: resume with the same settings, or start a new run with another --out")
-        checkpoint.load_into(self.model, source / "model.safetensors")
-        state = checkpoint.read_state(source)
-        if bool(self.ema) != (source / "ema.safetensors").exists():
-            raise UserError(f"{source} {'lacks' if self.ema else 'has'} EMA weights: resume with the --train.ema that it was made with")
-        if self.ema:
-            checkpoint.load_into(self.ema.model, source / "ema.safetensors")
-            self.ema.updates = state["ema_updates"]
-        try:
-            self.optimizer.load_state(checkpoint.load_tensors(source / "optimizer.safetensors"))
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{source}/optimizer.safetensors belongs to another optimizer or model: {error}") from error
-        self.step = state["step"]
-        if self.config.train.minutes:
-            self.steps = state["steps"]
-        self._warn_of_another_schedule(theirs, state["steps"])
-
-    def _warn_of_another_schedule(self, theirs: Config, their_steps: int) -> None:
-        """A run that is extended keeps its learning rates only where the schedule's length was fixed; else say that it bends."""
-        before, now = theirs.optim.schedule_steps or their_steps or (2_000 if theirs.train.minutes else 0), self._schedule_steps()
-        if self.world.main and before != now and self.config.optim.schedule != "constant":
-            hint = f" (--optim.schedule_steps {before} keeps it)" if before else ""
-            rates = [learning_rate(*laid_out) for laid_out in ((theirs.optim, self.step, before), (self.config.optim, self.step, now))]
-            warnings.warn(
-                f"the {self.config.optim.schedule} schedule was laid out for {before or 'endless'} steps and is now for {now or 'endless'}: at step "
-                f"{self.step} the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g} of its maximum{hint}",
-                stacklevel=2,
-            )
-
-    def _schedule_steps(self) -> int:
-        """Steps that the learning rate is laid out for; 0: endless."""
-        return self.config.optim.schedule_steps or self.steps or (2_000 if self.config.train.minutes else 0)
 
     def _prepare_text(self) -> tuple[Tensor, Any, Any]:
         ids = torch.tensor(self.description.text.null_tokens, device=self.world.device)
@@ -270,7 +203,7 @@ class Trainer:
             for moved in checkpoint.set_aside(self.run_folder, self.step):
                 print(f"a later checkpoint of the branch that is left now lies in {moved}", file=sys.stderr)
         if self.world.device.type == "cuda" and not self.complete:  # a CPU's memory is virtual: it does not say when it is full
-            self.fit_memory()
+            fit_memory(self)
         if self.progress:
             print(self.headline(), file=sys.stderr)
         if not dryrun.rehearse(self) and self.world.size > 2 and not self.sharded and not self.complete:
@@ -298,7 +231,7 @@ class Trainer:
                 evaluation = evaluate(self, tracker, last=True)
             while not self.complete:
                 logging = (self.step + 1) % every.log_every == 0
-                factor = learning_rate(self.config.optim, self.step, self._schedule_steps())
+                factor = learning_rate(self.config.optim, self.step, schedule_steps(self.config, self.steps))
                 outcome = self._step(batches, factor, logging)
                 self.step += 1
                 if self.step == self.first + 1:  # the optimizer has its state now
@@ -361,7 +294,7 @@ class Trainer:
 
     def _gradient(self, batches: Any, logging: bool) -> Outcome:
         """Forward and backward over the global batch: the gradient, clipped. UserError on all ranks where it or a loss is not finite."""
-        draw, t = self._draw(self.step)
+        draw, t = self.draw(self.step)
         total = torch.zeros((), device=self.world.device)
         statistics: dict[str, float] = {}
         rows = self._rows()
@@ -369,7 +302,7 @@ class Trainer:
             batch = next(batches)
             last = number == len(rows) - 1
             with parallel.gradient_sync(self.wrapped, on=last):
-                data, terms = self._forward(self.wrapped, batch, draw, t, part)
+                data, terms = self.forward(self.wrapped, batch, draw, t, part)
                 loss = terms.losses.mean() / len(rows)
                 loss.backward()
             total += loss.detach()
@@ -388,14 +321,14 @@ class Trainer:
         indices = stream.sample_indices(self.config.train.seed, self.step, self.config.data.batch_size, self.count)
         return (self.dataset.fetch(indices[part]) for part in self._rows())
 
-    def _draw(self, step: int) -> tuple[stream.Draw, Tensor]:
+    def draw(self, step: int) -> tuple[stream.Draw, Tensor]:
         """The randomness of a step's global batch, and its times."""
         config, codec = self.config, self.description.codec
         dropout, moments = config.flow.caption_dropout, codec.kind == "vae"
         draw = stream.draw(config.train.seed, step, config.data.batch_size, codec.shape, dropout, moments, self.world.device)
         return draw, flow.times(draw.uniform, draw.choice, config.flow.times, config.flow.logit_mean, config.flow.logit_std, config.flow.uniform_share)
 
-    def _forward(self, module: nn.Module, batch: Batch, draw: stream.Draw, t: Tensor, part: slice) -> tuple[Tensor, Terms]:
+    def forward(self, module: nn.Module, batch: Batch, draw: stream.Draw, t: Tensor, part: slice) -> tuple[Tensor, Terms]:
         """Latents and loss terms of a micro-batch: rows `part` of the global batch."""
         data = self.latents(batch, draw.latent_noise[part] if draw.latent_noise is not None else None)
         if self.config.data.flip:
@@ -442,9 +375,9 @@ class Trainer:
     def _own_gradient_is_finite(self) -> bool:
         """Whether this rank's rows of the step at hand, by themselves, have a finite gradient."""
         self.optimizer.zero_grad()
-        draw, t = self._draw(self.step)
+        draw, t = self.draw(self.step)
         for part, batch in zip(self._rows(), self._fetched()):
-            self._forward(self.objective, batch, draw, t, part)[1].losses.mean().backward()
+            self.forward(self.objective, batch, draw, t, part)[1].losses.mean().backward()
         finite = all(bool(torch.isfinite(p.grad).all()) for p in self.model.parameters() if p.grad is not None)
         self.optimizer.zero_grad()
         return finite
@@ -461,75 +394,6 @@ class Trainer:
         if self.stop_signal is not None:
             return f"by signal {self.stop_signal}"
         return f"after {self.config.train.stop_after}" if self._is_late() else self.stop_reason
-
-    def fit_memory(self) -> None:
-        """Halve the micro-batch, on all ranks alike, until a forward and backward pass at it fits; said in one line.
-
-        Nothing of the training changes but the micro-batch: what a step draws is a function of its number. Raises StartAgain where a
-        sharded pass did not fit: see there.
-        """
-        asked, share = self.micro, self.config.data.batch_size // self.world.size
-        if self.sharded:
-            micro = asked if self._fits(asked) else smaller(asked, share)
-        else:
-            micro = fitting_micro_batch(asked, share, self._fits)
-        if micro == asked:
-            return
-        self.micro, self.accumulate = micro, share // micro
-        if self.compiled:
-            torch.compiler.reset()
-        if self.world.main:
-            warnings.warn(
-                f"out of memory with a micro-batch of {asked}: going on with {self.micro} x {self.accumulate} accumulation, the same effective batch",
-                stacklevel=2,
-            )
-        if self.sharded:
-            raise StartAgain(micro, self.started, self.stop_signal)
-
-    def _fits(self, micro: int) -> bool:
-        """Whether a forward and backward pass of this many images fits on every rank."""
-        fits = True
-        try:
-            self._probe(micro)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            fits = False
-        self.optimizer.zero_grad()
-        if self.sharded and not self._fits_shares(micro, fits):
-            return False  # and the cache stays: emptying it waits for the device, where a collective may be in flight that another rank never joined
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return self.sharded or not self.world.any(not fits)
-
-    def _fits_shares(self, micro: int, fits: bool) -> bool:
-        """The same where the model is sharded: a rank whose pass went on may wait in it for one whose pass broke off, so no collective can ask it.
-
-        UserError from the first rank that was short, where another gives no answer.
-        """
-        patience = min(60.0, self.config.train.timeout_s / 2)
-        answers = distributed.votes(self.world, "fits" if fits else "short", patience)
-        silent = [rank for rank in range(self.world.size) if rank not in answers]
-        if silent:
-            short = min((rank for rank, answer in answers.items() if answer == "short"), default=None)
-            if short is None:
-                raise UserError(f"rank {silent[0]} gave no answer for {patience:.0f} s: it was lost, or hangs")
-            if self.world.rank != short:
-                raise distributed.ToldElsewhere("out of memory")
-            raise UserError(
-                f"rank {short} ran out of memory with a micro-batch of {micro}, rank {silent[0]} did not: "
-                f"choose a smaller --train.micro_batch, or free what else uses rank {short}'s memory"
-            )
-        return all(answer == "fits" for answer in answers.values())
-
-    def _probe(self, micro: int) -> None:
-        """The pass that takes most: over the samples with the longest captions, beside an optimizer's state."""
-        longest = np.argsort(self.dataset.token_lengths()[: self.count], kind="stable")[-micro:]
-        batch = self.dataset.fetch(np.resize(longest, micro))
-        draw, t = self._draw(0)
-        state = [torch.empty_like(p) for p in self.model.parameters() for _ in range(2)] if not self.optimizer.state() else []
-        self._forward(self.objective, batch, draw, t, slice(0, micro))[1].losses.mean().backward()
-        del state
 
     def latents(self, batch: Batch, noise: Tensor | None) -> Tensor:
         """Stored pixels or moments -> normalised latents [b, C, H, W]."""

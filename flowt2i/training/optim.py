@@ -5,8 +5,13 @@ import math
 import torch
 from torch import nn
 
-from flowt2i.config import OptimConfig
+from flowt2i.config import Config, OptimConfig
 from flowt2i.training.parallel import share_like, whole
+
+
+def schedule_steps(config: Config, steps: int) -> int:
+    """Steps that the learning rate is laid out for, in a run of `steps` (0: not known, or endless); 0: endless."""
+    return config.optim.schedule_steps or steps or (2_000 if config.train.minutes else 0)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
