@@ -32,13 +32,12 @@ class Footprint(NamedTuple):
 
 def state_bytes(model: nn.Module, muon: bool, ema: bool) -> int:
     """Bytes of weights and gradients, of AdamW's two moments (Muon: one, for the matrices of the blocks), and of the averaged weights; all fp32."""
-    parameters = {name: p.numel() for name, p in model.named_parameters()}
+    total = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name and not name.endswith("table"))
-    total = sum(parameters.values())
     return 4 * (total * (2 + ema) + 2 * total - (matrices if muon else 0))
 
 
-def kept_bytes(loss: "torch.nn.Module", inputs: tuple[Tensor, ...], weights: set[int]) -> int:
+def kept_bytes(objective: nn.Module, inputs: tuple[Tensor, ...], weights: set[int]) -> int:
     """Bytes that autograd keeps of a forward pass for the backward one: each storage once, without the weights themselves (their storages' addresses)."""
     seen: dict[int, int] = {}
 
@@ -49,7 +48,7 @@ def kept_bytes(loss: "torch.nn.Module", inputs: tuple[Tensor, ...], weights: set
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = loss(*inputs)  # alive until all is counted, or an address might be used twice
+        out = objective(*inputs)  # alive until all is counted, or an address might be used twice
     total = sum(seen.values())
     del out
     return total

@@ -58,7 +58,7 @@ def _bench(
 ) -> dict[str, Any]:  # fmt: skip
     device = best_device()
     batch = config.data.batch_size
-    micro, accumulate = accumulation(batch, config.train.micro_batch, 1)
+    micro, _ = accumulation(batch, config.train.micro_batch, 1)
 
     bar.set_description("data")
     if text_tokens:
@@ -77,7 +77,6 @@ def _bench(
     step = BareStep(config, description, lengths, device, compiled)
     fits, how = largest(step, batch)
     asked, micro = micro, min(micro, fits)
-    accumulate = batch // micro
     if micro < asked:
         bar.write(f"out of memory with a micro-batch of {asked}: measured at {micro}", file=sys.stderr)
     if compiled:
@@ -94,7 +93,7 @@ def _bench(
     sampling = sampling_rates(step.ema.model if step.ema else step.model, config, description, min(micro, 64), budget.share(0.14))
     _advance(bar, "sampling", "a real training")
 
-    whole_step = accumulate * micro_seconds + update
+    whole_step = batch // micro * micro_seconds + update
     loop, why = _loop(config, dataset, step, micro, whole_step, compiled, budget)
     _advance(bar, "loop", "other micro-batches")
 
@@ -129,11 +128,11 @@ def _loop(
     if dataset is None:
         return None, "--text-tokens leaves no dataset to train on"
     seconds = budget.share(0.1)
-    batch = config.data.batch_size
+    batch, short = config.data.batch_size, step_seconds
     if 3 * step_seconds > seconds:
-        batch, step_seconds = micro, step_seconds * micro / batch
-    if 3 * step_seconds > 2 * seconds:
-        return None, f"a micro-batch takes {step_seconds:.0f} s here: give it more time with --seconds"
+        batch, short = micro, step_seconds * micro / batch
+    if 3 * short > 2 * seconds:
+        return None, f"a micro-batch takes {short:.2g} s here: give it more time with --seconds"
     config = config.model_copy(deep=True)
     config.data.batch_size, config.train.micro_batch = batch, micro
     bare = step.step_seconds(micro, batch // micro, seconds / 2)
@@ -142,7 +141,9 @@ def _loop(
     except UserError as error:
         return None, str(error)
     bare = (bare + step.step_seconds(micro, batch // micro, seconds / 2)) / 2
-    return loop | {"of_bare_step": round(loop["images_per_s"] * bare / batch, 4)}, ""
+    stall = loop["checkpoint_s"]
+    share = stall / (config.train.checkpoint_every * step_seconds + stall)
+    return loop | {"of_bare_step": round(loop["images_per_s"] * bare / batch, 4), "checkpoint_share": round(share, 5)}, ""
 
 
 def _advance(bar: Any, done: str, now: str) -> None:
