@@ -15,13 +15,13 @@ WARM = 3  # steps that are not counted: they compile, start loader processes, fi
 
 
 class TimedTrainer(Trainer):
-    """A training that ends after `seconds`, and knows when each step ended and how long its batches were waited for."""
+    """A training that ends after `seconds`, and knows how long its steps took and its batches were waited for."""
 
     def __init__(self, config: Config, data: Path, run: Path, seconds: float):
         super().__init__(config, data, run, progress=False)
         self.seconds, self.waited = seconds, 0.0
         self.begun: float | None = None  # when the steps that count began
-        self.ended, self.counted, self.waited_before = 0.0, 0, 0.0
+        self.ended, self.counted, self.waited_before = 0.0, 0, 0.0  # and ended; how many; what was waited for earlier
 
     def _loader(self) -> Iterator[Batch]:
         batches = super()._loader()
@@ -35,18 +35,15 @@ class TimedTrainer(Trainer):
             batches.close()  # type: ignore[attr-defined]
 
     def _step(self, batches: Any, factor: float, logging: bool) -> Outcome:
-        if self.begun is None and self.step == WARM:  # between steps: logging and EMA of all that count lie within
+        if self.begun is None and self.step == WARM:  # before a step: what is logged between those that count lies within
             self.begun, self.waited_before = clock(self.world.device), self.waited
         outcome = super()._step(batches, factor, logging)
         if self.begun is not None:
-            self.ended = clock(self.world.device) if self._late() else time.perf_counter()
             self.counted += 1
-            if self._late() and self.counted >= 2:
+            if time.perf_counter() - self.begun > self.seconds and self.counted >= 2:
+                self.ended = clock(self.world.device)
                 self.steps = self.step + 1  # the loop counts this step after it is done, and ends
         return outcome
-
-    def _late(self) -> bool:
-        return self.begun is not None and time.perf_counter() - self.begun > self.seconds
 
 
 def loop_rate(config: Config, data: Path, compiled: bool, seconds: float) -> dict[str, Any]:
