@@ -51,6 +51,11 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def stored_to_images(codec: Codec, stored: torch.Tensor, at_once: int = 64) -> np.ndarray:
+    """Stored samples as pictures, uint8 [B, S, S, 3]: a VAE's are decoded from the mean of their latents, `at_once` of them together."""
+    return np.concatenate([to_uint8(codec.decode(stored_to_latents(codec.spec.kind, part))) for part in stored.split(at_once)])
+
+
 class PixelCodec:
     """No net at all: the flow runs on the picture."""
 

@@ -290,13 +290,19 @@ def set_field(config: Config, key: str, text: str) -> None:
         raise UserError(f"--{key} {text!r}: {error.errors()[0]['msg'].lower()}") from error
 
 
+# What models had before a field of `ModelConfig` existed: their config.json does not say.
+MODEL_BEFORE = {"text_window": 0}
+
+
 def load_config(path: Path) -> Config:
     """Read a config.json written by a run; UserError names the field that this version does not know."""
     try:
         values = json.loads(Path(path).read_text())
         values.pop("resolved", None)  # what RUN/config.json adds for people
+        if "model" in values:
+            values["model"] = MODEL_BEFORE | values["model"]
         return Config.model_validate(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a configuration: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -35,6 +35,7 @@ from flowt2i.text import load_encoder, load_tokenizer
 from flowt2i.training import checkpoint, dryrun
 from flowt2i.training.compiling import has_compiler, will_compile
 from flowt2i.training.distributed import accumulation, best_device
+from flowt2i.training.tracking import read_log
 
 # As pyproject.toml asks for; below torch 2.10, gradio 6.20 and Pillow 12.3 there are published security advisories.
 FLOORS = {
@@ -250,7 +251,7 @@ def trial(config: Config, data: Path, run: Path, codec: str | None, text: str | 
             findings.append(Finding("sample", "good", "a picture drawn from that checkpoint"))
         except UserError as error:
             return [*findings, Finding("checkpoint", "fault", first_line(error))], None
-        rates = [line["images_per_s"] for line in map(json.loads, (place / "log.jsonl").read_text().splitlines())]
+        rates = [line["images_per_s"] for line in read_log(place / "log.jsonl")]
     expected = expectation(config, micro / max(rates[1:]) * accumulate, written, summary["peak_memory_gib"])
     return [*findings, *judge(config, expected, run)], expected
 

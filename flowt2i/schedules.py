@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 from flowt2i.errors import UserError, nearest
 
 if TYPE_CHECKING:  # the configuration needs this module for its names alone, and `flowt2i --help` must not wait for torch
-    import torch
     from torch import Tensor
 
 SHORTEST = 1e-6  # interval that may be written out: times are fp32 (6e-8 next to the data), and equal where they agree so far
 SEARCHED = Path(__file__).with_name("schedules.json")  # {name: {number of steps: times}}, written by benchmarks/search_schedule.py
 
 
-def uniform_times(steps: int, device: "torch.device | str" = "cpu") -> "Tensor":
-    """`steps + 1` equally spaced times from 0 to 1."""
+def uniform_times(steps: int) -> "Tensor":
+    """Equally spaced times from 0 to 1. [steps + 1]."""
     import torch
 
-    return torch.linspace(0, 1, steps + 1, device=device)
+    return torch.linspace(0, 1, steps + 1)
 
 
 def shift_times(times: "Tensor", shift: float) -> "Tensor":

@@ -1,9 +1,8 @@
 """How pictures are drawn, apart from what they show: the settings of a drawing, checked, and the velocity and solver that follow from them."""
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,17 +16,12 @@ from flowt2i.solvers import SOLVERS, Solver, Velocity, dopri5, sde
 
 NAMES = ("steps", "solver", "schedule", "shift", "tolerance", "guidance", "guidance_rule", "guidance_rescale", "guidance_from", "guidance_until", "zero_init")
 ALWAYS = ("steps", "solver", "guidance", "shift")  # told even where they are at their defaults
-RULES = ("cfg", "zero-star")
-
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "shift": (lambda x: 0.01 <= x <= 100, "0.01 to 100 (1: as the schedule says)"),
-    "tolerance": (lambda x: 1e-8 <= x <= 1, "1e-8 to 1"),
-    "guidance": (lambda x: 0 <= x <= 100, "0 to 100 (1: none)"),
-    "guidance_rescale": (lambda x: 0 <= x <= 1, "0 to 1 (0: none)"),
-    "guidance_from": (lambda x: 0 <= x <= 1, "0 (noise) to 1 (data)"),
-    "guidance_until": (lambda x: 0 <= x <= 1, "0 (noise) to 1 (data)"),
-    "zero_init": (lambda x: 0 <= x <= 0.99, "0 to 0.99 (0: none)"),
-}
+RULES = get_args(SampleConfig.model_fields["guidance_rule"].annotation)
+# What numbers mean, beside the range that their field in `SampleConfig` states.
+HINTS = {
+    "steps": "", "shift": " (1: as the schedule says)", "tolerance": "", "guidance": " (1: none)", "guidance_rescale": " (0: none)",
+    "guidance_from": " (0: noise, 1: data)", "guidance_until": " (0: noise, 1: data)", "zero_init": " (0: none)",
+}  # fmt: skip
 
 
 def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
@@ -47,18 +41,25 @@ def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
         chosen["shift"] = 1.0
     if given.get("steps") is None and (times := written(chosen["schedule"])):
         chosen["steps"] = len(times) - 1
-    if type(chosen["steps"]) is not int or not 1 <= chosen["steps"] <= 1000:
-        raise UserError(f"steps {chosen['steps']} is out of range: choose 1 to 1000")
     for name, known in (("solver", tuple(SOLVERS)), ("guidance_rule", RULES)):
         if chosen[name] not in known:
             raise UserError(f"no {name.replace('_', ' ')} {chosen[name]!r}{nearest(str(chosen[name]), known)}")
-    for name, (fits, choices) in _RANGES.items():
-        if isinstance(chosen[name], bool) or not isinstance(chosen[name], int | float) or not math.isfinite(chosen[name]) or not fits(chosen[name]):
-            raise UserError(f"{name.replace('_', ' ')} {chosen[name]} is out of range: choose {choices}")
+    for name, hint in HINTS.items():
+        least, most = _range(name)
+        kinds = int if name == "steps" else int | float
+        if isinstance(chosen[name], bool) or not isinstance(chosen[name], kinds) or not least <= chosen[name] <= most:  # NaN is not between anything
+            raise UserError(f"{name.replace('_', ' ')} {chosen[name]} is out of range: choose {least:g} to {most:g}{hint}")
     if chosen["guidance_from"] >= chosen["guidance_until"]:
         raise UserError(f"the guidance interval {chosen['guidance_from']:g} to {chosen['guidance_until']:g} is empty: the first time must be the smaller one")
     make_times(chosen["schedule"], chosen["steps"], chosen["shift"])  # its UserError before the work
     return chosen
+
+
+def _range(name: str) -> tuple[float, float]:
+    """The least and the most that a field of `SampleConfig` may be."""
+    bounds = SampleConfig.model_fields[name].metadata
+    least, most = (next(getattr(bound, end) for bound in bounds if hasattr(bound, end)) for end in ("ge", "le"))
+    return least, most
 
 
 def telling(settings: dict[str, Any]) -> dict[str, Any]:

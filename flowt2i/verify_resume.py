@@ -7,7 +7,6 @@ command; and compares the loss of every step and all weights, averages and optim
 training is repeated: if even that differs from the first, it is the device's kernels that do not repeat themselves, not the resume.
 """
 
-import json
 import os
 import re
 import signal
@@ -25,6 +24,7 @@ from flowt2i.errors import INTERRUPTED, UserError
 from flowt2i.training import checkpoint
 from flowt2i.training.compiling import will_compile
 from flowt2i.training.distributed import best_device
+from flowt2i.training.tracking import read_log
 
 FILES = ("model", "ema", "optimizer")
 
@@ -84,8 +84,7 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
 
 def losses(run: Path) -> dict[int, float]:
     """Loss by step of a run's log."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in read_log(run / "log.jsonl") if "loss" in line}
 
 
 def report(result: dict[str, Any]) -> str:

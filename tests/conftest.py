@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,26 +31,55 @@ def tiny() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def scenes_data(tmp_path_factory) -> Path:
-    """A prepared dataset of 96 scenes at 64 pixels with the built-in tokenizer."""
+def prepared(tmp_path_factory) -> Callable[[int, float], Path]:
+    """prepared(count, heldout): a dataset of so many scenes at 64 pixels, a share of them held out, with the built-in tokenizer."""
     from flowt2i.data.options import PrepareOptions
     from flowt2i.data.prepare import prepare
 
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    prepare(PrepareOptions(sources=["scenes"], out=out, count=96, heldout=0.2, workers=1), progress=False)
-    return out
+    def make(count: int, heldout: float) -> Path:
+        out = tmp_path_factory.mktemp("data") / "scenes"
+        prepare(PrepareOptions(sources=["scenes"], out=out, count=count, heldout=heldout, workers=1), progress=False)
+        return out
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_run(scenes_data, tiny, tmp_path_factory) -> Path:
-    """A run folder with two checkpoints, after 2 and 4 steps of training, of a tiny model of scenes."""
+def scenes_data(prepared) -> Path:
+    """A prepared dataset of 96 scenes."""
+    return prepared(96, 0.2)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory) -> Callable[..., Path]:
+    """trained(data, *settings): the run folder of a tiny model of the preset `quickstart`."""
     from flowt2i.config import resolve
     from flowt2i.training.loop import train
 
-    folder = tmp_path_factory.mktemp("run") / "tiny"
-    settings = ["--train.steps", "4", "--optim.lr", "1e-2", "--train.ema", "0.5", "--train.checkpoint_every", "2"]
-    train(resolve("quickstart", [*tiny, *settings]), scenes_data, folder, progress=False)
-    return folder
+    def make(data: Path, *settings: str) -> Path:
+        folder = tmp_path_factory.mktemp("run") / "tiny"
+        train(resolve("quickstart", [*tiny, *settings]), data, folder, progress=False)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(trained, scenes_data) -> Path:
+    """A run folder with two checkpoints, after 2 and 4 steps of training, of a tiny model of scenes."""
+    return trained(scenes_data, "--train.steps", "4", "--optim.lr", "1e-2", "--train.ema", "0.5", "--train.checkpoint_every", "2")
+
+
+@pytest.fixture
+def one_line(capsys) -> Callable[[], str]:
+    """one_line(): what was said on stderr, which must be one line."""
+
+    def said() -> str:
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1, told
+        return told
+
+    return said
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Configuration: presets, overrides, and mistakes answered in one line."""
 
+import json
+
 import pytest
 
 from flowt2i.config import PRESETS, Config, load_config, resolve
@@ -78,6 +80,17 @@ def test_config_round_trips(tmp_path):
     (tmp_path / "config.json").write_text('{"train": {"stepz": 3}}')
     with pytest.raises(UserError, match="stepz"):
         load_config(tmp_path / "config.json")
+
+
+def test_a_model_of_before_a_field_keeps_what_it_was(tmp_path):
+    values = resolve("quickstart").model_dump()
+    del values["model"]["text_window"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_config(tmp_path / "config.json").model.text_window == 0
+    for wrong in ("[]", '{"model": 3}'):
+        (tmp_path / "config.json").write_text(wrong)
+        with pytest.raises(UserError, match="is not a configuration"):
+            load_config(tmp_path / "config.json")
 
 
 def test_every_field_says_what_it_is_for():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_nets import dinov2, images, inception_file  # noqa: F401
 
@@ -23,7 +24,7 @@ from flowt2i.config import resolve
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
-from flowt2i.evaluation import distribution, pictures
+from flowt2i.evaluation import distribution, pictures, reference
 from flowt2i.evaluation.frechet import Moments, frechet_distance
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.nets import load_net
@@ -37,11 +38,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def run(scenes_data, tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "tiny"
-    words = [*tiny, "--train.steps", "4", "--optim.lr", "1e-2", "--train.ema", "0.5", "--train.score_prompts", "0"]
-    train(resolve("quickstart", words), scenes_data, folder, progress=False)
-    return folder
+def run(trained, scenes_data):
+    return trained(scenes_data, "--train.steps", "4", "--optim.lr", "1e-2", "--train.ema", "0.5", "--train.score_prompts", "0")
 
 
 @pytest.fixture
@@ -183,6 +181,18 @@ def test_fid_is_only_of_inception(inception_file, tmp_path, capsys):  # noqa: F8
     net = load_net("inception", weights=inception_file)
     expected = apart(*(Moments.of(net(images(4, seed=seed))) for seed in (1, 2)))
     assert found["fid-inception-4@40"] == pytest.approx(expected, rel=1e-5) and found["protocol"].startswith("fid-inception-4@40, ")
+
+
+def test_a_reference_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    identity = reference.Identity(net="n", net_fingerprint="f", resize="r", resolution=8, count=3, source="folder", source_hash="h", made="m")
+    found = reference.Reference(identity, torch.rand(3, 4))
+    for _ in range(2):  # the second time as where another evaluation was quicker
+        found.save(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [identity.hash]
+    monkeypatch.setattr(reference, "save_file", mock.Mock(side_effect=SafetensorError("No space left on device")))
+    with pytest.warns(UserWarning, match="could not be kept .*No space left"):
+        found.save(tmp_path / "full")
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_a_reference_that_does_not_fit_is_refused_by_name(run, dinov2, inception_file, tmp_path, capsys):  # noqa: F811

@@ -11,24 +11,19 @@ import torch
 from export_models import drawn, enliven, train_on_latents
 
 from flowt2i import Pipeline
-from flowt2i.config import resolve
 from flowt2i.errors import UserError
 from flowt2i.export.carry import self_contained
 from flowt2i.export.diffusers_format import as_diffusers, transformer_code
 from flowt2i.export.export import export
-from flowt2i.solvers import shift_times, uniform_times
-from flowt2i.training.loop import train
+from flowt2i.schedules import shift_times, uniform_times
 
 PROMPTS = ["a red circle", "<end> three small \u202eblue stars </s>, twice: three small blue stars"]
 STEPS, GUIDANCE, SHIFT = 6, 2.5, 1.7
 
 
 @pytest.fixture(scope="module")
-def pixels(scenes_data, tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "pixels"
-    words = [*tiny, "--train.steps", "3", "--optim.lr", "1e-2", "--sample.shift", str(SHIFT)]
-    train(resolve("quickstart", words), scenes_data, folder, progress=False)
-    return enliven(folder)
+def pixels(trained, scenes_data):
+    return enliven(trained(scenes_data, "--train.steps", "3", "--optim.lr", "1e-2", "--sample.shift", str(SHIFT)))
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,12 @@ from hub_server import serving
 
 from flowt2i import Pipeline
 from flowt2i.cli import main
-from flowt2i.config import resolve
 from flowt2i.errors import UserError
-from flowt2i.training.loop import train
 
 
 @pytest.fixture(scope="module")
-def run(scenes_data, tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "tiny"
-    train(resolve("quickstart", [*tiny, "--train.steps", "2"]), scenes_data, folder, progress=False)
-    return folder
+def run(trained, scenes_data):
+    return trained(scenes_data, "--train.steps", "2")
 
 
 @pytest.fixture
@@ -34,12 +30,6 @@ def online(monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)  # no folder here has the name of a model
 
     return at
-
-
-def one_line(capsys):
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1, told
-    return told
 
 
 def test_pushed_and_loaded_again(run, tmp_path, online, capsys):
@@ -60,22 +50,22 @@ def test_pushed_and_loaded_again(run, tmp_path, online, capsys):
     assert np.array_equal(cached.sample("a red circle", steps=2).images, wanted)
 
 
-def test_what_the_hub_does_not_have(online, capsys):
+def test_what_the_hub_does_not_have(online, one_line):
     with serving() as hub:
         online(hub.address)
         hub.files["else/model"] = {"config.json": b"{}", "model.safetensors": b"gigabytes"}
         assert main(["generate", "x", "--model", "me/nothing"]) == 2
-        assert "the hub has no such model" in one_line(capsys)
+        assert "the hub has no such model" in one_line()
         assert main(["generate", "x", "--model", "else/model"]) == 2
-        assert "was not written by `flowt2i export`" in one_line(capsys) and hub.fetched == []
+        assert "was not written by `flowt2i export`" in one_line() and hub.fetched == []
 
 
-def test_a_hub_out_of_reach(run, tmp_path, online, capsys):
+def test_a_hub_out_of_reach(run, tmp_path, online, one_line):
     online("http://127.0.0.1:9")
     assert main(["generate", "x", "--model", "me/scenes"]) == 2
-    assert "not on this machine and the hub cannot be reached: give a run folder" in one_line(capsys)
+    assert "not on this machine and the hub cannot be reached: give a run folder" in one_line()
     assert main(["export", str(run), "--to", str(tmp_path / "to"), "--push", "me/scenes"]) == 2
-    assert "the hub cannot be reached: leave out --push" in one_line(capsys) and not (tmp_path / "to").exists()
+    assert "the hub cannot be reached: leave out --push" in one_line() and not (tmp_path / "to").exists()
 
 
 def test_offline_by_choice(monkeypatch, tmp_path):
@@ -85,12 +75,12 @@ def test_offline_by_choice(monkeypatch, tmp_path):
     assert "\n" not in str(told.value)
 
 
-def test_a_push_that_is_refused_leaves_the_export(run, tmp_path, online, capsys):
+def test_a_push_that_is_refused_leaves_the_export(run, tmp_path, online, one_line):
     with serving() as hub:
         online(hub.address)
         hub.refuse = 403
         assert main(["export", str(run), "--to", str(tmp_path / "to"), "--push", "you/scenes", "--samples", "0"]) == 2
-        assert "the hub refused it (403" in one_line(capsys)
+        assert "the hub refused it (403" in one_line()
     assert Pipeline.from_pretrained(tmp_path / "to", device="cpu").sample("a star", steps=1).images.shape == (1, 64, 64, 3)
 
 
@@ -111,7 +101,7 @@ def test_a_second_push_leaves_nothing_of_the_first_and_all_of_others(run, tmp_pa
         assert hub.files["me/other"].keys() == now | {"model.safetensors.index.json", "vae/config.json"}
 
 
-def test_private_is_private_or_nothing_is_sent(run, tmp_path, online, capsys):
+def test_private_is_private_or_nothing_is_sent(run, tmp_path, online, capsys, one_line):
     with serving() as hub:
         online(hub.address)
         words = ["export", str(run), "--to", str(tmp_path / "to"), "--force", "--private", "--samples", "0", "--push"]
@@ -120,19 +110,19 @@ def test_private_is_private_or_nothing_is_sent(run, tmp_path, online, capsys):
         hub.files["me/public"] = {}
         capsys.readouterr()
         assert main([*words, "me/public"]) == 2
-        assert "this repository is public, and nothing was sent" in one_line(capsys) and hub.files["me/public"] == {}
+        assert "this repository is public, and nothing was sent" in one_line() and hub.files["me/public"] == {}
 
 
-def test_a_hub_in_trouble_is_not_about_logging_in(run, tmp_path, online, capsys):
+def test_a_hub_in_trouble_is_not_about_logging_in(run, tmp_path, online, one_line):
     with serving() as hub:
         online(hub.address)
         hub.refuse = 400
         assert main(["export", str(run), "--to", str(tmp_path / "to"), "--push", "me/scenes", "--samples", "0"]) == 2
-        told = one_line(capsys)
+        told = one_line()
         assert "refused it (400" in told and "log in" not in told and "send it later with `hf upload me/scenes" in told
 
 
-def test_a_model_that_was_fetched_in_part(run, tmp_path, online, capsys):
+def test_a_model_that_was_fetched_in_part(run, tmp_path, online, capsys, one_line):
     """A download was broken off; or the repository itself lacks a file."""
     from huggingface_hub import snapshot_download
 
@@ -142,12 +132,12 @@ def test_a_model_that_was_fetched_in_part(run, tmp_path, online, capsys):
         snapshot_download("me/scenes", allow_patterns=["*.json"])
         capsys.readouterr()
     assert main(["generate", "x", "--model", "me/scenes"]) == 2
-    assert "'me/scenes' was not fetched whole" in one_line(capsys)
+    assert "'me/scenes' was not fetched whole" in one_line()
     with serving() as other:
         online(other.address)
         other.files["me/torn"] = {name: data for name, data in hub.files["me/scenes"].items() if not name.startswith("tokenizer/")}
         assert main(["generate", "x", "--model", "me/torn"]) == 2
-        assert "'me/torn' was not fetched whole" in one_line(capsys)
+        assert "'me/torn' was not fetched whole" in one_line()
 
 
 def test_a_path_is_never_looked_for_on_the_hub(run, online, tmp_path):

@@ -13,9 +13,8 @@ from export_models import drawn, enliven
 
 from flowt2i import Pipeline
 from flowt2i.cli import main
-from flowt2i.config import ModelConfig, resolve
+from flowt2i.config import ModelConfig
 from flowt2i.model import FlowTransformer
-from flowt2i.training.loop import train
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="the optional extra onnx is not installed"
@@ -24,10 +23,8 @@ PROMPTS = ["a red circle", "<end> three small blue stars left of a heart"]
 
 
 @pytest.fixture(scope="module")
-def run(scenes_data, tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "tiny"
-    train(resolve("quickstart", [*tiny, "--train.steps", "3", "--optim.lr", "1e-2", "--sample.shift", "1.5"]), scenes_data, folder, progress=False)
-    return enliven(folder)
+def run(trained, scenes_data):
+    return enliven(trained(scenes_data, "--train.steps", "3", "--optim.lr", "1e-2", "--sample.shift", "1.5"))
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +83,19 @@ def test_the_seed_block_reading_a_frozen_encoder(tmp_path):
     assert max(_error(net, tmp_path / "seed.onnx", inputs(b, t)) for b, t in ((1, 1), (3, 77))) < 1e-4
 
 
-def test_a_graph_that_differs_is_not_exported(run, tmp_path, monkeypatch, capsys):
+def test_a_graph_that_differs_is_not_exported(run, tmp_path, monkeypatch, one_line):
     from flowt2i.export import onnx_format
 
     monkeypatch.setattr(onnx_format, "_export", lambda net, inputs, dynamic, path: path.write_bytes(b""))
     monkeypatch.setattr(onnx_format, "_error", lambda net, path, inputs: 0.01)
     assert main(["export", str(run), "--to", str(tmp_path / "to"), "--format", "onnx", "--samples", "0"]) == 2
-    told = capsys.readouterr().err
-    assert "velocity.onnx differs from torch" in told and told.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert "velocity.onnx differs from torch" in one_line() and not list(tmp_path.iterdir())
 
 
-def test_a_missing_extra_is_one_line(run, tmp_path, monkeypatch, capsys):
+def test_a_missing_extra_is_one_line(run, tmp_path, monkeypatch, one_line):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["export", str(run), "--to", str(tmp_path / "to"), "--format", "onnx"]) == 2
-    told = capsys.readouterr().err
-    assert "needs onnxruntime: pip install" in told and told.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert "needs onnxruntime: pip install" in one_line() and not list(tmp_path.iterdir())
 
 
 def test_the_card_tells_of_the_tokens_that_the_graph_takes(run, tmp_path, monkeypatch):

@@ -9,22 +9,13 @@ from PIL import Image
 
 from flowt2i import Pipeline
 from flowt2i.cli import main
-from flowt2i.config import resolve
 from flowt2i.errors import UserError
 from flowt2i.training import checkpoint
-from flowt2i.training.loop import train
 
 
 @pytest.fixture(scope="module")
-def run(scenes_data, tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "tiny"
-    train(
-        resolve("quickstart", [*tiny, "--train.steps", "4", "--optim.lr", "1e-2", "--train.ema", "0.5"]),
-        scenes_data,
-        folder,
-        progress=False,
-    )
-    return folder
+def run(trained, scenes_data):
+    return trained(scenes_data, "--train.steps", "4", "--optim.lr", "1e-2", "--train.ema", "0.5")
 
 
 @pytest.fixture(scope="module")
@@ -166,15 +157,14 @@ class TestGenerate:
             (["generat", "x"], "'generate'"),
         ],
     )
-    def test_mistakes_are_one_line_and_exit_2(self, words, told, run, capsys):
+    def test_mistakes_are_one_line_and_exit_2(self, words, told, run, one_line):
         if words[0] == "generate" and "--model" not in words:
             words = [*words, "--model", str(run)]
         try:
             status = main(words)
         except SystemExit as stop:  # argparse's own
             status = stop.code
-        captured = capsys.readouterr()
-        assert status == 2 and told in captured.err and captured.err.count("\n") == 1, captured.err
+        assert status == 2 and told in one_line()
 
     def test_a_damaged_checkpoint_is_refused(self, run, tmp_path, capsys):
         import shutil

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_solvers import EVALUATIONS
 
 from flowt2i import Pipeline, editing, flow
 from flowt2i import settings as choices
@@ -15,7 +16,7 @@ from flowt2i.config import SampleConfig, SolverName, resolve
 from flowt2i.drawing import given_picture
 from flowt2i.errors import UserError
 from flowt2i.pictures import read_settings, save_png
-from flowt2i.solvers import EVALUATIONS, SOLVERS
+from flowt2i.solvers import SOLVERS
 from flowt2i.training import checkpoint
 from flowt2i.training.compiling import has_compiler
 
@@ -468,7 +469,7 @@ class TestCommandLine:
             (["x", "--variation", "2"], "variation"),
         ],
     )
-    def test_mistakes_are_one_line_and_exit_2(self, words, told, tiny_run, circle, tmp_path, capsys):
+    def test_mistakes_are_one_line_and_exit_2(self, words, told, tiny_run, circle, tmp_path, one_line):
         Image.new("RGB", (80, 80)).save(tmp_path / "small.png")
         (tmp_path / "text.txt").write_text("not a picture")
         places = {"SMALL": tmp_path / "small.png", "MASK": circle[1], "TEXT": tmp_path / "text.txt"}
@@ -477,8 +478,7 @@ class TestCommandLine:
             status = main(["generate", *words, "--model", str(tiny_run), "--out", str(tmp_path / "o.png")])
         except SystemExit as stop:  # argparse's own
             status = stop.code
-        told_line = capsys.readouterr().err
-        assert status == 2 and told in told_line and told_line.count("\n") == 1, told_line
+        assert status == 2 and told in one_line()
 
     def test_evaluate_tells_its_settings(self, tiny_run, weaker, capsys):
         words = ["evaluate", "--model", str(tiny_run), "--num", "4", "--steps", "2", "--solver", "ab2", "--guidance-rescale", "0.5", "--guide", str(weaker)]

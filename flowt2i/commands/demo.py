@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowt2i.commands.common import examples
+from flowt2i.commands.common import add_moved, examples
 
 
 def add(commands: Any) -> None:
@@ -25,8 +25,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--share", action="store_true", help="also through a public gradio.live address; needs --auth or --public")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="let in only those who know these, on the page and in the API")
     parser.add_argument("--public", action="store_true", help="with --share: anyone who has the link may draw")
-    for flag in ("--codec", "--text", "--device"):
-        parser.add_argument(flag, help="as in generate")
+    add_moved(parser)
+    parser.add_argument("--device", help="cpu, cuda, … (default: the best there is)")
     parser.set_defaults(run=run, weights="auto")
 
 

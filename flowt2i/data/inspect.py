@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flowt2i.codec import codec_from_spec, stored_to_latents, to_uint8
+from flowt2i.codec import codec_from_spec, stored_to_images
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.data.finish import load_report
 from flowt2i.data.units import SPLITS, read_part
@@ -85,7 +85,7 @@ def contact_sheet(folder: Path, out: Path) -> str:
     count = min(len(dataset), COLUMNS * ROWS)
     numbers = [i * len(dataset) // count for i in range(count)]
     stored = dataset.fetch(numbers).stored
-    images = np.concatenate([to_uint8(codec.decode(stored_to_latents(spec.kind, part, None))) for part in stored.split(8)])
+    images = stored_to_images(codec, stored, at_once=8)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scale = max(1, round(128 / spec.image_size))

@@ -21,6 +21,7 @@ from flowt2i.evaluation.report import Pictures, Point, Report, Score
 from flowt2i.pipeline import Pipeline
 from flowt2i.settings import is_guided
 from flowt2i.training import checkpoint
+from flowt2i.training.tracking import read_log
 
 STEPS = (1, 2, 4, 8, 16, 50)  # solver steps of the curve against cost
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
@@ -160,7 +161,7 @@ def training_curves(model: Path) -> dict[str, Any]:
     reference, same = on_track.comparable(config, DatasetDescription.load(checkpoint.find(run)))
     if reference:
         found["reference"] = [{what: r[what] for what in sorted(same) if r.get(what)} | {"seed": r["seed"]} for r in reference["runs"]]
-        evaluations = on_track.read_lines(run / "eval.jsonl")
+        evaluations = read_log(run / "eval.jsonl")
         standing = on_track.standing(evaluations[-1], config, DatasetDescription.load(checkpoint.find(run))) if evaluations else None
         found["standing"] = standing.line if standing else ""
     return found

@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from flowt2i.description import DatasetDescription, fingerprint_files, require_same
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import by_group, mean_interval, share_interval
-from flowt2i.evaluation.memorisation import real_images
 from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.evaluation.pictures import over_ranks
-from flowt2i.evaluation.reference import captioned
+from flowt2i.evaluation.reference import captioned, real_images
 from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, quiet, read_config, weight_files
 from flowt2i.training.distributed import World, best_device
 

@@ -12,32 +12,18 @@ LEAST = 2_048  # samples below which a score is refused: its bias, about 1/n, th
 
 @dataclass
 class Moments:
-    """What a mean and a covariance are made of, as sums: batches and ranks add up in any order."""
+    """Of a Gaussian."""
 
-    count: float
-    total: Tensor  # [d], sum of x
-    outer: Tensor  # [d, d], sum of x xᵀ
+    mean: Tensor  # float64 [d]
+    covariance: Tensor  # float64 [d, d]
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
-        """Of features [n, d]."""
-        x = features.double()
-        return cls(float(len(x)), x.sum(0), x.T @ x)
-
-    def __add__(self, other: Self) -> Self:
-        return type(self)(self.count + other.count, self.total + other.total, self.outer + other.outer)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.count
-
-    @cached_property
-    def covariance(self) -> Tensor:
-        """Unbiased, [d, d]. ValueError for fewer than two samples."""
-        if self.count < 2:
+        """Of features [n, d], the covariance unbiased. ValueError for fewer than two."""
+        if len(features) < 2:
             raise ValueError("a covariance needs at least two samples")
-        mean = self.mean
-        return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        x = features.double()
+        return cls(x.mean(0), x.T.cov())
 
     @cached_property
     def root(self) -> Tensor:

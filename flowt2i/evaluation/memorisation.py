@@ -24,20 +24,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
 from tqdm import tqdm
 
-from flowt2i.codec import stored_to_latents, to_uint8
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import tally
 from flowt2i.evaluation.metrics import Context, Scores, Skipped
 from flowt2i.evaluation.nets import EFFICIENTNET, has_efficientnet
-from flowt2i.evaluation.pictures import STRIDE
-from flowt2i.evaluation.reference import data_hash, same_data, spread
-from flowt2i.grid import grid
-from flowt2i.training.distributed import ToldElsewhere, World
+from flowt2i.evaluation.pictures import STRIDE, raise_everywhere
+from flowt2i.evaluation.reference import data_hash, real_images, same_data, spread
+from flowt2i.training.distributed import World
 
 PERCENTILE = 1.0  # of the held-out distances: the near-copy distance
 LEAST_HELDOUT = 100  # held-out pictures below which there is no such percentile
@@ -155,12 +152,6 @@ def net_features(net: Callable[[np.ndarray], torch.Tensor]) -> Features:
     return lambda images: torch.nn.functional.normalize(net(images).float(), dim=-1).numpy()
 
 
-def real_images(dataset: ImageTextDataset, codec: Any, rows: np.ndarray) -> np.ndarray:
-    """Pictures of a prepared dataset, a VAE's decoded from the mean of their latents: uint8 [N, H, W, 3]."""
-    stored = dataset.fetch(rows).stored
-    return np.concatenate([to_uint8(codec.decode(stored_to_latents(dataset.description.codec.kind, part, None))) for part in stored.split(64)])
-
-
 def chunks_of(
     dataset: ImageTextDataset, codec: Any, limit: int = 0, progress: bool = False, world: World | None = None, size: int = CHUNK
 ) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
@@ -198,8 +189,7 @@ def over_ranks(world: World, work: Callable[[], dict[str, Nearest]]) -> dict[str
         found = work()
     except Exception as error:  # the others must not wait for a rank that gave up
         failure = error
-    if world.any(failure is not None):
-        raise failure or ToldElsewhere("another rank stopped")
+    raise_everywhere(world, failure)
     gather = lambda values: world.collect(values[None], world.size)  # [N] of each rank -> [ranks, N]
     return {name: merge(gather(near.distance), gather(near.index)) for name, near in found.items()}
 
@@ -247,11 +237,3 @@ def closest_pairs(samples: np.ndarray, found: Nearest, count: int, real: Callabl
     """
     order = np.argsort(found.distance, kind="stable")[:count]
     return order, np.stack([samples[order], real(found.index[order])], axis=1)
-
-
-def pairs_sheet(pairs: np.ndarray, distances: np.ndarray, threshold: float, captions: Sequence[str]) -> PillowImage.Image:
-    """Pairs [K, 2, H, W, 3] side by side, sample left and training picture right, with the distance under the one and its caption under the other."""
-    labels = []
-    for distance, caption in zip(distances, captions):
-        labels += [f"sample, distance {distance:.3g}{' (near copy)' if distance <= threshold else ''}", f"training: {caption}"]
-    return grid(pairs.reshape(-1, *pairs.shape[2:]), labels, columns=min(8, 2 * len(pairs)))

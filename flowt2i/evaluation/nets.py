@@ -147,7 +147,7 @@ def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         if not name.endswith("num_batches_tracked"):
             digest.update(name.encode())
-            digest.update(tensors[name].contiguous().numpy().tobytes())
+            digest.update(tensors[name].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ from flowt2i.config import PRESETS, Config, SampleConfig
 from flowt2i.description import DatasetDescription
 from flowt2i.evaluation.intervals import wilson
 from flowt2i.settings import NAMES
+from flowt2i.training.tracking import read_log
 
 TOLERANCE = 0.1  # of a loss. A choice: the spread of seeds at one length is not measured (our runs, 113,000 to 134,000 images long, end within 7%)
 REACH = 1.05  # a curve is still read this far past its ends
@@ -107,24 +108,11 @@ def validation_of(evaluation: dict[str, Any]) -> float | None:
 
 def curve_of(run: Path, bins: int = 60) -> dict[str, Points]:
     """`loss` (means of `bins` equal stretches of log.jsonl), `validation`, `score` and `kid` of a run against images seen; empty where not logged."""
-    log = [(line["images_seen"], line["loss"]) for line in read_lines(run / "log.jsonl") if "loss" in line]
+    log = [(line["images_seen"], line["loss"]) for line in read_log(run / "log.jsonl") if "loss" in line]
     stretches = [part for part in np.array_split(np.asarray(log, np.float64).reshape(-1, 2), min(bins, max(1, len(log)))) if len(part)]
-    evaluations = read_lines(run / "eval.jsonl")
+    evaluations = read_log(run / "eval.jsonl")
     return {
         "loss": [[float(x), round(float(y), 6)] for x, y in (part.mean(0) for part in stretches)],
         "validation": [[line["images_seen"], round(value, 6)] for line in evaluations if (value := validation_of(line)) is not None],
         **{name: [[line["images_seen"], round(line[name], 6)] for line in evaluations if name in line] for name in ("score", "kid")},
     }
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl; a last one that a kill cut short is left out, and so is a file that is not there."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and "images_seen" in value:
-            found.append(value)
-    return found

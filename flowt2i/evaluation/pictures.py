@@ -19,7 +19,7 @@ from tqdm import tqdm
 from flowt2i.data.images import load_square, to_rgb
 from flowt2i.data.sample import IMAGE_SUFFIXES, Dropped
 from flowt2i.errors import UserError
-from flowt2i.evaluation.nets import FeatureNet
+from flowt2i.evaluation.nets import FeatureNet, fingerprint_tensors
 from flowt2i.pipeline import Pipeline
 from flowt2i.training.distributed import World
 
@@ -67,11 +67,7 @@ class Drawing:
 
 def weights_hash(pipeline: Pipeline) -> str:
     """sha256 over names and values of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(pipeline.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return fingerprint_tensors(pipeline.model.state_dict())
 
 
 def over_ranks(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flowt2i.codec import codec_from_spec, stored_to_latents, to_uint8
+from flowt2i.codec import Codec, codec_from_spec, stored_to_images
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
@@ -75,8 +76,11 @@ class Reference:
             (aside / "reference.json").write_text(json.dumps(facts, indent=2) + "\n")
             if not target.exists():
                 aside.rename(target)
-        except OSError as error:
-            warnings.warn(f"the reference could not be kept in {folder} ({error.strerror}) and is made anew each time", stacklevel=2)
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a disk that is full
+            why = getattr(error, "strerror", None) or error
+            warnings.warn(f"the reference could not be kept in {folder} ({why}) and is made anew each time", stacklevel=2)
+        finally:  # still there where another evaluation was quicker, or the disk is full
+            shutil.rmtree(aside, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path) -> "Reference":
@@ -145,7 +149,7 @@ def _of_split(split: str, net: FeatureNet, resolution: int, data: Path, world: W
         return found
     same = pipeline is not None and pipeline.description.codec.fingerprint == spec.fingerprint
     decoder = pipeline.codec if same and pipeline else codec_from_spec(spec).to(world.device)
-    return _kept_or_made(identity, lambda part: decoded(dataset, rows[part.start : part.stop], decoder), net, data / "references", world, progress)
+    return _kept_or_made(identity, lambda part: real_images(dataset, decoder, rows[part.start : part.stop]), net, data / "references", world, progress)
 
 
 def _of_folder(folder: Path, net: FeatureNet, resolution: int, data: Path | None, world: World, progress: bool) -> Reference:
@@ -199,10 +203,9 @@ def same_data(a: DatasetDescription, b: DatasetDescription) -> bool:
     return all(getattr(a, name) == getattr(b, name) for name in DIVIDED)
 
 
-@torch.no_grad()
-def decoded(dataset: ImageTextDataset, rows: np.ndarray, decoder: Any) -> np.ndarray:
-    """Pictures uint8 [B, S, S, 3] of a dataset of latents, as its VAE shows them."""
-    return to_uint8(decoder.decode(stored_to_latents("vae", dataset.fetch(rows).stored, None)))
+def real_images(dataset: ImageTextDataset, codec: Codec, rows: np.ndarray) -> np.ndarray:
+    """Pictures of a prepared dataset as its codec shows them: uint8 [N, S, S, 3]."""
+    return stored_to_images(codec, dataset.fetch(rows).stored)
 
 
 def hash_files(files: list[Path], progress: bool = False) -> str:

@@ -17,7 +17,7 @@ from flowt2i.export import diffusers_model, diffusers_pipeline
 from flowt2i.export.carry import self_contained
 from flowt2i.export.diffusers_model import FlowT2ITransformer
 from flowt2i.export.diffusers_pipeline import FlowT2IPipeline
-from flowt2i.export.facts import plain_euler
+from flowt2i.export.facts import euler_steps
 from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import quiet
 
@@ -62,7 +62,7 @@ def as_diffusers(pipeline: Pipeline, dtype: torch.dtype = torch.float32) -> Flow
         vae=pipeline.codec.net if description.codec.kind == "vae" else None,
         max_tokens=text.max_tokens,
         caption_tokens=max(description.longest_caption, 1),
-        steps=own["steps"] if plain_euler(own) else 50,  # the scheduler is Euler's, which needs more steps than the others
+        steps=euler_steps(own),
         guidance=own["guidance"],
     )
 

@@ -8,6 +8,7 @@ from flowt2i import exported
 from flowt2i.description import DatasetDescription
 from flowt2i.pipeline import Pipeline
 from flowt2i.training import checkpoint
+from flowt2i.training.tracking import read_log
 
 
 def training_facts(model: Path, pipeline: Pipeline) -> dict[str, Any]:
@@ -25,11 +26,11 @@ def training_facts(model: Path, pipeline: Pipeline) -> dict[str, Any]:
     return {
         "step": state["step"],
         "images_seen": state["images_seen"],
-        "seconds": _seconds(_lines(run / "log.jsonl", state["step"])),
+        "seconds": _seconds(read_log(run / "log.jsonl", state["step"])),
         "parameters": parameters,
         "device": resolved.get("device_name") or resolved.get("device"),
         "ranks": resolved.get("ranks"),
-        "scores": _scores(_lines(run / "eval.jsonl", state["step"])),
+        "scores": _scores(read_log(run / "eval.jsonl", state["step"])),
     }
 
 
@@ -41,9 +42,9 @@ def public_source(description: DatasetDescription) -> str:
     return ", ".join(told if set(description.source.split(", ")) <= set(told) else [*told, "local files"])
 
 
-def plain_euler(settings: dict[str, Any]) -> bool:
-    """Are these sampling settings Euler's method on even (or shifted) times, as other programs have it?"""
-    return settings["solver"] == "euler" and settings["schedule"] == "uniform"
+def euler_steps(settings: dict[str, Any]) -> int:
+    """Steps for programs that know Euler's method on even (or shifted) times only: the model's own where it draws so, else 50, for the others need fewer."""
+    return settings["steps"] if settings["solver"] == "euler" and settings["schedule"] == "uniform" else 50
 
 
 def _resolved(path: Path) -> dict[str, Any]:
@@ -51,23 +52,6 @@ def _resolved(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text()).get("resolved", {})
     except (OSError, ValueError, AttributeError):
         return {}
-
-
-def _lines(path: Path, step: int) -> list[dict[str, Any]]:
-    """Lines of a log up to a step; those that a kill cut short are passed over."""
-    try:
-        texts = path.read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-            if line["step"] <= step:
-                found.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
 
 
 def _seconds(lines: list[dict[str, Any]]) -> float | None:

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from flowt2i import exported
 from flowt2i.description import DatasetDescription
 from flowt2i.export.facts import public_source
+from flowt2i.hub import PATTERNS
 from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import find_pretrained, weight_files
 
-TRAVELS = {".safetensors", ".json", ".txt"}  # and nothing else: what `hub.PATTERNS` fetches
+TRAVELS = {Path(pattern).suffix for pattern in PATTERNS}  # what is fetched from the hub, and nothing else
 
 
 def write(pipeline: Pipeline, folder: Path, dtype: torch.dtype, captions: int, nets: bool, vae: str | None, text: str | None) -> None:

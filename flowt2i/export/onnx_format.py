@@ -23,7 +23,7 @@ from flowt2i import flow
 from flowt2i.errors import UserError
 from flowt2i.export import onnx_sample
 from flowt2i.export.carry import self_contained
-from flowt2i.export.facts import plain_euler
+from flowt2i.export.facts import euler_steps
 from flowt2i.model import FlowTransformer
 from flowt2i.pipeline import Pipeline
 
@@ -129,7 +129,7 @@ def _write_sampling(pipeline: Pipeline, folder: Path, longest: int) -> None:
         "max_tokens": longest,
         "caption_tokens": min(max(description.longest_caption, 1), longest),
         "pad_id": text.pad_id,
-        "steps": own["steps"] if plain_euler(own) else 50,  # sample.py steps as Euler does
+        "steps": euler_steps(own),  # sample.py steps as Euler does
         "guidance": own["guidance"],
         "shift": own["shift"],
     }

@@ -20,9 +20,6 @@ would ask takes its last step by another of one order less, whose single larger 
 | sde | 1 (weak) | N | stochastic, the same marginals |
 """
 
-from collections.abc import Callable
-
-from flowt2i.schedules import shift_times, uniform_times
 from flowt2i.solvers.adaptive import ToleranceError, dopri5
 from flowt2i.solvers.fixed import Callback, Solver, Velocity, ab2, ab4, euler, heun, midpoint, rk4
 from flowt2i.solvers.stochastic import sde
@@ -31,11 +28,4 @@ SOLVERS: dict[str, Solver] = {
     "euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ab2": ab2, "ab4": ab4, "dopri5": dopri5, "sde": sde,
 }  # fmt: skip
 
-# Of the velocity, by number of steps, where it is known beforehand. What a drawing took is counted as it happens (`Samples.evaluations`).
-EVALUATIONS: dict[str, Callable[[int], int]] = {
-    "euler": lambda steps: steps, "heun": lambda steps: 2 * steps - 1, "midpoint": lambda steps: 2 * steps, "rk4": lambda steps: 4 * steps - 1,
-    "ab2": lambda steps: steps, "ab4": lambda steps: steps + 2 * min(3, steps), "sde": lambda steps: steps,
-}  # fmt: skip
-
-__all__ = ["EVALUATIONS", "SOLVERS", "Callback", "Solver", "ToleranceError", "Velocity", "ab2", "ab4", "dopri5", "euler", "heun", "midpoint", "rk4", "sde",
-           "shift_times", "uniform_times"]  # fmt: skip
+__all__ = ["SOLVERS", "Callback", "Solver", "ToleranceError", "Velocity", "ab2", "ab4", "dopri5", "euler", "heun", "midpoint", "rk4", "sde"]

@@ -46,7 +46,7 @@ from flowt2i.training.objective import Objective, Terms, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate, schedule_steps
 from flowt2i.training.saver import Contents, Saver
 from flowt2i.training.score import KernelScore
-from flowt2i.training.tracking import Tracker, picture_name
+from flowt2i.training.tracking import Tracker, picture_name, read_log
 
 WARM, TIMED = 5, 20  # `train.minutes`: the first steps (compilation) do not count; the speed is first known after so many
 
@@ -476,9 +476,8 @@ class Trainer:
 
     def _was_shown(self) -> bool:
         """Whether the evaluation at this step and its pictures are there."""
-        log = self.run_folder / "eval.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []  # whole ones: a `Tracker` was here
-        return any(json.loads(line)["step"] == self.step for line in lines) and (self.run_folder / picture_name(self.step, "samples")).exists()
+        lines = read_log(self.run_folder / "eval.jsonl")
+        return any(line["step"] == self.step for line in lines) and (self.run_folder / picture_name(self.step, "samples")).exists()
 
     def _last_save(self) -> dict[str, Any]:
         """What the newest finished write took, once, for the log."""

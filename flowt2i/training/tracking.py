@@ -1,6 +1,7 @@
 """Where a run's numbers and pictures go: `RUN/log.jsonl` always, TensorBoard and Weights & Biases where asked for."""
 
 import json
+import math
 import uuid
 from pathlib import Path
 from typing import Any
@@ -96,17 +97,23 @@ def picture_name(step: int, name: str) -> str:
     return f"samples/step-{step:08d}{'' if name == 'samples' else '-' + name}.png"
 
 
+def read_log(path: Path, until: float = math.inf) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl or eval.jsonl, up to the step `until`. A line that a kill cut short is left out; no lines where there is no such file."""
+    found = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+            if line["step"] <= until:
+                found.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
 def _cut(path: Path, step: int) -> None:
     """Drop lines past the step that a resume continues from, so that no step stands in a log twice."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that a kill cut short
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in kept))
+    aside.write_text("".join(json.dumps(line) + "\n" for line in read_log(path, step)))
     aside.replace(path)
