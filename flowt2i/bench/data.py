@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,12 +12,12 @@ from flowt2i.data.prepare import prepare
 from flowt2i.text import END, PAD, learn_tokenizer
 
 COUNT = 600  # scenes; a loop sees them again and again
-T5_SMALL = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+T5_SMALL: dict[str, Any] = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
 
 
 def generated(folder: Path, latents: bool) -> Path:
     """A prepared dataset of scenes in `folder`. latents: 8x8x4 ones, and captions for an encoder of T5-small's size, both of random weights."""
-    options = {"sources": ["scenes"], "out": folder / "data", "count": COUNT, "workers": 1}
+    options: dict[str, Any] = {"sources": ["scenes"], "out": folder / "data", "count": COUNT, "workers": 1}
     if latents:
         options |= {"codec": str(stand_in_vae(folder / "vae")), "text": str(stand_in_encoder(folder / "t5"))}
     with warnings.catch_warnings():
@@ -30,7 +31,7 @@ def stand_in_vae(folder: Path) -> Path:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (8, 8, 8, 8)}
+    blocks: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (8, 8, 8, 8)}
     AutoencoderKL(**blocks, latent_channels=4, norm_num_groups=4, layers_per_block=1).save_pretrained(folder, safe_serialization=True)
     return folder
 

@@ -33,7 +33,8 @@ def largest(step: BareStep, batch: int) -> tuple[int, str]:
     if step.device.type == "cuda":
         found = largest_that_fits(sizes, step.fits)
     else:
-        there = sum(p.numel() * p.element_size() for model in (step.model, step.ema and step.ema.model) if model for p in model.parameters())
+        models = [step.model, *([step.ema.model] if step.ema else [])]
+        there = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
         most = footprint(step).largest((memory_bytes(available=True) or memory_bytes()) + there)
         found = largest_that_fits(sizes, lambda size: size <= most)
     if not found:
