@@ -1,60 +1,58 @@
 #!/usr/bin/env python3
-"""Quality against evaluations, for solvers, schedules and guidance: a table and a plot.
+"""Quality against evaluations, for solvers, schedules and guidance: a table, and a plot of each.
 
-    python benchmarks/sampling.py --model runs/quickstart --num 200 --out sampling.png
-    python benchmarks/sampling.py --only solvers --num 100                  # solvers, schedules, guidance or the default alone
-    python benchmarks/sampling.py --guide runs/quickstart/checkpoints/step_00001000 --only guidance
+    python benchmarks/sampling.py --model runs/quickstart --name scenes
+    python benchmarks/sampling.py --model runs/emoji --data data/emoji --name emoji --guide "smaller model=runs/emoji-small"
+    python benchmarks/sampling.py --model runs/quickstart --name scenes --groups guidance --estimate     # how long it would take
 
-Every setting draws the same prompts from the same seeds, so differences are paired. `distance` is the root mean square difference (pixels in [0, 1]) to
-the reference, 100 midpoint steps (200 evaluations, 400 with guidance). On the built-in scenes `right` is the share of pictures that show all the prompt
-says, by the exact checker, with Wilson's 95% interval, and the last column the difference to 50 Euler steps with the 95% interval of a paired difference.
-An evaluation is one captioned picture through the network, guidance's counted.
-What is measured is kept in OUT.jsonl, line by line, with a fingerprint of the model's weights and settings and of the reference: the same command goes on
-where it was stopped, and what another model drew is never mixed in.
+What is measured stands in `sampling_settings.py`. Every setting draws the same prompts from the same seeds. On the built-in scenes quality is the share
+of pictures that show all the prompt says, by the exact checker, and its paired difference to 50 even Euler steps (Newcombe's 95% interval). On other data it
+is the kernel distance (an unbiased estimate, of `--num` pictures, with its standard error) and, where a setting tells much, the Fréchet distance of 2,048
+pictures: those of `flowt2i evaluate --metrics frechet,kid --reference train`, the same captions, seeds, pictures and reference. `distance` is the root mean
+square difference (pixels in [0, 1]) of the first pictures to those of 100 midpoint steps from the same noise.
+An evaluation is one captioned picture through a network, guidance's counted. `dopri5` draws one by one, so of a quarter of the pictures.
+
+Results go to RESULTS/sampling-NAME.json (and .md, the table) after each setting, so the same command goes on where it was stopped; plots to
+IMAGES/sampling-GROUP-NAME.png. What another model drew, or what was measured on other prompts or another reference, is never taken over.
 """
 
 import argparse
+import functools
 import hashlib
 import json
-import math
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import machine
 import numpy as np
+import sampling_plot
+from sampling_settings import DEFAULT, FRECHET, PLAIN, Settings, cost, groups, label, named, same_flow
 from tqdm import tqdm
 
 from flowt2i import Pipeline
 from flowt2i.commands.common import newest_run
-from flowt2i.evaluation.scenes import FIRST_SEED, wilson
+from flowt2i.commands.evaluate import trained_on
+from flowt2i.data import scenes
+from flowt2i.evaluation.frechet import LEAST, Moments, frechet_distance
+from flowt2i.evaluation.intervals import paired_difference, wilson
+from flowt2i.evaluation.kid import kernel_distance
+from flowt2i.evaluation.metrics import Context
+from flowt2i.evaluation.pictures import Drawing, features
+from flowt2i.evaluation.scenes import FIRST_SEED, verdicts
+from flowt2i.model import count_parameters
+from flowt2i.training import checkpoint
+from flowt2i.training.distributed import World
 
-SOLVERS: list[dict[str, Any]] = [
-    *({"solver": "euler", "steps": n} for n in (4, 6, 8, 12, 16, 25, 50)),
-    *({"solver": "ab2", "steps": n} for n in (4, 6, 8, 12, 16, 25)),
-    *({"solver": "heun", "steps": n} for n in (3, 4, 6, 8, 13)),
-    *({"solver": "midpoint", "steps": n} for n in (2, 3, 4, 6, 8)),
-    *({"solver": "ab4", "steps": n} for n in (4, 6, 10)),
-    *({"solver": "rk4", "steps": n} for n in (1, 2, 3, 4)),
-    *({"solver": "sde", "steps": n} for n in (8, 16, 50)),
-    *({"solver": "dopri5", "tolerance": t} for t in (0.1, 0.03)),
-]
-SCHEDULES: list[dict[str, Any]] = [
-    *({"solver": s, "steps": 8, "shift": shift} for s in ("euler", "ab2", "sde") for shift in (0.5, 2.0, 3.0, 5.0, 8.0)),
-    *({"solver": s, "steps": n, "shift": 5.0} for s, n in [("ab2", 4), ("ab2", 6), ("ab2", 12), ("ab2", 16), ("euler", 16), ("euler", 25), ("euler", 50)]),
-    *({"solver": s, "steps": 4, "shift": 5.0} for s in ("heun", "midpoint", "ab4")),
-]
-DEFAULT: list[dict[str, Any]] = [{"solver": s, "steps": 8, "shift": 5.0} for s in ("euler", "ab2")]  # that of the preset `quickstart` first
-GUIDANCE: list[dict[str, Any]] = [
-    {"guidance": 1.0}, {"guidance": 2.0}, {"guidance": 4.0}, {"guidance": 5.0},
-    {"guidance_rule": "zero-star"}, {"guidance_rule": "zero-star", "zero_init": 0.04}, *({"guidance_rescale": share} for share in (0.5, 0.7, 1.0)),
-    {"guidance_from": 0.1}, {"guidance_from": 0.2}, {"guidance_until": 0.5}, {"guidance_until": 0.7}, {"guidance_from": 0.05, "guidance_until": 0.6},
-]  # fmt: skip
+FAR = 64  # pictures of the distance to 100 midpoint steps
+TRIED = 64  # pictures that are drawn to see how fast this machine is
+Row = dict[str, Any]
 
 
 def benchmark_prompts(pipeline: Pipeline, count: int) -> list[str]:
     """Scenes' own prompts, or the captions that came with the data, again and again."""
     if pipeline.description.is_scenes:
-        from flowt2i.data import scenes
-
         return scenes.prompts(0, count, heldout=False)
     known = list(pipeline.description.prompts) or ["a picture"]
     return [known[i % len(known)] for i in range(count)]
@@ -65,142 +63,237 @@ def distances(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square((images.astype(np.float32) - reference) / 255).mean((1, 2, 3)))
 
 
-def fingerprint(pipeline: Pipeline, **more: Any) -> str:
-    """Of all that decides what is drawn: the weights, the model's own settings, and `more`."""
-    digest = hashlib.sha256(json.dumps([pipeline.settings(), more], sort_keys=True).encode())
-    for name, weight in sorted(pipeline.model.state_dict().items()):
-        digest.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+class Measure(Protocol):
+    """What quality is, on some data."""
+
+    prompts: list[str]
+    protocol: dict[str, Any]  # what has to be equal for two numbers to be comparable, and what they are to be seen beside
+
+    def count(self, settings: Settings) -> int: ...  # pictures
+
+    def of(self, images: np.ndarray) -> Row: ...  # uint8 [N, H, W, 3], of the first N prompts
 
 
-def right(images: np.ndarray, prompts: list[str]) -> list[bool]:
-    """Whether each picture shows all that its prompt says."""
-    from flowt2i.data import scenes_check
+class Following:
+    """On scenes: whether a picture shows all that its prompt says."""
 
-    return [bool(scenes_check.check(image, prompt).all) for image, prompt in zip(images, prompts)]
+    def __init__(self, num: int):
+        self.num, self.prompts = num, scenes.prompts(0, num, heldout=False)
+        self.protocol = {"score": "scenes", "num": num, "prompts": "those of `flowt2i evaluate`, seed 0"}
 
+    def count(self, settings: Settings) -> int:
+        return _fewer(settings, self.num)
 
-def paired(a: list[bool], b: list[bool]) -> tuple[float, float]:
-    """Mean of a - b and half its 95% interval (Agresti & Min 2005: the paired Wald interval with half a pair added to each cell)."""
-    n = len(a) + 2
-    up, down = (sum(x > y for x, y in zip(a, b)) + 0.5) / n, (sum(x < y for x, y in zip(a, b)) + 0.5) / n
-    return up - down, 1.96 * math.sqrt((up + down - (up - down) ** 2) / n)
-
-
-def label(settings: dict[str, Any]) -> str:
-    return " ".join(str(v) if k in ("solver", "steps") else f"{k.removeprefix('guidance_')} {v}" for k, v in settings.items())
+    def of(self, images: np.ndarray) -> Row:
+        return {"hits": "".join(str(int(holds["all"])) for holds in verdicts(images, self.prompts))}
 
 
-def settings_to_measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each once, the 50 Euler steps that all are compared with first."""
-    base = DEFAULT[0] | {name: value for name, value in (("solver", args.solver), ("steps", args.steps), ("shift", args.shift)) if value is not None}
-    chosen: list[dict[str, Any]] = [{"solver": "euler", "steps": 50}]
-    if args.only in (None, "solvers"):
-        chosen += SOLVERS
-    if args.only in (None, "schedules"):
-        chosen += SCHEDULES + [{"solver": s, "steps": n, "schedule": name} for name in args.schedule for s in ("euler", "ab2") for n in (6, 8)]
-    if args.only in (None, "default"):
-        chosen += DEFAULT
-    if args.only in (None, "guidance"):
-        chosen += [base, *(base | g for g in GUIDANCE)]
-        chosen += [base | {"guidance": g, "guide": str(args.guide)} for g in (1.5, 2.0, 3.0) if args.guide]
-    return [s for i, s in enumerate(chosen) if s not in chosen[:i]]
+class Distances:
+    """On other data: how far the pictures are from real ones."""
+
+    def __init__(self, context: Context, few: int, many: int):
+        """many: pictures of a Fréchet distance (0: none is taken), few: of the other settings; `context.num` is the larger."""
+        self.few, self.many, self.context, self.prompts = few, many, context, context.prompts
+        self.net, self.reference = context.net(), context.reference_of()
+        self.moments = Moments.of(self.reference.features)
+        first, rest = self.reference.parted(context.num)
+        floor = kernel_distance(first, rest)
+        self.protocol = {
+            "score": f"distance on {self.net.name}", "num": few, "frechet_num": many, "prompts": context.asked,
+            "reference": self.reference.identity.hash, "reference_of": f"{self.reference.identity.count} pictures, {context.real}",
+            "floor": {"kid": floor.value, "kid_error": floor.error, "of": len(first)},
+        }  # fmt: skip
+        if len(first) >= LEAST:
+            self.protocol["floor"]["frechet"] = frechet_distance(Moments.of(first), Moments.of(rest))
+
+    def count(self, settings: Settings) -> int:
+        return self.many if settings in FRECHET and self.many else _fewer(settings, self.few)
+
+    def of(self, images: np.ndarray) -> Row:
+        found = features(self.net, images, self.context.world, progress=False)
+        kid = kernel_distance(found, self.reference.features)
+        frechet = {"frechet": frechet_distance(Moments.of(found), self.moments)} if len(images) >= LEAST else {}
+        return {"kid": kid.value, "kid_error": kid.error, **frechet}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| setting | evaluations | distance | right | less 50 Euler steps |", "|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda r: (r["evaluations"], r["label"])):
-        score = f"{row['right']:.1%} [{row['low']:.1%}, {row['high']:.1%}]" if "right" in row else ""
-        less = f"{100 * row['less']:+.1f} ± {100 * row['less_half']:.1f}" if "less" in row else ""
-        lines.append(f"| {row['label']} | {row['evaluations']} | {row['distance']:.4f} | {score} | {less} |")
-    return "\n".join(lines)
+def _fewer(settings: Settings, num: int) -> int:
+    return min(num, max(3, num // 4)) if settings["solver"] == "dopri5" else num
 
 
-def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    import matplotlib
+def measure_for(pipeline: Pipeline, args: argparse.Namespace) -> Measure:
+    if pipeline.description.is_scenes:
+        return Following(args.num or 300)
+    few = args.num or 192
+    context = Context(World(0, 1, pipeline.device), max(few, args.frechet_num), pipeline, args.data or trained_on(pipeline), real=args.reference)
+    return Distances(context, few, args.frechet_num)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    has_score = "right" in rows[0]
-    figure, axes = pyplot.subplots(1, 1 + has_score, figsize=(6.5 * (1 + has_score), 5), squeeze=False, layout="constrained")
-    groups: dict[str, list[dict[str, Any]]] = {}
+def guides_of(pipeline: Pipeline, given: list[str]) -> dict[str, Path]:
+    """Weaker models for autoguidance: the oldest checkpoint that the run still has, and those given as NAME=PATH (or PATH)."""
+    run = Path(pipeline.name)
+    steps = checkpoint.list_steps(run)
+    found = {f"step {steps[0]:,} of {steps[-1]:,}": checkpoint.folder(run, steps[0])} if len(steps) > 1 else {}
+    for word in given:
+        name, _, path = word.rpartition("=")
+        found[name or Path(path).name] = Path(path)
+    return found
+
+
+class Bench:
+    """Draws and measures, and keeps what it measured in a file."""
+
+    def __init__(self, pipeline: Pipeline, measure: Measure, file: Path):
+        self.pipeline, self.measure, self.file = pipeline, measure, file
+        kept = json.loads(file.read_text())["rows"] if file.exists() else []
+        self.known: dict[str, Row] = {row["key"]: row for row in kept}
+
+    def key(self, settings: Settings) -> str:
+        """Of all that a row depends on: weights (a guide's too), settings, seed, prompts, and what quality is."""
+        count = self.measure.count(settings)
+        drawing = Drawing(self.pipeline, self.measure.prompts[:count], 0, settings)
+        told = [drawing.fingerprint(), drawing.prompts, self.measure.protocol["score"], self.measure.protocol.get("reference")]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    def row(self, settings: Settings, progress: Callable[[int], Any]) -> Row:
+        """Known, or measured now."""
+        key = self.key(settings)
+        if key not in self.known:
+            count = self.measure.count(settings)
+            drawn = self.pipeline.sample(self.measure.prompts[:count], seed=FIRST_SEED, progress=progress, **settings)  # as `evaluation.pictures` draws
+            told = {name: value for name, value in named(settings).items() if value != PLAIN.get(name)}
+            row = {"label": label(settings), "key": key, "settings": told, "num": count, "evaluations": drawn.evaluations, **self.measure.of(drawn.images)}
+            if same_flow(settings):
+                row["distance"] = round(float(distances(drawn.images[:FAR], self.far[: min(FAR, count)]).mean()), 5)
+            self.known[key] = row
+        return self.known[key]
+
+    @functools.cached_property
+    def far(self) -> np.ndarray:
+        """What 100 midpoint steps draw."""
+        return self.pipeline.sample(self.measure.prompts[:FAR], seed=FIRST_SEED, **PLAIN | {"solver": "midpoint", "steps": 100}).images
+
+    def seconds(self, settings: list[Settings]) -> list[float]:
+        """About what each takes here: of an evaluation, of measuring whatever number of pictures, and of measuring one more, as they are tried."""
+        prompts, few = (self.measure.prompts * TRIED)[:TRIED], DEFAULT | {"steps": 2}
+        self.pipeline.sample(prompts, **few)
+        drawn = self.pipeline.sample(prompts, **few)
+        marks = [time.perf_counter()]
+        for part in (drawn.images[: TRIED // 4], drawn.images):
+            self.measure.of(part)
+            marks.append(time.perf_counter())
+        least, most = marks[1] - marks[0], marks[2] - marks[1]
+        an_evaluation, a_picture = drawn.seconds / (TRIED * drawn.evaluations), max(0.0, most - least) / (TRIED - TRIED // 4)
+        at_all = max(0.0, most - TRIED * a_picture)
+        return [at_all + self.measure.count(s) * (cost(s) * an_evaluation + a_picture) for s in settings]
+
+    def run(self, wanted: list[Settings], protocol: dict[str, Any], estimate: bool = False) -> list[Row]:
+        """A row for each; [] where only the time it takes was asked for."""
+        new = [s for s in wanted if self.key(s) not in self.known]
+        work = self.seconds(new) if new else []
+        pictures = sum(map(self.measure.count, new))
+        print(f"{len(new)} of {len(wanted)} settings to measure, {pictures:,} pictures: about {sum(work) / 60:.0f} min on this machine", flush=True)
+        if estimate:
+            return []
+        with tqdm(total=sum(work), bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left", leave=False) as bar:
+            for settings, seconds in zip(new, work):
+                bar.set_description(label(settings))
+                each = seconds / self.measure.count(settings)
+                self.row(settings, lambda n, each=each: bar.update(n * each))
+                self.save(protocol)
+        return finished([self.row(s, lambda n: None) for s in wanted])
+
+    def save(self, protocol: dict[str, Any]) -> None:
+        """Whole or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.file.with_name(f".{self.file.name}")
+        rows = ",\n".join(json.dumps(row) for row in self.known.values())
+        aside.write_text(json.dumps(protocol, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]}}\n')
+        aside.replace(self.file)
+
+
+def finished(rows: list[Row]) -> list[Row]:
+    """With what follows from the hits of a row and of the first, 50 even Euler steps: shares, and the paired difference."""
+    out = []
     for row in rows:
-        told = {k: v for k, v in row["settings"].items() if k not in ("solver", "steps", "tolerance")}
-        groups.setdefault(label({"solver": row["settings"]["solver"], **told}), []).append(row)
-    colours = pyplot.colormaps["tab10"]
-    lines = sorted((name for name, group in groups.items() if len(group) > 1), key=lambda name: -len(groups[name]))
-    for axis, key, what in zip(axes[0], ("distance", "right"), ("distance to the reference", "pictures all right")):
-        for i, name in enumerate(lines):
-            group = sorted(groups[name], key=lambda r: r["evaluations"])
-            axis.plot([r["evaluations"] for r in group], [r[key] for r in group], "o-", color=colours(i % 10), label=name, markersize=4, linewidth=1.3)
-        alone = [group[0] for group in groups.values() if len(group) == 1]
-        axis.plot([r["evaluations"] for r in alone], [r[key] for r in alone], "x", color="0.6", label="others (in the table)", markersize=5)
-        axis.axvline(16, color="0.8", linewidth=1, zorder=0)
-        axis.set(xscale="log", xlabel="evaluations a picture", ylabel=what, xticks=[4, 8, 16, 32, 64, 100], xticklabels=["4", "8", "16", "32", "64", "100"])
-        axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
-        if key == "distance":
-            axis.set_yscale("log")
-    reference = next((r for r in rows if r["settings"] == {"solver": "euler", "steps": 50}), None)
-    if has_score and reference:
-        axes[0][1].axhspan(reference["low"], reference["high"], color="0.93", zorder=0, label="50 Euler steps, 95%")
-        axes[0][1].axhline(reference["right"], color="0.5", linewidth=0.8, linestyle="--")
-    axes[0][-1].legend(fontsize=8, frameon=False, loc="lower right" if has_score else "best")
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
+        more: Row = {}
+        if "hits" in row:
+            hits, plain = ([h == "1" for h in r["hits"][: row["num"]]] for r in (row, rows[0]))
+            low, high = wilson(sum(hits), len(hits))
+            more = {"right": sum(hits) / len(hits), "low": low, "high": high, "less": paired_difference(plain, hits)}
+        out.append(row | more)
+    return out
 
 
-def main() -> None:
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    of_scenes = "right" in rows[0]
+    columns = ["right", "less 50 Euler steps"] if of_scenes else ["kernel distance × 1000", "Fréchet distance"]
+    lines = [f"| setting | evaluations | {' | '.join(columns)} | pictures | distance |", "|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda r: (r["evaluations"], r["label"])):
+        if of_scenes:
+            less = row["less"]
+            told = [
+                f"{row['right']:.1%}",
+                f"{100 * less['difference']:+.1f} [{100 * less['low']:+.1f}, {100 * less['high']:+.1f}]" if row is not rows[0] else "",
+            ]
+        else:
+            told = [f"{1000 * row['kid']:.1f} ± {1000 * row['kid_error']:.1f}", f"{row['frechet']:.1f}" if "frechet" in row else ""]
+        far = f"{row['distance']:.4f}" if "distance" in row else ""
+        lines.append(f"| {row['label']} | {row['evaluations']} | {told[0]} | {told[1]} | {row['num']:,} | {far} |")
+    return "\n".join(lines) + "\n"
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="default: the newest run")
-    parser.add_argument("--num", type=int, default=200, help="prompts (default 200)")
-    parser.add_argument("--only", choices=["solvers", "schedules", "guidance", "default"])
-    parser.add_argument("--solver", help="of the comparison of guidance (default euler)")
-    parser.add_argument("--steps", type=int, help="of the comparison of guidance (default 8)")
-    parser.add_argument("--shift", type=float, help="of the comparison of guidance (default 5)")
-    parser.add_argument("--guide", type=Path, help="a weaker checkpoint, for autoguidance")
-    parser.add_argument("--schedule", nargs="*", default=[], help="searched schedules to compare")
-    parser.add_argument("--reference", type=int, default=100, help="midpoint steps of the reference (default 100)")
-    parser.add_argument("--out", type=Path, default=Path("sampling.png"), help="the plot; OUT.jsonl keeps what is measured")
+    parser.add_argument("--model", type=Path, help="run folder, or another model (default: the newest run)")
+    parser.add_argument("--data", type=Path, help="its dataset (default: the one it was trained on, where it still is); scenes need none")
+    parser.add_argument("--name", help="of results and plots (default: the model's folder)")
+    parser.add_argument("--groups", default="solvers,schedules,guidance", help="what to measure, with commas between (default: all three)")
+    parser.add_argument("--num", type=int, help="pictures a setting (default 300 on scenes, else 192)")
+    parser.add_argument("--frechet-num", type=int, default=LEAST, help=f"pictures of a Fréchet distance, of {len(FRECHET)} settings (default {LEAST}; 0: none)")
+    parser.add_argument("--reference", default="train", help="real pictures: train (default), heldout, or a folder")
+    parser.add_argument(
+        "--guide", action="append", default=[], metavar="NAME=MODEL", help="a weaker model for autoguidance; beside the run's oldest checkpoint"
+    )
+    parser.add_argument("--estimate", action="store_true", help="only say how long it would take")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--images", type=Path, default=Path("docs/images"))
     parser.add_argument("--device")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     args = parser.parse_args()
+    args.groups = args.groups.split(",")
+    if unknown := set(args.groups) - set(groups({})):
+        parser.error(f"no group {', '.join(sorted(unknown))}: there are {', '.join(groups({}))}")
+    if 0 < args.frechet_num < LEAST:
+        parser.error(f"a Fréchet distance needs {LEAST} pictures or more (--frechet-num 0: none)")
+    return args
+
+
+def main() -> None:
+    args = arguments()
     pipeline = Pipeline.from_pretrained(args.model or newest_run(), device=args.device)
-    prompts = benchmark_prompts(pipeline, args.num)
-    kept = args.out.with_suffix(".jsonl")
-    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    plain = fingerprint(pipeline, prompts=prompts, reference=args.reference)
-    guided = plain + (fingerprint(Pipeline.from_pretrained(args.guide, device=args.device)) if args.guide else "")
-    known = {(line["label"], line.get("key")): line for line in lines}
-    far_file = args.out.with_name(f"{args.out.stem}-reference-{plain}.npy")
-    if not far_file.exists():
-        with tqdm(total=args.num, desc="reference", leave=False) as bar:
-            far = pipeline.sample(prompts, steps=args.reference, solver="midpoint", schedule="uniform", shift=1.0, seed=FIRST_SEED, progress=bar.update).images
-        np.save(far_file, far)
-    reference = np.load(far_file)
-    rows: list[dict[str, Any]] = []
-    for settings in tqdm(settings_to_measure(args), desc="settings", leave=False):
-        name, key = label(settings), guided if "guide" in settings else plain
-        if (name, key) not in known:
-            drawn = pipeline.sample(prompts, seed=FIRST_SEED, **{"shift": 1.0, "schedule": "uniform"} | settings)
-            row = {"label": name, "key": key, "model": pipeline.name, "num": args.num, "settings": settings, "evaluations": drawn.evaluations}
-            row |= {"distance": float(distances(drawn.images, reference).mean()), "seconds": round(drawn.seconds, 2)}
-            if pipeline.description.is_scenes:
-                hits = right(drawn.images, prompts)
-                low, high = wilson(sum(hits), args.num)
-                row |= {"right": sum(hits) / args.num, "low": low, "high": high, "hits": [int(h) for h in hits]}
-            with kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            known[name, key] = row
-        rows.append(known[name, key])
-    for row in rows:
-        if "hits" in row:
-            row["less"], row["less_half"] = paired(row["hits"], rows[0]["hits"])
+    name = args.name or Path(pipeline.name).name
+    panels = {group: p for group, p in groups(guides_of(pipeline, args.guide)).items() if group in args.groups}
+    listed = [PLAIN, *(s for p in panels.values() for lines in p.values() for points in lines.values() for s in points)]
+    wanted = [s for i, s in enumerate(listed) if s not in listed[:i]]
+    measure = measure_for(pipeline, args)
+    parameters = count_parameters(pipeline.model)["total"]
+    protocol = {"model": pipeline.told() | {"parameters": parameters}, **machine.facts(pipeline.device), "protocol": measure.protocol}
+    bench = Bench(pipeline, measure, args.results / f"sampling-{name}.json")
+    rows = bench.run(wanted, protocol, args.estimate)
+    if not rows:
+        return
+    (args.results / f"sampling-{name}.md").write_text(table(rows))
     print(table(rows))
-    plot(rows, args.out, f"{Path(pipeline.name).name}: {args.num} prompts, guidance {pipeline.settings()['guidance']:g} unless said otherwise")
+    found = dict(zip(map(bench.key, wanted), rows))
+    title = f"{name}: {parameters / 1e6:.1f}M parameters, {pipeline.told().get('step', 0):,} training steps"
+    plots = []
+    for group, lines in panels.items():
+        drawn = {panel: {line: [found[bench.key(s)] for s in points] for line, points in of.items()} for panel, of in lines.items()}
+        plots.append(sampling_plot.plot(drawn, rows[0], args.images / f"sampling-{group}-{name}.png", f"{group.capitalize()} on {title}"))
+    print("\n".join(map(str, plots)))
     if args.json:
-        print(json.dumps({"plot": str(args.out), "rows": [{k: v for k, v in row.items() if k not in ("hits", "model")} for row in rows]}))
+        print(json.dumps({"plots": [str(p) for p in plots], "rows": [{k: v for k, v in row.items() if k != "hits"} for row in rows]}))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,9 @@ class TrainConfig(_Section):
     )
     log_every: int = Field(10, ge=1, description="steps between lines of log.jsonl")
     eval_every: int = Field(1_000, ge=0, description="steps between validation loss and sample grid; 0: at the end only")
+    eval_share: float = Field(
+        0.05, gt=0, le=1, description="most of the run's time that evaluations may take (a minute is free); one that would take more is put off; 1: none is"
+    )
     eval_images: int = Field(512, ge=1, description="held-out images of the validation loss, at most")
     score_prompts: int = Field(64, ge=0, description="scenes data: prompts of the prompt-following score at each evaluation; 0: none")
     score_images: int = Field(

@@ -32,7 +32,7 @@ from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.human import duration, size
 from flowt2i.text import load_encoder, load_tokenizer
-from flowt2i.training import checkpoint, dryrun
+from flowt2i.training import checkpoint, dryrun, pace
 from flowt2i.training.compiling import has_compiler, will_compile
 from flowt2i.training.distributed import accumulation, best_device
 from flowt2i.training.tracking import read_log
@@ -252,7 +252,7 @@ def trial(config: Config, data: Path, run: Path, codec: str | None, text: str | 
         except UserError as error:
             return [*findings, Finding("checkpoint", "fault", first_line(error))], None
         rates = [line["images_per_s"] for line in read_log(place / "log.jsonl")]
-    expected = expectation(config, micro / max(rates[1:]) * accumulate, written, summary["peak_memory_gib"])
+    expected = expectation(config, DatasetDescription.load(data), micro / max(rates[1:]) * accumulate, written, summary["peak_memory_gib"])
     return [*findings, *judge(config, expected, run)], expected
 
 
@@ -263,18 +263,21 @@ def few_steps(config: Config, micro: int) -> Config:
     few.train.compile = "on" if will_compile(config.train, best_device()) else "off"
     few.train.steps, few.train.minutes, few.train.log_every, few.train.checkpoint_every = 3, 0.0, 1, 3
     few.train.stop_after, few.train.dry_run = "", False  # this is one itself
-    few.train.eval_every, few.train.eval_images, few.train.score_prompts, few.sample.steps, few.sample.images = 0, 1, 0, 1, 1
+    few.train.eval_every, few.train.eval_images, few.train.score_prompts, few.train.score_images = 0, 1, 0, 0
+    few.sample.steps, few.sample.images = 1, 1
     few.track.use_wandb = few.track.tensorboard = False
     return few
 
 
-def expectation(config: Config, per_step: float, each: int, memory: float) -> dict[str, Any]:
-    """What the run will take, from a measured step and checkpoint. `steps` and `seconds` are None where no end is set."""
+def expectation(config: Config, description: DatasetDescription, per_step: float, each: int, memory: float) -> dict[str, Any]:
+    """What the run will take, from a measured step and checkpoint. `steps` and `seconds` (of training alone) are None where no end is set."""
     minutes = config.train.minutes
     steps = int(minutes * 60 / per_step) if minutes else config.train.steps
     at_once, for_good = dryrun.checkpoints_kept(config.train, steps)
+    evaluations = pace.expected(config, description, per_step, steps or 1000)
     return {
         "seconds_per_step": per_step, "steps": steps or None, "seconds": minutes * 60 if minutes else steps * per_step or None, "memory_gib": memory,
+        "evaluations": evaluations.number, "seconds_per_evaluation": evaluations.each,
         "checkpoint_bytes": each, "checkpoints_at_once": at_once, "checkpoints_for_good": for_good, "disk_bytes": each * (at_once + for_good),
     }  # fmt: skip
 
@@ -283,7 +286,9 @@ def judge(config: Config, expected: dict[str, Any], run: Path) -> Iterator[Findi
     """The expectation in words, and whether memory and disk suffice."""
     time = f"about {duration(expected['seconds'])}" if expected["seconds"] else "until stopped"
     steps = f"{expected['steps']:,} steps" if expected["steps"] else "any number of steps"
-    yield Finding("time", "good", f"{time} for {steps} at {expected['seconds_per_step']:.3g} s, on one {best_device().type} process, without evaluations")
+    evaluations = pace.Expected(expected["evaluations"], expected["seconds_per_evaluation"]).text + ("" if expected["steps"] else " in 1,000 steps")
+    told = f"{time} for {steps} at {expected['seconds_per_step']:.3g} s, on one {best_device().type} process; besides {evaluations}"
+    yield Finding("time", "good", told)
     have = torch.cuda.mem_get_info()[1] if best_device().type == "cuda" else main_memory()
     tight = expected["memory_gib"] * (1 << 30) > 0.9 * have
     found = f"{expected['memory_gib']:.1f} GiB of {size(have)}"

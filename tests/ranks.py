@@ -3,8 +3,8 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks.py JOBS.json OUT
 
 JOBS.json: a list of {"train": words of `flowt2i train`, and what is to go wrong: see `fault`}, {"evaluate": [checkpoint, data, words]} or
-{"collectives", "rehearse", "pictures" or "slow_disk": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the rank was given (step,
-first row, sample numbers, noise), or what the function of that name returns.
+{"collectives", "rehearse", "pictures", "kernel" or "slow_disk": [run, data, words]}. OUT/RANK.json: for each job its exit status and what the
+rank was given (step, first row, sample numbers, noise), or what the function of that name returns.
 """
 
 import errno
@@ -37,6 +37,7 @@ from flowt2i.training import evaluate as evaluation
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.fit_memory import fit_memory
 from flowt2i.training.loop import Trainer
+from flowt2i.training.pace import Pace
 from flowt2i.training.saver import Saver
 from flowt2i.training.score import KernelScore
 
@@ -198,6 +199,25 @@ def pictures(run: str, data: str, words: list[str]) -> dict[str, Any]:
     return found | {"scored": scored_error, "again": list(again), "net": net_error, "together": together}
 
 
+def kernel(run: str, data: str, words: list[str]) -> dict[str, Any]:
+    """The kernel distance of an evaluation on a small random net, and how many pictures this rank drew for it; whether the next two evaluations are due
+    where rank 0's clock says the first and not the second, and the others' the opposite."""
+    trainer = Trainer(resolve("quickstart", words), Path(data), Path(run), None, progress=False)
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 5, 3), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    net, pipeline = nets.TorchNet("random", layers, 32, 127, 60, "random", trainer.world.device), trainer.pipeline()
+    with mock.patch.object(nets, "has_efficientnet", return_value=True), mock.patch.object(nets, "load_net", return_value=net), mock.patch.object(
+        pipeline, "sample", wraps=pipeline.sample
+    ) as drawn:  # fmt: skip
+        found: dict[str, Any] = dict(KernelScore()(trainer, pipeline))
+    trainer.close()
+    due = []
+    for says in (True, False):
+        with mock.patch.object(Pace, "affordable", return_value=says is trainer.world.main):
+            due.append(Pace(2, 0.05).due(4, trainer.world))
+    return found | {"drawn": sum(len(call.args[0]) for call in drawn.call_args_list), "due": due}
+
+
 def error_of(work: Callable[[], Any]) -> str:
     """What a mistake says; nothing where there was none."""
     try:
@@ -246,7 +266,7 @@ def main() -> None:
                 results.append({"values": evaluate(trainer, None, last=True), "uneven": uneven_validation(world)})
                 trainer.close()
                 continue
-            other = next((work for work in (collectives, rehearse, pictures, slow_disk) if work.__name__ in job), None)
+            other = next((work for work in (collectives, rehearse, pictures, kernel, slow_disk) if work.__name__ in job), None)
             if other:
                 results.append(other(*job[other.__name__]))
                 continue

@@ -12,6 +12,7 @@ import torch
 from flowt2i import doctor
 from flowt2i.cli import main
 from flowt2i.config import resolve
+from flowt2i.description import DatasetDescription
 
 
 def found(capsys) -> dict[str, dict]:
@@ -64,15 +65,17 @@ def test_a_run_is_tried(scenes_data, tiny, tmp_path, capsys):
     expected = result["expected"]
     assert expected["steps"] == 30_000 and expected["seconds"] == pytest.approx(30_000 * expected["seconds_per_step"])
     assert (expected["checkpoints_at_once"], expected["checkpoints_for_good"]) == (4, 3)
+    assert expected["evaluations"] == 30 and expected["seconds_per_evaluation"] > 0
     assert expected["disk_bytes"] == 7 * expected["checkpoint_bytes"] > 0
     assert list(tmp_path.iterdir()) == []  # nothing is left
 
 
-def test_time_of_an_accumulated_step_counts_its_parts():
+def test_time_of_an_accumulated_step_counts_its_parts(scenes_data):
     config = resolve("stability", ["--train.steps", "1000"])
-    assert doctor.expectation(config, 2.0, 1 << 30, 3.0)["seconds"] == 2000
-    assert doctor.expectation(resolve("quickstart", ["--train.minutes", "2"]), 0.5, 1, 1)["steps"] == 240
-    assert doctor.expectation(resolve("debug", []), 0.5, 1, 1)["seconds"] is None
+    data = DatasetDescription.load(scenes_data)
+    assert doctor.expectation(config, data, 2.0, 1 << 30, 3.0)["seconds"] == 2000
+    assert doctor.expectation(resolve("quickstart", ["--train.minutes", "2"]), data, 0.5, 1, 1)["steps"] == 240
+    assert doctor.expectation(resolve("debug", []), data, 0.5, 1, 1)["seconds"] is None
     assert doctor.few_steps(config, 96).data.batch_size == 96
 
 

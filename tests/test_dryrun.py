@@ -164,7 +164,8 @@ def test_the_forecast_comes_once(scenes_data, tiny, tmp_path, capsys):
     train(resolve("quickstart", [*tiny, *QUIET, "--train.steps", "30"]), scenes_data, tmp_path / "run", progress=True)
     errors = capsys.readouterr().err
     told = [line for line in errors.replace("\r", "\n").splitlines() if "dry run: a" in line or "expected: " in line]
-    assert len(told) == 2 and "to go at" in told[1] and "GiB of" in told[1] and "of checkpoints (1 at once)" in told[1]
+    assert len(told) == 2 and "to go at" in told[1] and "1 evaluation of about 1 s included" in told[1]
+    assert "GiB of" in told[1] and "of checkpoints (1 at once)" in told[1]
     assert "and a picture: all work" in told[0]
     train(resolve("quickstart", [*tiny, *QUIET, "--train.steps", "60"]), scenes_data, tmp_path / "run", "latest", progress=True)
     assert capsys.readouterr().err.count("expected: ") == 1  # a resume shows it by its first steps

@@ -297,6 +297,7 @@ def test_mistakes_are_one_line_and_exit_2(run, dinov2, scenes_data, tmp_path, ca
         ([*model, "--metrics", "kid", "--heldout-pairs"], "--heldout-pairs is about"),
         ([*model, "--metrics", "kid", "--clip", "x"], "--clip is about"),
         ([*model, "--metrics", "fid,scenes"], "--net is about"),
+        (["--model", str(run), "--metrics", "scenes,loss", "--reference", "train"], "--reference is about"),
         ([*model, "--metrics", "scenes", "--out", str(broken / "0000.png" / "report")], "cannot write the report"),
         *(
             (folder(good, *words), f"{words[0]} is about a model's")
@@ -398,7 +399,7 @@ def test_a_model_of_the_hub(run, scenes_data, dinov2, capsys):  # noqa: F811
     assert {"kid", "loss"} == set(found["protocols"]) and sorted(run.glob("evaluation/*")) == kept
 
 
-def test_one_and_two_ranks_agree(run, dinov2, tmp_path):  # noqa: F811
+def test_one_and_two_ranks_agree(run, dinov2, tiny_clip, tmp_path):  # noqa: F811
     """29 pictures in blocks of 8 over one and two ranks, each with nothing kept: the same numbers to 1e-6; a mistake is said once."""
     found = []
     for size in (1, 2):
@@ -407,21 +408,23 @@ def test_one_and_two_ranks_agree(run, dinov2, tmp_path):  # noqa: F811
         data = json.loads((run / "config.json").read_text())["resolved"]["data"]
         shutil.copytree(data, tmp_path / f"data-{size}", ignore=shutil.ignore_patterns("references"))
         words = ["--model", str(copy), "--data", str(tmp_path / f"data-{size}"), "--net", str(dinov2), "--num", "29", "--steps", "2", "--json"]
+        words += ["--clip", str(tiny_clip), "--metrics"]
         script = tmp_path / f"evaluate-{size}.py"
         script.write_text(
-            "import sys\nfrom flowt2i import cli\nfrom flowt2i.evaluation import pictures\npictures.BLOCK = 8\n"
-            "cli.run(sys.argv[1:])\n"
+            "import sys\nfrom flowt2i import cli\nfrom flowt2i.evaluation import distribution, memorisation, pictures\n"
+            "pictures.BLOCK = distribution.LEAST = memorisation.LEAST_HELDOUT = 8\ncli.run(sys.argv[1:])\n"
         )  # fmt: skip
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--", str(script), "evaluate", *words]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*command, "--metrics", "kid,loss,scenes"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        done = subprocess.run([*command, "kid,frechet,loss,scenes,clip,memorisation"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(done.stdout.strip().splitlines()) == 1
         found.append(json.loads(done.stdout))
-    done = subprocess.run([*command, "--metrics", "frechet"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode != 0 and done.stderr.count("flowt2i evaluate: error") == 1 and "2,048" in done.stderr
+    done = subprocess.run([*command, "frechet", "--num", "7", "--clip", ""], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode != 0 and done.stderr.count("flowt2i evaluate: error") == 1 and "fewer than 8" in done.stderr
     one, two = ({name: value for name, value in each.items() if isinstance(value, float)} for each in found)
-    assert one.keys() == two.keys() and len(one) > 10
+    assert one.keys() == two.keys() and set(found[0]["protocols"]) == {"kid", "frechet", "loss", "scenes", "clip", "memorisation"}
+    assert {"frechet-dinov2-tiny-29@64", "frechet-dinov2-tiny-29@64/floor", "clip-tiny-clip-29@64", "clip-tiny-clip-29@64/real pictures"} <= one.keys()
     assert all(one[name] == pytest.approx(two[name], rel=1e-6, abs=1e-9) for name in one), (one, two)
 
 

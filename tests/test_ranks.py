@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import uneven_validation
+from ranks import kernel, uneven_validation
 from safetensors.torch import load_file
 
 from flowt2i import cli, errors
@@ -138,6 +138,19 @@ def test_pictures_that_fail_on_one_rank_of_a_sharded_model(scenes_data, tiny, tm
     assert all(rank[0]["scored"] == "not finite" and rank[0]["net"] == "no net" and rank[0]["together"] is False for rank in results)
 
 
+def test_kernel_distance_while_training_over_ranks(scenes_data, tiny, tmp_path):
+    """40 pictures in blocks of 16: each of two ranks draws 24 of them (the last block both), and the number is that of one rank. Where the ranks' clocks
+    disagree about the next evaluation, rank 0's counts."""
+    job = [str(tmp_path / "run"), str(scenes_data), [*tiny, "--train.score_images", "40"]]
+    results, errors = ranks(2, [{"kernel": job}], tmp_path / "out")
+    one = kernel(str(tmp_path / "one"), *job[1:])
+    assert one["drawn"] == 40 and [rank[0]["drawn"] for rank in results] == [24, 24], errors
+    assert one["kid_error"] > 0 and abs(one["kid"]) > 1e-4
+    for rank in results:
+        assert rank[0]["kid"] == pytest.approx(one["kid"], rel=1e-6) and rank[0]["kid_error"] == pytest.approx(one["kid_error"], rel=1e-6)
+        assert rank[0]["due"] == [True, False]
+
+
 def test_a_disk_slower_than_the_ranks_patience(tmp_path):
     """A write of three seconds where ranks give up after one: saves, the wait for the last and a rehearsal go through."""
     results, errors = ranks(2, [{"slow_disk": [str(tmp_path / "run"), "", []]}], tmp_path / "out")
@@ -251,6 +264,7 @@ def test_evaluation_over_ranks_gives_what_one_rank_gives(scenes_data, tiny, tmp_
     trainer = Trainer(resolve("quickstart", words), scenes_data, tmp_path / "one", source, progress=False)
     one = evaluate(trainer, None, last=True)
     trainer.close()
-    assert results[0][0]["values"] == results[1][0]["values"] == json.loads(json.dumps(one))
+    waited = [values.pop("eval_s") for values in (one, *(rank[0]["values"] for rank in results))]
+    assert results[0][0]["values"] == results[1][0]["values"] == json.loads(json.dumps(one)) and min(waited) > 0
     assert results[0][0]["uneven"] == results[1][0]["uneven"] == uneven_validation(trainer.world)
     assert set(one) == {"validation", "validation_ema", "score"}

@@ -1,7 +1,11 @@
 """The report, two models against each other, and how a run stands: on a tiny trained model, through the command line."""
 
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +156,19 @@ def test_two_models_side_by_side(runs, tmp_path, capsys):
     assert re.search(r"all .* \[.*\] +n=6 +p=", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("words, told", [
+    (["--curve-num", "4"], "draws no curves: leave out --curve-num"), (["--net", "inception"], "leave out --net\n"),
+    (["--net-weights", "weights.pth"], "leave out --net-weights"), (["--reference", "heldout"], "looks at no real pictures: leave out --reference"),
+    (["--metrics", "scenes"], "leave out --metrics"), (["--model", "/nowhere"], "names both models: leave out --model"),
+    (["--images", "/nowhere"], "leave out --images"), (["--clip", "openai/clip-vit-base-patch32"], "exact checker: leave out --clip"),
+    (["--data", "/nowhere"], "no dataset at /nowhere"), (["--steps", "0"], "steps 0"),
+])  # fmt: skip
+def test_what_a_comparison_does_not_look_at_is_refused(runs, words, told, capsys):
+    assert evaluate("--compare", *runs, "--num", "2", *words) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1, said
+
+
 def test_the_clip_score_of_a_model(runs, scenes_data, tmp_path, capsys, tiny_clip):
     words = ["--model", runs[0], "--data", scenes_data, "--metrics", "clip", "--num", "6", "--clip", tiny_clip]
     assert evaluate(*words, "--json") == 0
@@ -259,6 +276,31 @@ def test_our_own_curve_is_on_track(quickstart):
         for (images, loss), (_, score) in zip(run["validation"], run["score"]):
             standing = on_track.standing({"images_seen": images, "validation_ema": {"loss": loss}, "score": score}, *quickstart)
             assert standing and standing.verdict == "on track" and "\n" not in standing.line and "ours" in standing.line, standing
+
+
+def test_between_points_that_lie_far_apart():
+    """A loss falls as a power of the images; beyond the ends, and for a run of one point, there is little to hold against."""
+    reference = {"runs": [{"validation": [[10_000, 0.1], [40_000, 0.05]], "score": [[10_000, 0.0], [40_000, 0.3]]}, {"validation": [[100_000, 0.04]]}]}
+    at = lambda what, images: on_track.expected(reference, what, images)
+    assert at("validation", 20_000).mean == pytest.approx(0.1 / 2**0.5) and at("score", 20_000).mean == pytest.approx(0.1)
+    assert at("validation", 41_000).mean == pytest.approx(0.05) and at("validation", 96_000) == on_track.Expected(*[pytest.approx(0.04)] * 3, 1)
+    assert at("validation", 60_000) is at("score", 100_000) is at("loss", 20_000) is None
+
+
+def test_the_curves_are_written_by_one_command(tmp_path, scenes_data, tiny):
+    """`benchmarks/reference_curve.py` trains a run a seed and writes what they drew."""
+    root = Path(__file__).parents[1]
+    script = [sys.executable, str(root / "benchmarks" / "reference_curve.py"), "--out", str(tmp_path / "curves.json")]
+    words = ["--train", tmp_path / "runs", "--data", scenes_data, "--seeds", "1", "--steps", "4", "--evaluations", "2", "--prompts", "2"]
+    alike = ["--alike", "steps=8", "shift=5", "--because", "measured"]
+    command = [*script, *map(str, words), *alike, "--settings", shlex.join(tiny)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "wrote" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "curves.json").read_text())
+    (run,) = found["runs"]
+    assert run["seed"] == 1 and [images for images, _ in run["validation"]] == [images for images, _ in run["score"]] == [16, 32] and len(run["loss"]) == 4
+    assert [(way["steps"], way["shift"]) for way in found["samples"]] == [(2, 5.0), (8, 5.0)] and found["samples_alike"] == "measured"
+    assert found.keys() == on_track.load("quickstart").keys()
 
 
 def test_a_run_that_stays_behind_and_one_that_leads(quickstart):

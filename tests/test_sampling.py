@@ -124,6 +124,30 @@ def test_compiling_needs_a_compiler(tiny_run, monkeypatch):
         Pipeline.from_pretrained(tiny_run, device="cpu").compile()
 
 
+def test_on_a_gpu_the_whole_network_is_one_graph(tiny_run, monkeypatch):
+    """CUDA graphs, which no test machine of ours runs: what is asked of `torch.compile`, that it gets the network in one piece, and that no output is kept."""
+    asked = []
+    monkeypatch.setattr("flowt2i.pipeline.has_compiler", lambda: True)
+    pipeline, plain = (Pipeline.from_pretrained(tiny_run, device="cpu") for _ in range(2))
+    for each in (pipeline, plain):  # as if it said velocities, which solvers keep as they are
+        each.model.config = each.model.config.model_copy(update={"prediction": "v"})
+    monkeypatch.setattr(type(pipeline.model), "compile", lambda model, **how: asked.append(how))
+    device, pipeline.device = pipeline.device, torch.device("cuda")
+    pipeline.compile()
+    assert asked == [{"mode": "reduce-overhead"}]
+    pipeline.device, forward, kept = device, torch.compile(pipeline.model.forward, fullgraph=True, backend="eager"), []
+
+    def overwrites(*inputs):
+        for output in kept:
+            output.fill_(torch.nan)
+        kept.append(forward(*inputs))
+        return kept[-1]
+
+    pipeline.model.forward = overwrites
+    drawn, same = (p.sample(PROMPT, steps=4, solver="ab2", guidance=3.0).images for p in (pipeline, plain))
+    assert len(kept) == 4 and np.array_equal(drawn, same)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="no compiler")
 def test_a_compiled_network_draws_the_same(tiny_run):

@@ -71,28 +71,29 @@ def weights_hash(pipeline: Pipeline) -> str:
 
 
 def over_ranks(
-    world: World, count: int, work: Callable[[range], np.ndarray], shape: tuple[int, ...], dtype: Any, progress: bool, title: str
+    world: World, count: int, work: Callable[[range], np.ndarray], shape: tuple[int, ...], dtype: Any, progress: bool, title: str, block: int = 0
 ) -> np.ndarray:  # fmt: skip
-    """Results [count, *shape] of `work` on blocks of rows, on every rank, in main memory.
+    """Results [count, *shape] of `work` on blocks of rows (of BLOCK, unless `block` says otherwise), on every rank, in main memory.
 
     In rounds of one block a rank, the last block repeated where they do not come out even (a sharded model needs every rank at every pass). After each
     round the ranks agree whether one failed, and then raise together, and share what they made: none runs ahead, and waits longer than one block takes.
     """
-    blocks = -(-count // BLOCK)
+    block = block or BLOCK
+    blocks = -(-count // block)
     results = np.zeros((count, *shape), dtype)
     with tqdm(total=count, desc=title, unit="image", disable=not (progress and world.main), leave=False) as bar:
         for first in range(0, blocks, world.size):
             number = min(first + world.rank, blocks - 1)
-            rows = range(number * BLOCK, min((number + 1) * BLOCK, count))
-            mine = np.zeros((1, BLOCK, *shape), dtype)
+            rows = range(number * block, min((number + 1) * block, count))
+            mine = np.zeros((1, block, *shape), dtype)
             failure: Exception | None = None
             try:
                 mine[0, : len(rows)] = work(rows)
             except Exception as error:  # said after the round: the others are at work
                 failure = error
             raise_everywhere(world, failure)
-            made = world.collect(mine, world.size).reshape(-1, *shape)[: count - first * BLOCK]
-            results[first * BLOCK : first * BLOCK + len(made)] = made
+            made = world.collect(mine, world.size).reshape(-1, *shape)[: count - first * block]
+            results[first * block : first * block + len(made)] = made
             bar.update(len(made))
     return results
 

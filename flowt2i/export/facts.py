@@ -10,6 +10,8 @@ from flowt2i.pipeline import Pipeline
 from flowt2i.training import checkpoint
 from flowt2i.training.tracking import read_log
 
+NO_SCORES = ("step", "images_seen", "eval_s")  # numbers of a line of eval.jsonl that say nothing of the model
+
 
 def training_facts(model: Path, pipeline: Pipeline) -> dict[str, Any]:
     """Steps, images, seconds, device and scores of a checkpoint (its run's logs up to its step), or what an export says of them.
@@ -72,5 +74,5 @@ def _scores(lines: list[dict[str, Any]]) -> dict[str, Any]:
     for line in (line for line in lines if line["step"] == step):
         for name, value in line.items():
             inner = {f"{name}/{key}": number for key, number in value.items()} if isinstance(value, dict) else {name: value}
-            scores |= {key: number for key, number in inner.items() if isinstance(number, int | float) and key not in ("step", "images_seen")}
+            scores |= {key: number for key, number in inner.items() if isinstance(number, int | float) and key not in NO_SCORES}
     return scores

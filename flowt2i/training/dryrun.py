@@ -22,7 +22,7 @@ from tqdm import tqdm
 from flowt2i.config import TrainConfig
 from flowt2i.errors import UserError
 from flowt2i.human import duration, size
-from flowt2i.training import checkpoint
+from flowt2i.training import checkpoint, pace
 from flowt2i.training.distributed import peak_memory
 from flowt2i.training.optim import Optimizer, state_keys
 
@@ -212,10 +212,15 @@ class Forecast:
         minutes = trainer.config.train.minutes
         steps = trainer.steps or trainer.step + int(minutes * 60 / per_step)  # `train.minutes` becomes a number of steps after a while
         space = checkpoint_space(trainer, steps)
-        left = f"{duration((steps - trainer.step) * per_step)} to go" if steps > trainer.step else f"{duration(1000 * per_step)} for 1,000 steps, no end set"
+        to_go = steps - trainer.step if steps > trainer.step else 1000
+        evaluations = pace.expected(trainer.config, trainer.description, per_step, to_go)
+        if steps > trainer.step:
+            left = f"{duration(to_go * per_step + evaluations.number * evaluations.each)} to go"
+        else:
+            left = f"{duration(to_go * per_step)} for 1,000 steps, no end set"
         kept = f"{space.at_once} at once" + (f", {space.for_good} for good" if space.for_good else "")
         memory = "of the GPU" if trainer.world.device.type == "cuda" else "of main memory"
         return (
-            f"expected: {left} at {per_step:.3g} s a step, without evaluations; {peak_memory(trainer.world.device):.1f} GiB {memory}; "
+            f"expected: {left} at {per_step:.3g} s a step, {evaluations.text} included; {peak_memory(trainer.world.device):.1f} GiB {memory}; "
             f"{size(space.total)} of checkpoints ({kept}), {size(shutil.disk_usage(trainer.run_folder).free)} free"
         )

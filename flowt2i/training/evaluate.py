@@ -1,15 +1,18 @@
 """What a training shows of itself every `eval_every` steps: validation loss, a preview grid, on scenes data a score.
 
-All ranks compute: images and prompts are divided over them. Rank 0 writes. A signal breaks off between the parts, and nothing is shown.
+All ranks compute: images and prompts are divided over them. Rank 0 writes. A signal breaks off between the parts, and nothing is shown. What it took is
+logged (`eval_s`), and decides how soon the next one comes: see `pace`.
 """
 
 import math
 import sys
+import time
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from flowt2i.errors import UserError
@@ -19,6 +22,7 @@ from flowt2i.grid import grid
 from flowt2i.pipeline import Pipeline, Samples
 from flowt2i.training.distributed import World
 from flowt2i.training.objective import Objective
+from flowt2i.training.pace import SCORE_STEPS
 from flowt2i.training.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -28,14 +32,27 @@ AT_ONCE = 64  # pictures drawn together on a rank
 
 
 def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
-    """Validation loss of raw and EMA weights by time bin, a preview grid, on scenes data the prompt-following score; a line on how these stand."""
+    """Validation loss of raw and EMA weights by time bin, a preview grid, on scenes data the prompt-following score; a line on how these stand.
+
+    `eval_s`: the seconds that the training waited. {} where it failed or was broken off. Nothing that training goes on from is changed.
+    """
+    started = time.perf_counter()
     values: dict[str, Any] = {}
     try:
-        values = _evaluate(trainer, tracker, last)
+        # Eager: a compiled block that meets other sizes here could be compiled anew for all sizes, and the training's losses would round otherwise.
+        with torch.compiler.set_stance("force_eager"):
+            values = _evaluate(trainer, tracker, last)
     except UserError as error:  # the training itself is sound and saved
         if trainer.world.main:
             warnings.warn(f"evaluation at step {trainer.step} failed: {error}", stacklevel=2)
     trainer.model.train()
+    seconds = time.perf_counter() - started
+    trainer.pace.took(seconds)
+    if not values:
+        return {}
+    values["eval_s"] = round(seconds, 3)
+    if tracker:  # after the pictures: where this line stands, all was shown
+        tracker.evaluation(trainer.step, {"images_seen": trainer.step * trainer.config.data.batch_size, **values})
     return values
 
 
@@ -57,7 +74,7 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
         from flowt2i.evaluation.scenes import FIRST_SEED, score_images
 
         asked = scenes.prompts(trainer.config.train.seed, trainer.config.train.score_prompts, heldout=False)
-        drawn = sample_over_ranks(trainer.world, pipeline, asked, seed=FIRST_SEED, steps=min(20, trainer.config.sample.steps))
+        drawn = sample_over_ranks(trainer.world, pipeline, asked, seed=FIRST_SEED, steps=min(SCORE_STEPS, trainer.config.sample.steps))
         values["score"] = score_images(drawn.images, asked)["all"]["accuracy"]
     elif not trainer.description.is_scenes and not trainer.config.data.subset and trainer.config.train.score_images:
         values |= trainer.kernel_score(trainer, pipeline)
@@ -67,7 +84,6 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
         if held := on_track.standing(seen | values, trainer.config, trainer.description):
             tqdm.write(held.line, file=sys.stderr)
     if tracker:
-        tracker.evaluation(trainer.step, {"images_seen": trainer.step * trainer.config.data.batch_size, **values})
         tracker.image(trainer.step, "samples", picture)
         if memorised:
             tracker.image(trainer.step, "memorised", memorised)

@@ -44,6 +44,7 @@ from flowt2i.training.features import CaptionFeatures
 from flowt2i.training.fit_memory import StartAgain, fit_memory
 from flowt2i.training.objective import Objective, Terms, drop_captions
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate, schedule_steps
+from flowt2i.training.pace import Pace
 from flowt2i.training.saver import Contents, Saver
 from flowt2i.training.score import KernelScore
 from flowt2i.training.tracking import Tracker, picture_name, read_log
@@ -123,7 +124,7 @@ class Trainer:
         if self.compiled:
             compile_blocks(self.model)
         self.wrapped: nn.Module = parallel.replicate(self.objective) if world.size > 1 and not self.sharded else self.objective
-        self.kernel_score = KernelScore()
+        self.kernel_score, self.pace = KernelScore(), Pace(config.train.eval_every, config.train.eval_share, self.progress)
         self.saver = Saver(world, self.run_folder, config.train.keep_recent, config.train.keep_every)
         self.logged_saves = 0
         self.forecast = dryrun.Forecast(self)
@@ -256,7 +257,7 @@ class Trainer:
                 last = self.complete
                 if last or outcome.stop or self.step % every.checkpoint_every == 0:
                     self.save()
-                if last or (every.eval_every and self.step % every.eval_every == 0 and not outcome.stop):
+                if last or (not outcome.stop and self.pace.due(self.step, self.world)):
                     evaluation = evaluate(self, tracker, last=last)
                     since, since_step = time.perf_counter(), self.step
                 if last or outcome.stop:

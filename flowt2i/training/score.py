@@ -10,12 +10,13 @@ from flowt2i.errors import UserError
 from flowt2i.evaluation import nets, pictures, reference
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.pipeline import Pipeline
+from flowt2i.training.pace import SCORE_STEPS
 
 if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
 
 MOST_REAL = 256  # real pictures it compares with: looked at once a run
-STEPS = 20  # of the solver at most
+TOGETHER = 16  # pictures drawn and looked at together whatever the number of ranks, so that the score does not depend on it; 64 keep four ranks busy
 
 
 class KernelScore:
@@ -38,22 +39,45 @@ class KernelScore:
             self.told = True
             return {}
         if self.net is None or self.real is None:
-            failure: UserError | None = None
-            try:
-                self.net = nets.load_net(nets.EFFICIENTNET, world.device)
-            except UserError as error:  # the others must not go on alone: an evaluation that fails does not end the training
-                failure = error
-            pictures.raise_everywhere(world, failure)
-            assert self.net is not None
-            rows = reference.spread(len(trainer.heldout))[:MOST_REAL]
-            real = np.concatenate([pipeline.to_images(trainer.latents(trainer.heldout.fetch(part), None)) for part in np.split(rows, range(64, len(rows), 64))])
-            self.real = pictures.features(self.net, real, world, progress=False)
+            self.net = self._load_net(trainer)
+            self.real = self._features_of_real(self.net, trainer, pipeline)
         captions = trainer.heldout.captions()
         rows = reference.captioned(captions)
         asked = [captions[rows[k % len(rows)]] for k in range(count)] if len(rows) else []
         if len(asked) < 3 or len(self.real) < 3:
             return {}
-        drawing = pictures.Drawing(pipeline, asked, 0, {"steps": min(STEPS, trainer.config.sample.steps)})
-        drawn = pictures.features(self.net, drawing.images(world, progress=False), world, progress=False)
-        estimate = kernel_distance(drawn, self.real)
+        estimate = kernel_distance(self._features_of_drawn(self.net, trainer, pipeline, asked), self.real)
         return {"kid": estimate.value, "kid_error": estimate.error}
+
+    def _load_net(self, trainer: "Trainer") -> nets.FeatureNet:
+        """UserError on all ranks where one has no net: the others must not go on alone, and an evaluation that fails does not end the training."""
+        net: nets.FeatureNet | None = None
+        failure: UserError | None = None
+        try:
+            net = nets.load_net(nets.EFFICIENTNET, trainer.world.device)
+        except UserError as error:
+            failure = error
+        pictures.raise_everywhere(trainer.world, failure)
+        assert net is not None
+        return net
+
+    def _features_of_real(self, net: nets.FeatureNet, trainer: "Trainer", pipeline: Pipeline) -> torch.Tensor:
+        """Of up to MOST_REAL held-out images, as the codec shows them: [N, dim], over all ranks, the same on each."""
+        rows = reference.spread(len(trainer.heldout))[:MOST_REAL]
+
+        def work(part: range) -> np.ndarray:
+            return net(pipeline.to_images(trainer.latents(trainer.heldout.fetch(rows[part.start : part.stop]), None))).numpy()
+
+        found = pictures.over_ranks(trainer.world, len(rows), work, (net.dim,), np.float32, False, "", TOGETHER)
+        return torch.from_numpy(found)
+
+    def _features_of_drawn(self, net: nets.FeatureNet, trainer: "Trainer", pipeline: Pipeline, asked: list[str]) -> torch.Tensor:
+        """Of a picture of each caption, number k with the seed STRIDE + k as `flowt2i evaluate` has it: [N, dim], over all ranks, the same on each."""
+        steps = min(SCORE_STEPS, trainer.config.sample.steps)
+
+        def work(part: range) -> np.ndarray:
+            drawn = pipeline.sample(asked[part.start : part.stop], seed=pictures.STRIDE + part.start, steps=steps, batch_size=TOGETHER)
+            return net(drawn.images).numpy()
+
+        found = pictures.over_ranks(trainer.world, len(asked), work, (net.dim,), np.float32, False, "", TOGETHER)
+        return torch.from_numpy(found)

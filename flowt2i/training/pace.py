@@ -1,0 +1,100 @@
+"""How often a training is evaluated, and what that costs it.
+
+While it is evaluated a training waits, on all ranks. So an evaluation, asked for every `train.eval_every` steps, is made only where with it all evaluations so
+far take at most `train.eval_share` of the time since the start; else it is put off to the next multiple of `eval_every`. What it will take is judged by the
+one before. A minute of evaluations is free, so that short runs are looked at as often as they ask to be, and the one at the end is always made.
+
+The weights do not depend on it (an evaluation changes no state of the training), so what a clock decides here makes no run another.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from flowt2i.config import Config, SampleConfig
+from flowt2i.description import DatasetDescription
+from flowt2i.human import duration
+from flowt2i.training.distributed import World
+
+FREE = 60.0  # seconds of evaluations that are not held against the share
+SCORE_STEPS = 20  # of the solver, at most, for pictures that are scored while training
+FORWARD = 1 / 3  # of a training step: a backward pass takes two forward ones
+EVALUATIONS: dict[str, Callable[[int], int]] = {  # of the velocity in N steps (flowt2i/solvers); dopri5, which chooses: as rk4
+    "euler": lambda n: n, "heun": lambda n: 2 * n - 1, "midpoint": lambda n: 2 * n, "rk4": lambda n: 4 * n - 1,
+    "ab2": lambda n: n, "ab4": lambda n: n + 2 * min(3, n), "sde": lambda n: n, "dopri5": lambda n: 4 * n - 1,
+}  # fmt: skip
+
+
+@dataclass
+class Pace:
+    """Which evaluations of a run are made, by what those before took."""
+
+    every: int  # steps; 0: none but the last
+    share: float
+    telling: bool = False  # say so where the first one is put off
+    began: float = field(default_factory=time.perf_counter)
+    spent: float = 0.0  # seconds of evaluations so far
+    last: float = 0.0  # of the last one
+
+    def due(self, step: int, world: World) -> bool:
+        """Whether to evaluate after this step: rank 0's answer, on every rank."""
+        if not self.every or step % self.every:
+            return False
+        due = bool(world.from_main(int(self.affordable(time.perf_counter() - self.began))))
+        if self.telling and not due:
+            self.telling = False
+            most = f"{self.share:.2g} of the time (--train.eval_share)"
+            tqdm.write(f"no evaluation at step {step:,}: the last one took {duration(self.last)}, and they are to take at most {most}", file=sys.stderr)
+        return due
+
+    def affordable(self, elapsed: float) -> bool:
+        """Whether another evaluation like the last one fits, after so many seconds of training and evaluations."""
+        return self.spent + self.last <= max(FREE, self.share * (elapsed + self.last))
+
+    def took(self, seconds: float) -> None:
+        self.spent, self.last = self.spent + seconds, seconds
+
+
+# ---- what is to be expected ------------------------------------------------------------------------------------------
+
+
+class Expected(NamedTuple):
+    """The evaluations that are to come."""
+
+    number: int
+    each: float  # seconds of one
+
+    @property
+    def text(self) -> str:
+        return f"{self.number:,} evaluation{'s' if self.number > 1 else ''} of about {duration(max(1, self.each))}"
+
+
+def expected(config: Config, description: DatasetDescription, per_step: float, steps: int) -> Expected:
+    """Of so many steps of `per_step` seconds. By counting: the checker, the feature net and a VAE's decoder come on top."""
+    each = per_step * FORWARD * passes(config, description) / config.data.batch_size
+    every, share = config.train.eval_every, config.train.eval_share
+    before_the_last = len(range(every, steps, every)) if every else 0
+    affordable = max(FREE, share / (1 - share) * steps * per_step) / each if share < 1 else before_the_last
+    return Expected(min(before_the_last, int(affordable)) + 1, each)
+
+
+def passes(config: Config, description: DatasetDescription) -> int:
+    """How many pictures go through the network in one evaluation, one that is drawn as often as it takes steps and captions."""
+    train, sample = config.train, config.sample
+    pool = config.data.subset or description.heldout_count or description.train_count
+    validated = min(train.eval_images, pool) * (2 if train.ema else 1)
+    if description.is_scenes:
+        scored = train.score_prompts
+    else:
+        scored = 0 if config.data.subset else train.score_images
+    previews = len(sample.prompts[: sample.images]) or sample.images
+    return validated + previews * of_a_picture(sample, sample.steps) + scored * of_a_picture(sample, min(SCORE_STEPS, sample.steps))
+
+
+def of_a_picture(sample: SampleConfig, steps: int) -> int:
+    """Passes of the network that a picture takes."""
+    return EVALUATIONS[sample.solver](steps) * (2 if sample.guidance != 1 else 1)
