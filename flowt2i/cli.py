@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from flowt2i import __version__
-from flowt2i.commands.common import examples
-from flowt2i.config import parse_overrides
 from flowt2i.errors import UserError, first_of_node, nearest, told_elsewhere
 
 
@@ -26,23 +24,40 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
 
 
-COMMANDS = ("prepare", "inspect", "train", "generate", "evaluate", "demo", "bench", "doctor", "verify-resume", "export")
+# Each with its line in `flowt2i --help`.
+COMMANDS = {
+    "prepare": "captioned images -> a dataset that training reads",
+    "inspect": "look at a prepared dataset",
+    "train": "train a model",
+    "generate": "pictures from prompts",
+    "evaluate": "score a model",
+    "demo": "the web page",
+    "bench": "speed and memory on this machine",
+    "doctor": "check the machine, and a run before it starts",
+    "verify-resume": "show that an interrupted training loses nothing",
+    "export": "a folder with the model and its card, for other machines, diffusers, ONNX or the hub",
+}
+EXAMPLES = """examples:
+  flowt2i prepare scenes --out data/scenes
+  flowt2i train --config quickstart --data data/scenes --out runs/quickstart
+  flowt2i generate "a small red circle left of a large blue star" --model runs/quickstart --out picture.png"""
 
 
-def build_parser() -> Parser:
+def build_parser(command: str | None = None) -> Parser:
+    """The parser of one command, or, without it, one that only knows their names: what a command's options need is imported for that command alone."""
     parser = Parser(
         prog="flowt2i",
         description="Train a text-to-image model from scratch with flow matching, score it, sample from it, serve it.",
-        **examples(
-            "flowt2i prepare scenes --out data/scenes",
-            "flowt2i train --config quickstart --data data/scenes --out runs/quickstart",
-            'flowt2i generate "a small red circle left of a large blue star" --model runs/quickstart --out picture.png',
-        ),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"flowt2i {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for name in COMMANDS:
-        importlib.import_module(f"flowt2i.commands.{name.replace('-', '_')}").add(commands)
+    if command:
+        importlib.import_module(f"flowt2i.commands.{command.replace('-', '_')}").add(commands)
+    else:
+        for name, line in COMMANDS.items():
+            commands.add_parser(name, help=line)
     return parser
 
 
@@ -53,13 +68,16 @@ def main(words: Sequence[str] | None = None) -> int:
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         print(f"flowt2i: error: no command {words[0]!r}{nearest(words[0], COMMANDS)}", file=sys.stderr)
         return 2
-    parser = build_parser()
-    args, rest = parser.parse_known_args(words)
-    if not args.command:
+    if not words or words[0].startswith("-"):
+        parser = build_parser()
+        parser.parse_args(words[:1])  # --help and --version end here, and so does an option that is none
         parser.print_help()
         return 0
+    args, rest = build_parser(words[0]).parse_known_args(words)
     try:
         if rest and not getattr(args, "overrides", False):
+            from flowt2i.config import parse_overrides
+
             key = parse_overrides(rest)[0][0]
             raise UserError(f"unknown option --{key}; see `flowt2i {args.command} --help`")
         args.rest = rest

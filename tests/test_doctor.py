@@ -58,7 +58,7 @@ def test_old_versions_are_named_with_advice(monkeypatch, capsys):
 
 def test_a_run_is_tried(scenes_data, tiny, tmp_path, capsys):
     out = tmp_path / "runs" / "mine"
-    words = ["doctor", "--config", "quickstart", "--data", str(scenes_data), "--out", str(out), *tiny, "--train.steps", "30000"]
+    words = ["doctor", "--config", "quickstart", "--data", str(scenes_data), "--out", str(out), *tiny, "--train.steps", "30000", "--train.eval_every", "1000"]
     assert main([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [f["mark"] for f in result["findings"] if f["what"] in ("training", "checkpoint", "sample", "time", "needs memory", "needs disk")] == ["good"] * 6

@@ -10,7 +10,6 @@ from flowt2i.commands.common import add_moved, examples
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
-        help="the web page",
         description="A page that draws pictures from prompts and shows them forming, and a small HTTP API; for this machine only, unless you --share.",
         **examples(
             "flowt2i demo",

@@ -12,7 +12,6 @@ from flowt2i.errors import UserError
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="check the machine, and a run before it starts",
         description="What this machine has and lacks. With --config and --data also a real step, a checkpoint and a picture, and what the run will take. "
         "Exit status 2 where something would stop the run.",
         **examples("flowt2i doctor", "flowt2i doctor --config stability --data data/mine --out runs/mine"),

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="score a model",
         description="Scores that say how they were taken.\n\n"
         "  scenes            do pictures of the built-in scenes show what the prompt says? by an exact checker\n"
         "  fid frechet kid   how far are drawn pictures from real ones? beside what real ones score\n"

@@ -12,7 +12,6 @@ from flowt2i.human import size
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
-        help="a folder with the model and its card, for other machines, diffusers, ONNX or the hub",
         description="Write a model with all it needs, a model card and samples into a folder: for `flowt2i` and `Pipeline.from_pretrained`, "
         "for diffusers, or for ONNX; on request send it to the Hugging Face hub. The folder is complete or absent.",
         **examples(

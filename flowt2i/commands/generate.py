@@ -16,7 +16,6 @@ MOST = 10_000  # pictures of one call: all of them are kept until they are writt
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
-        help="pictures from prompts",
         description="Draw pictures. One picture goes to FILE; several go to FILE-000.png, FILE-001.png, …, and FILE is their captioned grid.",
         **examples(
             'flowt2i generate "a large red circle" --model runs/quickstart --out circle.png',

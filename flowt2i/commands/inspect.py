@@ -11,7 +11,6 @@ from flowt2i.commands.common import add_json, examples
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
-        help="look at a prepared dataset",
         description="Counts, statistics and caption lengths of a dataset, and a contact sheet.",
         **examples("flowt2i inspect data/scenes", "flowt2i inspect data/scenes --out sheet.png --json"),
     )

@@ -15,7 +15,6 @@ def add(commands: Any) -> None:
 
     parser = commands.add_parser(
         "prepare",
-        help="captioned images -> a dataset that training reads",
         description="Read captioned images, filter, resize, encode, and write a dataset folder. The same command again continues where it stopped.",
         **examples(
             "flowt2i prepare scenes --out data/scenes --count 40000",

@@ -16,7 +16,6 @@ from flowt2i.memory import is_out_of_memory
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
-        help="train a model",
         description="Train a run. Any setting can be given as --section.field value.",
         epilog="examples:\n  flowt2i train --config quickstart --data data/scenes\n"
         "  flowt2i train --config stability --data data/mine --out runs/mine --optim.lr 3e-4\n"

@@ -12,7 +12,6 @@ from flowt2i.commands.common import add_config, add_json, add_moved, configurati
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "verify-resume",
-        help="show that an interrupted training loses nothing",
         description="Train a few steps with and without a stop in the middle, in temporary folders, and compare losses, weights, averages and optimizer "
         "bit by bit. Exit status 0: equal, 1: not.",
         **examples(

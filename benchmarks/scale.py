@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""How the cost of a training step grows with width, depth, image tokens and batch: seconds and memory, beside the counted operations.
+
+    python benchmarks/scale.py --out benchmarks/results/scale-cpu.json --plot docs/images/scale-cpu.png
+    python benchmarks/scale.py --fits-only --out benchmarks/results/scale-fits.json
+
+One quantity is varied at a time round a base model; every point is a process of its own, so that its peak of memory is its own, and the base is
+measured anew on each axis: how far these differ is the noise. Latents of 4 channels with patches of 1, features of a frozen encoder for captions as long as
+the emoji data's, bf16, AdamW, EMA, eager (compiled takes less memory, and other time).
+
+Beside what was measured stands what `flowt2i.bench.footprint` computes. From the same computation comes the table of the largest micro-batch that fits on
+cards of 8, 12, 24 and 80 GB: computed, not measured. Run it on an idle machine; about ten minutes on two cores, three on a GPU.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from flowt2i import model as model_module
+from flowt2i.bench.captions import EMOJI_T5
+from flowt2i.bench.ceiling import matrix_ceilings
+from flowt2i.bench.footprint import footprint
+from flowt2i.bench.step import FEATURES, BareStep, describe
+from flowt2i.bench.timing import device_name, machine
+from flowt2i.config import Config, resolve
+from flowt2i.description import DatasetDescription
+from flowt2i.flops import training_flop
+from flowt2i.memory import is_out_of_memory
+from flowt2i.model import count_parameters
+from flowt2i.training.distributed import best_device
+
+Point = dict[str, int]  # width, depth, tokens, batch
+BASE: dict[str, Point] = {"cpu": {"width": 384, "depth": 6, "tokens": 64, "batch": 16}, "cuda": {"width": 768, "depth": 12, "tokens": 64, "batch": 96}}
+AXES: dict[str, dict[str, list[int]]] = {
+    "cpu": {"width": [192, 384, 768], "depth": [3, 6, 12], "tokens": [64, 256, 1024], "batch": [4, 16, 64]},
+    "cuda": {"width": [384, 768, 1152, 1536], "depth": [6, 12, 24], "tokens": [64, 256, 1024], "batch": [24, 96, 192, 384]},
+}
+MODELS = {"seed size": (768, 12), "24 x 1024": (1024, 24), "28 x 1152": (1152, 28)}  # of the table of what fits
+CARDS = (8, 12, 24, 80)  # GB
+CONTEXT_GIB = 0.6  # what CUDA itself takes of a card
+
+
+def prepare(point: Point) -> tuple[Config, DatasetDescription]:
+    side = round(point["tokens"] ** 0.5)
+    words = ["--model.width", point["width"], "--model.depth", point["depth"], "--model.heads", max(1, point["width"] // 64)]
+    config = resolve("stability", list(map(str, words)))
+    description = describe(True, max(EMOJI_T5))
+    codec = description.codec.model_copy(update={"shape": (4, side, side)})
+    return config, description.model_copy(update={"codec": codec})
+
+
+def measure(point: Point) -> dict[str, Any]:
+    """Seconds of a step, its peak of memory, and what both are computed to be. Asked of a process of its own."""
+    device = best_device()
+    config, description = prepare(point)
+    computed = _footprint(config, description, fused=device.type == "cuda").bytes(point["batch"])
+    before = reset_peak(device)
+    step = BareStep(config, description, EMOJI_T5, device)
+    lengths = [length for length, count in EMOJI_T5.items() for _ in range(count)]
+    flop = training_flop(step.model.config, description.codec.shape, lengths, FEATURES)["total"]
+    row = point | {"parameters": count_parameters(step.model)["total"], "tflop": flop * point["batch"] / 1e12, "computed_gib": computed / 2**30}
+    try:
+        row["seconds"] = step.step_seconds(point["batch"], 1, seconds=4)
+        row["measured_gib"] = (peak(device) - before) / 2**30
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return row
+
+
+def reset_peak(device: torch.device) -> int:
+    """Bytes in use now; the peak is counted from here."""
+    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak(device)
+
+
+def peak(device: torch.device) -> int:
+    """The most that tensors took on a GPU, or this process in main memory, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """The attention that a GPU runs, on the CPU: it keeps no scores for the backward pass."""
+    written_out = model_module.attend
+    model_module.attend = lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    try:
+        yield
+    finally:
+        model_module.attend = written_out
+
+
+def _footprint(config: Config, description: DatasetDescription, fused: bool) -> Any:
+    with fused_attention() if fused else contextlib.nullcontext():
+        return footprint(BareStep(config, description, EMOJI_T5, torch.device("cpu")))
+
+
+def fits(tokens: list[int]) -> list[dict[str, Any]]:
+    """The largest micro-batch, computed, of each model and number of tokens on each card; 0: the model itself is too large."""
+    rows = []
+    for name, (width, depth) in tqdm(MODELS.items(), desc="what fits", leave=False):
+        for count in tokens:
+            config, description = prepare({"width": width, "depth": depth, "tokens": count, "batch": 1})
+            made = _footprint(config, description, fused=True)
+            row = {"model": name, "tokens": count, "state_gib": round(made.state / 2**30, 2), "mib_an_image": round(made.slope / 2**20, 1)}
+            rows.append(row | {f"{card} GB": made.largest((card - CONTEXT_GIB) * 2**30) for card in CARDS})
+    return rows
+
+
+def in_its_own_process(point: Point) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, "--point", json.dumps(point)], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["killed: too little memory?"])[-1]
+        print(f"{point}: {last}", file=sys.stderr)
+        return dict(point)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (cost, memory) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    for axis, rows in result["axes"].items():
+        rows = sorted((row for row in rows if "seconds" in row), key=lambda row: row[axis])
+        cost.plot(
+            [row["tflop"] for row in rows], [row["seconds"] for row in rows], "o-", label=f"{axis} {', '.join(str(row[axis]) for row in rows)}", markersize=4
+        )
+        memory.plot([row["computed_gib"] for row in rows], [row["measured_gib"] for row in rows], "o-", label=axis, markersize=4)
+    ends = cost.get_xlim()
+    cost.plot(ends, [end / result["ceiling_tflops"] for end in ends], "--", color="0.6", label=f"bare matrix products, {result['ceiling_tflops']:.3g} TFLOP/s")
+    cost.set(xscale="log", yscale="log", xlabel="counted operations of a step, TFLOP", ylabel="seconds a step")
+    both = [row[key] for rows in result["axes"].values() for row in rows if "seconds" in row for key in ("computed_gib", "measured_gib")]
+    memory.plot([min(both), max(both)], [min(both), max(both)], "--", color="0.6", label="equal")
+    memory.set(xscale="log", yscale="log", xlabel="computed memory, GiB", ylabel="measured peak, GiB")
+    for panel in (cost, memory):
+        panel.legend(fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    base = result["base"]
+    figure.suptitle(f"{result['device']}: round {base['depth']} x {base['width']}, {base['tokens']} tokens, batch {base['batch']}; bf16, eager", fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("scale.json"), help="results (default scale.json)")
+    parser.add_argument("--plot", type=Path, help="where to draw them")
+    parser.add_argument("--base", help="another base model, as JSON: width, depth, tokens, batch")
+    parser.add_argument("--axes", help="other points, as JSON: {quantity: [values]}")
+    parser.add_argument("--fits-only", action="store_true", help="only compute the table of what fits")
+    parser.add_argument("--no-fits", action="store_true", help="leave that table out")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure(json.loads(args.point))))
+        return
+    device = best_device()
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    base, axes = json.loads(args.base) if args.base else BASE[kind], json.loads(args.axes) if args.axes else AXES[kind]
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "device": device_name(device),
+        "base": base,
+        "command": " ".join(["python", "benchmarks/scale.py", *sys.argv[1:]]),
+    }
+    if not args.fits_only:
+        config, description = prepare(base)
+        resolved = config.model.resolve("vae", description.codec.shape)
+        result["ceiling_tflops"] = max(v for k, v in matrix_ceilings("bf16", resolved, base["tokens"] * base["batch"], device).items() if k.startswith("bf16"))
+        with tqdm(total=sum(map(len, axes.values())), unit="point", leave=False) as bar:
+            result["axes"] = {axis: [_told(bar, base | {axis: value}) for value in values] for axis, values in axes.items()}
+    if not args.no_fits:
+        result["fits"] = fits([64, 256, 1024])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot and "axes" in result:
+        plot(result, args.plot)
+    print(json.dumps({"out": str(args.out), "plot": str(args.plot) if args.plot else None}))
+
+
+def _told(bar: Any, point: Point) -> dict[str, Any]:
+    bar.set_description(", ".join(f"{name} {value}" for name, value in point.items()))
+    row = in_its_own_process(point)
+    bar.update()
+    return row
+
+
+if __name__ == "__main__":
+    main()
