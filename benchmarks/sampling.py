@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from flowt2i import Pipeline
 from flowt2i.commands.common import newest_run
-from flowt2i.commands.evaluate import trained_on
+from flowt2i.commands.evaluate_options import trained_on
 from flowt2i.data import scenes
 from flowt2i.evaluation.frechet import LEAST, Moments, frechet_distance
 from flowt2i.evaluation.intervals import paired_difference, wilson
