@@ -1,32 +1,35 @@
 #!/usr/bin/env python3
 """What growing saves: 128 pixels reached by a model grown from 64, against 128 from scratch, at equal compute.
 
-    flowt2i prepare ../shared/data/emoji --out data/emoji                                      # 64 pixels
-    flowt2i prepare ../shared/data/emoji --like data/emoji --image-size 128 --out data/emoji128
+    flowt2i prepare EMOJI_TARS --out data/emoji                                      # 64 pixels
+    flowt2i prepare EMOJI_TARS --like data/emoji --image-size 128 --out data/emoji128
     python benchmarks/growing.py --small data/emoji --large data/emoji128 --minutes 60 --out runs/growing
 
 Two arms of `--minutes` each, one after the other on the whole machine: `scratch` trains at the large size from the first step; `grown` trains a share of
 the time (`--share`, 0.5) at the small size, then goes on at the large one (`train --init`). Model, batch, optimizer, times and way of drawing are the same at
 the large size, learning rates end at zero in each stage, and the normalisation is each one's own. Evaluations at the large size (validation loss of the
 averaged weights; kernel distance against held-out pictures, where EfficientNet-lite0 is installed) are told by seconds spent in steps since the arm began,
-the small stage counted in. Writes OUT/growing.json and OUT/growing.png, and prints how much sooner the grown arm is as good as the other one ends.
+the small stage counted in. Writes OUT/growing.json and OUT/growing.png, and prints how much sooner the grown arm is as good as the other one at its best.
 A second call goes on where the first was stopped.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+import learning_runs
+import machine
+
+from flowt2i.errors import INTERRUPTED, UserError
+from flowt2i.training.distributed import best_device
 
 RECIPE = ["--data.batch_size", "64", "--flow.logit_mean", "-0.8", "--flow.floor", "0.2", "--train.ema", "0.998", "--sample.steps", "16"]
 
 
 def train(run: Path, data: Path, words: list[str]) -> None:
     """A stage, from its start or from where it was stopped."""
-    command = [sys.executable, "-m", "flowt2i", "train", "--data", str(data), "--out", str(run), "--resume", "latest", *words]
-    subprocess.run(command, check=True)
+    learning_runs.train_apart(["--data", str(data), "--out", str(run), *words])
 
 
 def seconds_by_step(run: Path) -> list[tuple[int, float]]:
@@ -111,7 +114,14 @@ def main() -> None:
             best = min(theirs, key=lambda point: point[name])
             soon = reached(ours, name, best[name])
             savings[name] = {"scratch_best": best[name], "scratch_seconds": best["seconds"], "grown_best": min(p[name] for p in ours), "grown_seconds": soon}
-    result = {"small": shapes[0], "large": shapes[1], "minutes": args.minutes, "share": args.share, "curves": curves, "saving": savings}
+    result = machine.facts(best_device()) | {
+        "small": shapes[0],
+        "large": shapes[1],
+        "minutes": args.minutes,
+        "share": args.share,
+        "curves": curves,
+        "saving": savings,
+    }
     (args.out / "growing.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(curves, args.out / "growing.png")
     for name, found in savings.items():
@@ -121,4 +131,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except learning_runs.Interrupted:
+        raise SystemExit(INTERRUPTED) from None
+    except UserError as error:
+        raise SystemExit(str(error)) from error

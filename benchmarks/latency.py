@@ -29,8 +29,9 @@ from sampling_settings import DEFAULT, PLAIN, Settings, label
 from tqdm import tqdm
 
 from flowt2i import Pipeline
-from flowt2i.bench import clock
+from flowt2i.bench.timing import clock
 from flowt2i.commands.common import newest_run
+from flowt2i.errors import UserError
 from flowt2i.training.compiling import has_compiler
 
 # A fresh process: what it takes to import, to load, and to draw a first and a second picture. Arguments: model, device, 1 to compile.
@@ -170,4 +171,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from error

@@ -23,6 +23,7 @@ from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import INTERRUPTED, UserError
 from flowt2i.training.compiling import has_compiler
+from flowt2i.training.tracking import read_log
 
 Equal = Literal["data", "flops", "time"]
 LEAST_HELDOUT = 16  # pictures: below it neither a validation loss by time bin nor a kernel distance says anything
@@ -201,7 +202,7 @@ def step_seconds(folder: Path, config: Config, budget: Budget, data: Path) -> fl
     probe.mkdir(parents=True)
     write_whole(probe / "config.json", json.dumps(settings))
     run_train(probe / "config.json", data, probe / "run")
-    found = statistics.median(config.data.batch_size / line["images_per_s"] for line in read_lines(probe / "run" / "log.jsonl")[2:])
+    found = statistics.median(config.data.batch_size / line["images_per_s"] for line in read_log(probe / "run" / "log.jsonl")[2:])
     shutil.rmtree(probe)
     return found
 
@@ -223,12 +224,16 @@ def train(folder: Path, plan: Plan, data: Path) -> None:
 
 
 def run_train(config: Path, data: Path, run: Path) -> None:
+    """The training of a configuration; raises as `train_apart`."""
+    train_apart(["--config", str(config), "--data", str(data), "--out", str(run), "--json"])
+
+
+def train_apart(words: list[str]) -> None:
     """`flowt2i train --resume latest` in a process of its own, which gets the signals that come meanwhile.
 
     Raises Interrupted where one stopped it, SystemExit with its status where it failed (it has said why).
     """
-    words = [sys.executable, "-m", "flowt2i", "train", "--config", str(config), "--data", str(data), "--out", str(run), "--resume", "latest", "--json"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "flowt2i", "train", *words, "--resume", "latest"], stdout=subprocess.DEVNULL, start_new_session=True)
     came: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -275,8 +280,8 @@ def score(folder: Path, plan: Plan, data: Path, scoring: Scoring, progress: bool
     """The points of a finished run, those that were not scored before scored now; each is kept as soon as it is there."""
     from flowt2i.training import checkpoint
 
-    known = {(p["step"], json.dumps(p["scoring"])): p for p in read_lines(folder / "points.jsonl")}
-    spent = seconds_at(read_lines(folder / "run" / "log.jsonl"), read_starts(folder))
+    known = {(p["step"], json.dumps(p["scoring"])): p for p in read_log(folder / "points.jsonl")}
+    spent = seconds_at(read_log(folder / "run" / "log.jsonl"), read_starts(folder))
     points = []
     for step in range(plan.every, plan.steps + 1, plan.every):
         how = scoring.of(last=step == plan.steps)
@@ -326,16 +331,6 @@ def score_checkpoint(path: Path, data: Path, how: dict[str, Any], seed: int, pro
 
 # ---- files ------------------------------------------------------------------------------------------------------------
 
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a line that a kill cut short is left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def read_starts(folder: Path) -> list[int]:

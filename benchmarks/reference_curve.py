@@ -18,16 +18,15 @@ that was measured to score the same: --alike names its settings, --because where
 import argparse
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import learning_runs
 from pydantic import ValidationError
 
 from flowt2i.config import PRESETS, Config, SampleConfig, load_config
 from flowt2i.description import DatasetDescription
-from flowt2i.errors import UserError
+from flowt2i.errors import INTERRUPTED, UserError
 from flowt2i.evaluation import on_track
 from flowt2i.training import checkpoint
 
@@ -65,17 +64,15 @@ def main() -> None:
 def train(args: argparse.Namespace, seed: int) -> Path:
     """A run of this seed, evaluated on its way: begun, gone on with, or complete already."""
     run = args.train / f"{args.preset}-seed{seed}"
-    command = [sys.executable, "-m", "flowt2i", "train", "--config", args.preset, "--data", str(args.data), "--out", str(run), "--resume", "latest"]
     ours = {"seed": seed, "steps": args.steps, "eval_every": args.steps // args.evaluations, "eval_share": 1, "score_prompts": args.prompts}
-    done = subprocess.run([*command, *(word for name, value in ours.items() for word in (f"--train.{name}", str(value))), *shlex.split(args.settings)])
-    if done.returncode:
-        raise SystemExit(f"the training of {run} ended with status {done.returncode}: the same command goes on with it")
+    words = ["--config", args.preset, "--data", str(args.data), "--out", str(run)]
+    learning_runs.train_apart([*words, *(word for name, value in ours.items() for word in (f"--train.{name}", str(value))), *shlex.split(args.settings)])
     return run
 
 
 def collect(runs: list[Path], alike: list[str], because: str) -> dict[str, Any]:
     """The curves of finished runs, and what has to be equal for others to be held against them. SystemExit where they differ in that themselves."""
-    others, words = [other_way(alike)] if alike else [], ["--alike", *alike] if alike else []
+    others, words = [other_way(alike)] if alike else [], ["--alike", *alike, "--because", shlex.quote(because)] if alike else []
     configs = [load_config(run / "config.json") for run in runs]
     first, description = configs[0], DatasetDescription.load(checkpoint.find(runs[0]))
     for run, config in zip(runs, configs):
@@ -121,5 +118,7 @@ def text(reference: dict[str, Any]) -> str:
 if __name__ == "__main__":
     try:
         main()
+    except learning_runs.Interrupted:
+        raise SystemExit(INTERRUPTED) from None
     except UserError as error:
         raise SystemExit(str(error)) from error

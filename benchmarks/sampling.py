@@ -35,6 +35,7 @@ from flowt2i import Pipeline
 from flowt2i.commands.common import newest_run
 from flowt2i.commands.evaluate_options import trained_on
 from flowt2i.data import scenes
+from flowt2i.errors import UserError
 from flowt2i.evaluation.frechet import LEAST, Moments, frechet_distance
 from flowt2i.evaluation.intervals import paired_difference, wilson
 from flowt2i.evaluation.kid import kernel_distance
@@ -297,4 +298,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from error

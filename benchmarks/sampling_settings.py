@@ -9,6 +9,7 @@ from typing import Any
 
 from flowt2i import settings as choices
 from flowt2i.config import PRESETS, SampleConfig
+from flowt2i.solvers import EVALUATIONS
 
 Settings = dict[str, Any]
 Panels = dict[str, dict[str, list[Settings]]]
@@ -17,11 +18,8 @@ PLAIN: Settings = {name: getattr(SampleConfig(), name) for name in choices.NAMES
 DEFAULT: Settings = PLAIN | {name: PRESETS["quickstart"]["sample"][name] for name in ("steps", "shift", "guidance")}  # 8 Euler steps at shift 5, guidance 3
 SEARCHED = "quickstart"  # the grid that comes with the package
 STEPPING = ("solver", "steps", "schedule", "shift", "tolerance")  # how the flow is followed, and not which
-CALLS: dict[str, Callable[[int], int]] = {  # of the velocity in so many steps: what to expect; what a drawing took is counted as it happens
-    "euler": lambda n: n, "ab2": lambda n: n, "sde": lambda n: n, "ab4": lambda n: n + 2 * min(3, n),
-    "midpoint": lambda n: 2 * n, "heun": lambda n: 2 * n - 1, "rk4": lambda n: 4 * n - 1,
-    "dopri5": lambda n: 60,  # about, at tolerance 0.3 (measured): it chooses its own steps
-}  # fmt: skip
+# What to expect; what a drawing took is counted as it happens. dopri5 chooses its own steps: about 60 at tolerance 0.3 (measured).
+CALLS: dict[str, Callable[[int], int]] = EVALUATIONS | {"dopri5": lambda n: 60}
 ALONE = 3.0  # how much longer an evaluation takes where pictures are drawn one by one, as by dopri5, about
 
 

@@ -15,7 +15,6 @@ cards of 8, 12, 24 and 80 GB: computed, not measured. Run it on an idle machine;
 import argparse
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from flowt2i.description import DatasetDescription
 from flowt2i.flops import training_flop
 from flowt2i.memory import is_out_of_memory
 from flowt2i.model import count_parameters
-from flowt2i.training.distributed import best_device
+from flowt2i.training.distributed import best_device, peak_memory
 
 Point = dict[str, int]  # width, depth, tokens, batch
 BASE: dict[str, Point] = {"cpu": {"width": 384, "depth": 6, "tokens": 64, "batch": 16}, "cuda": {"width": 768, "depth": 12, "tokens": 64, "batch": 96}}
@@ -91,12 +90,11 @@ def reset_peak(device: torch.device) -> int:
 
 def peak(device: torch.device) -> int:
     """The most that tensors took on a GPU, or this process in main memory, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type != "cuda":
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return int(peak_memory(device) * 2**30)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 
 from flowt2i.data import scenes
 from flowt2i.data.dataset import ImageTextDataset
+from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import wilson
 from flowt2i.pipeline import Pipeline
 
@@ -30,12 +31,11 @@ def exchanged(caption: str) -> str:
 @torch.no_grad()
 def nearer(pipeline: Pipeline, dataset: ImageTextDataset, rows: list[int], captions: list[str]) -> torch.Tensor:
     """[N] bool: whether what is expected under the caption is nearer (mean squared error) to the picture than under the exchanged one."""
-    description, answers = pipeline.description, []
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (description.latent_mean, description.latent_std))
+    answers = []
     for start in range(0, len(rows), 64):
         some = slice(start, start + 64)
-        data = (dataset.fetch(rows[some]).stored.float() / 127.5 - 1 - mean) / std
-        noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(start))
+        data = (dataset.fetch(rows[some]).stored.to(pipeline.device).float() / 127.5 - 1 - pipeline.mean) / pipeline.std
+        noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(start)).to(pipeline.device)
         errors = []
         for asked in (captions[some], [exchanged(caption) for caption in captions[some]]):
             velocity = pipeline.field(noise, torch.tensor(0.0), *pipeline.encode(asked))
@@ -53,6 +53,8 @@ def main() -> None:
     dataset = ImageTextDataset(args.data, "heldout")
     captions = dataset.captions()
     rows = [row for row, caption in enumerate(captions) if len(scenes.parse(caption).things) == 2][: args.num]
+    if not rows:
+        parser.error(f"{args.data} holds out no picture of two things")
     for model in args.model:
         right = nearer(Pipeline.from_pretrained(model), dataset, rows, [captions[row] for row in rows])
         low, high = wilson(int(right.sum()), len(rows))
@@ -60,4 +62,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from error

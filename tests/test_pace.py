@@ -8,7 +8,7 @@ import torch
 
 from flowt2i.config import resolve
 from flowt2i.description import DatasetDescription
-from flowt2i.training import pace
+from flowt2i.training import loop, pace
 from flowt2i.training.compiling import has_compiler
 from flowt2i.training.distributed import World
 from flowt2i.training.evaluate import evaluate
@@ -95,7 +95,7 @@ def test_weights_do_not_depend_on_evaluations(scenes_data, tiny, tmp_path, monke
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_nor_do_compiled_ones(scenes_data, tiny, tmp_path, monkeypatch):
     """Where captions are padded to several widths, so that blocks are compiled again between evaluations, and raw weights draw the pictures."""
-    monkeypatch.setattr(Trainer, "_text_padding", lambda self: 4)
+    monkeypatch.setattr(loop, "text_padding", lambda longest, compiled: 4)
     for every in ("0", "1"):
         words = [*tiny, "--train.compile", "on", "--model.depth", "1", "--train.ema", "0", "--train.steps", "5", "--data.batch_size", "2"]
         torch.compiler.reset()

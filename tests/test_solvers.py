@@ -1,7 +1,6 @@
 """Solvers on ODEs with closed-form solutions: order of convergence on even and uneven grids, callbacks, evaluations, the end of the path."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from flowt2i.flow import to_velocity
 from flowt2i.schedules import shift_times, uniform_times
-from flowt2i.solvers import SOLVERS, ToleranceError, dopri5, sde
+from flowt2i.solvers import EVALUATIONS, SOLVERS, ToleranceError, dopri5, sde
 from flowt2i.solvers.adaptive import DOPRI5, FOURTH
 from flowt2i.solvers.fixed import HEUN3, _one_step, adams_weights
 
@@ -19,12 +18,6 @@ PROBLEMS = {  # (velocity, z(0), z(1))
     "growth in time": (lambda z, t: z * torch.exp(t), 1.0, math.exp(math.e - 1)),
     "logistic": (lambda z, t: 3 * z * (1 - z), 0.1, 1 / (1 + 9 * math.exp(-3))),
 }
-
-# Of the velocity, by number of steps: the table in `flowt2i.solvers`. Those of dopri5 depend on the tolerance.
-EVALUATIONS: dict[str, Callable[[int], int]] = {
-    "euler": lambda steps: steps, "heun": lambda steps: 2 * steps - 1, "midpoint": lambda steps: 2 * steps, "rk4": lambda steps: 4 * steps - 1,
-    "ab2": lambda steps: steps, "ab4": lambda steps: steps + 2 * min(3, steps), "sde": lambda steps: steps,
-}  # fmt: skip
 
 
 def slope(solve, velocity, start, exact, shift, counts):

@@ -11,6 +11,7 @@ The order of the turns is reversed each round, so that a machine that drifts doe
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from flowt2i.bench.captions import EMOJI_T5, LONGEST
 from flowt2i.bench.step import FEATURES, BareStep, describe
-from flowt2i.bench.timing import clock, median
+from flowt2i.bench.timing import clock
 from flowt2i.config import resolve
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.errors import UserError, nearest

@@ -34,7 +34,7 @@ from flowt2i.model import count_parameters
 from flowt2i.training.compiling import compile_blocks, will_compile
 from flowt2i.training.distributed import accumulation, best_device, peak_memory
 
-SHARES = {"data": 4, "ceiling": 5, "step": 35, "sampling": 14, "loop": 30, "micro-batches": 12}  # of the time: for the bar, and as limits
+SHARES = {"data": 4, "ceiling": 5, "step": 35, "sampling": 14, "loop": 30, "micro-batches": 12}  # of the time, about: for the bar
 
 
 def bench(config: Config, data: Path | None = None, latents: bool = False, text_tokens: int = 0, seconds: float = 100) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The bare step: model, optimizer and EMA of a training, fed with what lies ready. What a training loop is measured against."""
 
+from statistics import median
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowt2i import flow
 from flowt2i.bench.captions import draw_lengths, padded_width
-from flowt2i.bench.timing import clock, fastest_of, mean_of, median, one_shape_each
+from flowt2i.bench.timing import clock, fastest_of, mean_of, one_shape_each
 from flowt2i.config import Config
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import CodecSpec, DatasetDescription, TextSpec

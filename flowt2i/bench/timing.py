@@ -2,7 +2,6 @@
 
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -48,10 +47,6 @@ def times_of(work: Callable[[], Any], device: torch.device, least: int, seconds:
     return times
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
-
-
 def one_shape_each() -> Any:
     """A context in which what is compiled is compiled for each shape by itself, as in a training, which only ever sees one."""
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)
@@ -77,13 +72,14 @@ class Budget:
 
 
 def device_name(device: torch.device) -> str:
-    """ "NVIDIA H100 80GB HBM3", "2 x AMD EPYC 9B45", "mps"."""
+    """ "NVIDIA H100 80GB HBM3", "2 threads of AMD EPYC 9B45", "mps"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of {_cpu_name()}" if device.type == "cpu" else device.type
+    return f"{torch.get_num_threads()} threads of {cpu_name()}" if device.type == "cpu" else device.type
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As Linux calls the processor; elsewhere its kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -95,7 +91,7 @@ def machine() -> dict[str, Any]:
     """What a figure must be told with: date, processor, cores, memory, versions."""
     facts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "flowt2i": __version__,
-        "cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gib": round(memory_bytes() / 2**30, 1),
+        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gib": round(memory_bytes() / 2**30, 1),
         "python": platform.python_version(), "torch": torch.__version__, "platform": sys.platform,
     }  # fmt: skip
     if torch.cuda.is_available():
@@ -105,7 +101,7 @@ def machine() -> dict[str, Any]:
 
 
 def memory_bytes(available: bool = False) -> int:
-    """Main memory of this machine, all of it or what is free for a new program; 0 where the system does not say."""
+    """Main memory of this machine, all of it, or what is free for a new program (0 where the system does not say)."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024 * int(fields["MemAvailable" if available else "MemTotal"].split()[0])

@@ -34,8 +34,8 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--seconds", type=float, default=100, help="about how long it may take, peers not counted (default 100)")
     parser.add_argument("--peers", nargs="?", const="all", metavar="NAMES", help="also time other transformers: all (default), or some of pixart,prx,sd3")
-    parser.add_argument("--peer-batch", type=int, default=0, metavar="N", help="images in a step of the comparison (default 32 on a CPU, 96 on a GPU)")
-    parser.add_argument("--peer-rounds", type=int, default=5, metavar="N", help="timed steps of each, by turns (default 5)")
+    parser.add_argument("--peer-batch", type=int, metavar="N", help="images in a step of the comparison (default 32 on a CPU, 96 on a GPU)")
+    parser.add_argument("--peer-rounds", type=int, metavar="N", help="timed steps of each, by turns (default 5)")
     add_json(parser)
     parser.set_defaults(run=run, overrides=True)
 
@@ -44,8 +44,12 @@ def run(args: argparse.Namespace) -> int:
     config: Config = resolve(args.config, args.rest)
     for name in ("text_tokens", "peer_batch", "peer_rounds", "seconds"):
         value = getattr(args, name)
-        if value is not None and value < (0 if name == "peer_batch" else 1):
+        if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if not args.peers and (args.peer_batch or args.peer_rounds):
+        raise UserError("--peer-batch and --peer-rounds belong to --peers")
+    if config.train.lora:
+        raise UserError("--train.lora belongs to `flowt2i train --init`: here the training of all weights is timed")
     if args.data and (args.text_tokens or args.latents is not None):
         raise UserError("--data says how long captions are and whether they come with latents: leave --text-tokens and --latents out")
     from flowt2i.bench import peers
@@ -60,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(summary(result))
         if names:
-            compared = peers.compare(names, args.peer_batch, args.peer_rounds, lengths=peers.lengths_of(args.data))
+            lengths = {args.text_tokens: 1} if args.text_tokens else peers.lengths_of(args.data)
+            compared = peers.compare(names, args.peer_batch or 0, args.peer_rounds or 5, lengths=lengths)
             result |= {"peers": peers.ratios(compared), "peer_runs": compared}
             if not args.json:
                 print(peers.table(compared))

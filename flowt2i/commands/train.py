@@ -30,7 +30,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--config", metavar="PRESET", help="preset, or the config.json of a run (default stability)")
     add_size(parser)
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (default: the only one under data/)")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default runs/PRESET-DATA, with --size runs/PRESET-SIZE-DATA)")
+    parser.add_argument(
+        "--out", type=Path, metavar="RUN", help="run folder (default runs/PRESET-DATA; with --size runs/PRESET-SIZE-DATA, with --init alone runs/MODEL-DATA)"
+    )
     parser.add_argument(
         "--init",
         metavar="MODEL",
@@ -93,8 +95,8 @@ def settled(args: argparse.Namespace, data: Path | None) -> tuple[Config, Path, 
     """Configuration, run folder, and the folder of the model to begin from (None: from nothing, or the run's own checkpoints go on)."""
     if args.lora is not None:
         args.rest = [*args.rest, "--train.lora", str(args.lora)]
-    if args.image_size is not None and data is not None:
-        _require_size(args.image_size, data, args.init)
+    if args.image_size is not None:
+        _require_size(args.image_size, data or only_dataset(), args.init)
     base = configuration(args)  # without --config: of the default preset, and not used where there is --init
     name = base.preset if args.config or not args.init else Path(args.init).resolve().name
     run = args.out or Path("runs") / "-".join(filter(None, (name, args.size, data.resolve().name if data else "data")))

@@ -204,7 +204,7 @@ def same_data(a: DatasetDescription, b: DatasetDescription) -> bool:
 
 
 def real_images(dataset: ImageTextDataset, codec: Codec, rows: np.ndarray) -> np.ndarray:
-    """Pictures of a prepared dataset as its codec shows them: uint8 [N, S, S, 3]."""
+    """Pictures `rows` of a prepared dataset as its codec shows them (a VAE's from the mean of their latents, 64 at a time): uint8 [N, S, S, 3]."""
     return stored_to_images(codec, dataset.fetch(rows).stored)
 
 

@@ -26,8 +26,8 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 
 
 def check(context: Context, name: str) -> None:
-    """UserError for a model or data that are not of scenes."""
-    pipeline = context.need_pipeline("scenes")
+    """UserError where there is no model (for the score `name`), or model or data are not of scenes."""
+    pipeline = context.need_pipeline(name)
     if context.data and not DatasetDescription.load(context.data).is_scenes:
         raise UserError(f"the scenes score is for the built-in data, and {context.data} is not: leave out --data, or prepare `scenes`")
     if not pipeline.description.is_scenes:

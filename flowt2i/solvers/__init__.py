@@ -20,6 +20,8 @@ would ask takes its last step by another of one order less, whose single larger 
 | sde | 1 (weak) | N | stochastic, the same marginals |
 """
 
+from collections.abc import Callable
+
 from flowt2i.solvers.adaptive import ToleranceError, dopri5
 from flowt2i.solvers.fixed import Callback, Solver, Velocity, ab2, ab4, euler, heun, midpoint, rk4
 from flowt2i.solvers.stochastic import sde
@@ -28,4 +30,9 @@ SOLVERS: dict[str, Solver] = {
     "euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ab2": ab2, "ab4": ab4, "dopri5": dopri5, "sde": sde,
 }  # fmt: skip
 
-__all__ = ["SOLVERS", "Callback", "Solver", "ToleranceError", "Velocity", "ab2", "ab4", "dopri5", "euler", "heun", "midpoint", "rk4", "sde"]
+EVALUATIONS: dict[str, Callable[[int], int]] = {  # of the velocity in N steps, as in the table above; dopri5 is not in it: it chooses
+    "euler": lambda n: n, "heun": lambda n: 2 * n - 1, "midpoint": lambda n: 2 * n, "rk4": lambda n: 4 * n - 1,
+    "ab2": lambda n: n, "ab4": lambda n: n + 2 * min(3, n), "sde": lambda n: n,
+}  # fmt: skip
+
+__all__ = ["EVALUATIONS", "SOLVERS", "Callback", "Solver", "ToleranceError", "Velocity", "ab2", "ab4", "dopri5", "euler", "heun", "midpoint", "rk4", "sde"]

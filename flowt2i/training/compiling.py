@@ -26,3 +26,8 @@ def compile_blocks(model: FlowTransformer) -> None:
     """Compile each repeated block in place: one compilation serves all. The parameters keep their names; EMA weights stay uncompiled."""
     for block in [*model.blocks, *(model.caption_encoder.blocks if model.caption_encoder is not None else [])]:
         block.compile()
+
+
+def text_padding(longest: int, compiled: bool) -> int:
+    """Captions are padded to a multiple of so many tokens: the longest of all where that is short (one width, no recompilation), else 8, or 32 compiled."""
+    return max(1, longest) if longest <= 32 else 32 if compiled else 8

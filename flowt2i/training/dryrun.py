@@ -212,12 +212,10 @@ class Forecast:
         minutes = trainer.config.train.minutes
         steps = trainer.steps or trainer.step + int(minutes * 60 / per_step)  # `train.minutes` becomes a number of steps after a while
         space = checkpoint_space(trainer, steps)
-        to_go = steps - trainer.step if steps > trainer.step else 1000
+        ends = steps > trainer.step
+        to_go = steps - trainer.step if ends else 1000
         evaluations = pace.expected(trainer.config, trainer.description, per_step, to_go)
-        if steps > trainer.step:
-            left = f"{duration(to_go * per_step + evaluations.number * evaluations.each)} to go"
-        else:
-            left = f"{duration(to_go * per_step)} for 1,000 steps, no end set"
+        left = f"{duration(to_go * per_step + evaluations.number * evaluations.each)} {'to go' if ends else 'for 1,000 steps, no end set'}"
         kept = f"{space.at_once} at once" + (f", {space.for_good} for good" if space.for_good else "")
         memory = "of the GPU" if trainer.world.device.type == "cuda" else "of main memory"
         return (

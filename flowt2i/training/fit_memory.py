@@ -111,6 +111,7 @@ def _probe(trainer: "Trainer", micro: int) -> None:
     longest = np.argsort(trainer.dataset.token_lengths()[: trainer.count], kind="stable")[-micro:]
     batch = trainer.dataset.fetch(np.resize(longest, micro))
     draw, t = trainer.draw(0)
-    state = [torch.empty_like(p) for p in trainer.model.parameters() for _ in range(2)] if not trainer.optimizer.state() else []
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    state = [torch.empty_like(p) for p in trained for _ in range(2)] if not trainer.optimizer.state() else []
     trainer.forward(trainer.objective, batch, draw, t, slice(0, micro))[1].losses.mean().backward()
     del state

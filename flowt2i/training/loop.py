@@ -37,7 +37,7 @@ from flowt2i.model import count_parameters
 from flowt2i.pipeline import Pipeline, build_model, compute_dtype
 from flowt2i.text import load_encoder, load_tokenizer
 from flowt2i.training import checkpoint, distributed, dryrun, lora, parallel, resuming, start, stream
-from flowt2i.training.compiling import compile_blocks, will_compile
+from flowt2i.training.compiling import compile_blocks, text_padding, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
@@ -97,7 +97,7 @@ class Trainer:
         config = self.config = start.remembered(self.config, source, init)
         self.description = start.described(self.description, config.origin)
         self.compiled = will_compile(config.train, device)
-        pad = self._text_padding()
+        pad = text_padding(self.description.longest_caption, self.compiled)
         self.dataset = ImageTextDataset(self.data, "train", pad_to=pad)
         self.heldout = ImageTextDataset(self.data, "heldout", pad_to=pad) if self.description.heldout_count else self.dataset
         self.count = min(config.data.subset or len(self.dataset), len(self.dataset))
@@ -170,13 +170,6 @@ class Trainer:
         """Let another training use the run folder."""
         if self.world.main:
             self._lock_file.close()
-
-    def _text_padding(self) -> int:
-        """One caption width where captions are short (no recompilation), multiples of 8 or 32 where they are long."""
-        longest = self.description.longest_caption
-        if longest <= 32:
-            return max(1, longest)
-        return 32 if self.compiled else 8
 
     def _prepare_text(self) -> tuple[Tensor, Any, Any]:
         ids = torch.tensor(self.description.text.null_tokens, device=self.world.device)

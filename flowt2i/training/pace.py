@@ -9,7 +9,6 @@ The weights do not depend on it (an evaluation changes no state of the training)
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,15 +17,12 @@ from tqdm import tqdm
 from flowt2i.config import Config, SampleConfig
 from flowt2i.description import DatasetDescription
 from flowt2i.human import duration
+from flowt2i.solvers import EVALUATIONS
 from flowt2i.training.distributed import World
 
 FREE = 60.0  # seconds of evaluations that are not held against the share
 SCORE_STEPS = 20  # of the solver, at most, for pictures that are scored while training
 FORWARD = 1 / 3  # of a training step: a backward pass takes two forward ones
-EVALUATIONS: dict[str, Callable[[int], int]] = {  # of the velocity in N steps (flowt2i/solvers); dopri5, which chooses: as rk4
-    "euler": lambda n: n, "heun": lambda n: 2 * n - 1, "midpoint": lambda n: 2 * n, "rk4": lambda n: 4 * n - 1,
-    "ab2": lambda n: n, "ab4": lambda n: n + 2 * min(3, n), "sde": lambda n: n, "dopri5": lambda n: 4 * n - 1,
-}  # fmt: skip
 
 
 @dataclass
@@ -97,4 +93,5 @@ def passes(config: Config, description: DatasetDescription) -> int:
 
 def of_a_picture(sample: SampleConfig, steps: int) -> int:
     """Passes of the network that a picture takes."""
-    return EVALUATIONS[sample.solver](steps) * (2 if sample.guidance != 1 else 1)
+    evaluations = EVALUATIONS.get(sample.solver, EVALUATIONS["rk4"])  # dopri5, which chooses its steps: as rk4
+    return evaluations(steps) * (2 if sample.guidance != 1 else 1)

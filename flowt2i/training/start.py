@@ -48,7 +48,8 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
     config = (base or start.config).model_copy(deep=True)
     config.model = start.model.model_copy(deep=True)
     config.flow, config.sample = start.config.flow.model_copy(deep=True), start.config.sample.model_copy(deep=True)
-    config.train.lora = 0
+    if base is None:
+        config.train.lora = 0  # the model's own adapters are merged: whether to adapt again is the new run's to say
     if data.fingerprint != start.description.fingerprint:
         config.sample.prompts = []  # previews show captions of the new data
     ratio = grow.time_shift(start.description.codec.shape, data.codec.shape)
@@ -96,10 +97,15 @@ def _differences(before: ModelConfig, now: ModelConfig) -> dict[str, tuple[objec
 def continued(run: Path, words: list[str]) -> Config | None:
     """The configuration of a run's newest checkpoint, with the same overrides: the same command goes on, whatever became of the model it began from.
 
-    None where the run has no checkpoint yet.
+    None where the run has no checkpoint yet. UserError where that run did not begin from a model.
     """
     steps = checkpoint.list_steps(run)
-    return resolve(None, words, base=load_config(checkpoint.folder(run, steps[-1]) / "config.json")) if steps else None
+    if not steps:
+        return None
+    config = resolve(None, words, base=load_config(checkpoint.folder(run, steps[-1]) / "config.json"))
+    if config.origin is None:
+        raise UserError(f"{run} holds a run that did not begin from a model: leave out --init to continue it, or choose another --out")
+    return config
 
 
 def remembered(config: Config, source: Path | None, init: Path | None) -> Config:
