@@ -383,7 +383,7 @@ def test_fault_25_nan_or_constant_latents_are_refused(vae, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def prepared(vae, tmp_path_factory) -> Path:
+def with_vae(vae, tmp_path_factory) -> Path:
     """A folder with data/ made of scenes and vae/."""
     folder = tmp_path_factory.mktemp("prepared")
     shutil.copytree(vae, folder / "vae")
@@ -423,25 +423,25 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_fault_26_changed_after_preparation(change, prepared, tiny, tmp_path):
+def test_fault_26_changed_after_preparation(change, with_vae, tiny, tmp_path):
     """The VAE's own folder is changed in place, as an update would."""
     apply, words = CHANGES[change]
     backup = tmp_path / "backup"
-    shutil.copytree(prepared, backup)
+    shutil.copytree(with_vae, backup)
     try:
-        apply(prepared)
-        done = flowt2i("train", "--config", "stability", "--data", prepared / "data", "--out", tmp_path / "run", *tiny, "--train.steps", "1")
+        apply(with_vae)
+        done = flowt2i("train", "--config", "stability", "--data", with_vae / "data", "--out", tmp_path / "run", *tiny, "--train.steps", "1")
         one_line(done, *words)
     finally:
-        shutil.rmtree(prepared)
-        shutil.copytree(backup, prepared)
+        shutil.rmtree(with_vae)
+        shutil.copytree(backup, with_vae)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 @pytest.mark.slow
-def test_fault_26_unchanged_data_trains_and_other_data_is_refused_on_resume(prepared, vae, tiny, tmp_path):
+def test_fault_26_unchanged_data_trains_and_other_data_is_refused_on_resume(with_vae, vae, tiny, tmp_path):
     common = ["train", "--config", "stability", "--out", tmp_path / "run", *tiny, "--train.eval_every", "0"]
-    assert flowt2i(*common, "--data", prepared / "data", "--train.steps", "1").returncode == 0
+    assert flowt2i(*common, "--data", with_vae / "data", "--train.steps", "1").returncode == 0
     run("scenes", tmp_path / "other", count=60, heldout=0.1, codec=str(vae), image_size=32, unit_rows=0)
     one_line(flowt2i(*common, "--data", tmp_path / "other", "--train.steps", "2", "--resume", "latest"), "differ in", "image_size")
 

@@ -52,8 +52,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
-        data = args.data if args.print_config and not args.init else args.data or only_dataset()
-        config, run, init = settled(args, data)
+        config, data, run, init = settled(args)
     except UserError:
         if first_of_node():
             raise
@@ -91,17 +90,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def settled(args: argparse.Namespace, data: Path | None) -> tuple[Config, Path, Path | None]:
-    """Configuration, run folder, and the folder of the model to begin from (None: from nothing, or the run's own checkpoints go on)."""
+def settled(args: argparse.Namespace) -> tuple[Config, Path, Path, Path | None]:
+    """Configuration, data, run folder, and the folder of the model to begin from (None: from nothing, or the run's own checkpoints go on)."""
     if args.lora is not None:
         args.rest = [*args.rest, "--train.lora", str(args.lora)]
-    if args.image_size is not None:
-        _require_size(args.image_size, data or only_dataset(), args.init)
     base = configuration(args)  # without --config: of the default preset, and not used where there is --init
+    needless = args.print_config and not args.init and args.image_size is None  # settings alone are shown
+    data = args.data or (Path("data") if needless else only_dataset())
+    if args.image_size is not None:
+        _require_size(args.image_size, data, args.init)
     name = base.preset if args.config or not args.init else Path(args.init).resolve().name
-    run = args.out or Path("runs") / "-".join(filter(None, (name, args.size, data.resolve().name if data else "data")))
+    run = args.out or Path("runs") / "-".join(filter(None, (name, args.size, data.resolve().name)))
     if not args.init:
-        return base, run, None
+        return base, data, run, None
     if args.size:
         raise UserError("--init brings the size of its model along: leave out --size")
     from flowt2i.description import DatasetDescription
@@ -110,11 +111,10 @@ def settled(args: argparse.Namespace, data: Path | None) -> tuple[Config, Path, 
     if args.resume not in (None, "latest"):
         raise UserError("--init and --resume PATH both say what to begin from: leave out one of them")
     if args.resume and (before := start.continued(run, args.rest)):
-        return before, run, None
-    assert data is not None
+        return before, data, run, None
     found = start.find(args.init)
     config = start.configuration(args.init, found, DatasetDescription.load(data), args.rest, base if args.config else None)
-    return config, run, found.folder
+    return config, data, run, found.folder
 
 
 def _require_size(size: int, data: Path, init: str | None) -> None:
