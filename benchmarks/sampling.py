@@ -42,7 +42,6 @@ from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.metrics import Context
 from flowt2i.evaluation.pictures import Drawing, features
 from flowt2i.evaluation.scenes import FIRST_SEED, verdicts
-from flowt2i.model import count_parameters
 from flowt2i.training import checkpoint
 from flowt2i.training.distributed import World
 
@@ -278,7 +277,7 @@ def main() -> None:
     listed = [PLAIN, *(s for p in panels.values() for lines in p.values() for points in lines.values() for s in points)]
     wanted = [s for i, s in enumerate(listed) if s not in listed[:i]]
     measure = measure_for(pipeline, args)
-    parameters = count_parameters(pipeline.model)["total"]
+    parameters = sum(parameter.numel() for parameter in pipeline.model.parameters())
     protocol = {"model": pipeline.told() | {"parameters": parameters}, **machine.facts(pipeline.device), "protocol": measure.protocol}
     bench = Bench(pipeline, measure, args.results / f"sampling-{name}.json")
     rows = bench.run(wanted, protocol, args.estimate)
