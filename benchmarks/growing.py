@@ -15,13 +15,14 @@ A second call goes on where the first was stopped.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import ending
 import learning_runs
 import machine
 
-from flowt2i.errors import INTERRUPTED, UserError
 from flowt2i.training.distributed import best_device
 
 RECIPE = ["--data.batch_size", "64", "--flow.logit_mean", "-0.8", "--flow.floor", "0.2", "--train.ema", "0.998", "--sample.steps", "16"]
@@ -131,9 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except learning_runs.Interrupted:
-        raise SystemExit(INTERRUPTED) from None
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+    sys.exit(ending.told(main)())

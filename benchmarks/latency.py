@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ending
 import machine
 import torch
 from sampling import benchmark_prompts
@@ -31,7 +32,6 @@ from tqdm import tqdm
 from flowt2i import Pipeline
 from flowt2i.bench.timing import clock
 from flowt2i.commands.common import newest_run
-from flowt2i.errors import UserError
 from flowt2i.training.compiling import has_compiler
 
 # A fresh process: what it takes to import, to load, and to draw a first and a second picture. Arguments: model, device, 1 to compile.
@@ -171,7 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+    sys.exit(ending.told(main)())

@@ -17,17 +17,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ending
 import learning_report
 import learning_runs
 import machine
 import recipes
-from learning_runs import Budget, Interrupted, Scoring
+from learning_runs import Budget, Scoring
 from tqdm import tqdm
 
 from flowt2i.cli import Parser
 from flowt2i.config import parse_overrides
 from flowt2i.description import DatasetDescription
-from flowt2i.errors import INTERRUPTED, UserError
+from flowt2i.errors import UserError
 from flowt2i.training.distributed import best_device
 
 RESULTS = Path(__file__).parent / "results"
@@ -131,24 +132,14 @@ def said(results: dict[str, Any]) -> list[str]:
     return learning_report.verdicts(results["summary"], results["baseline"])
 
 
+@ending.told
 def main(words: list[str] | None = None) -> int:
-    """Exit status: 0, 2 (a mistake the user can mend), 3 (stopped by a signal, all saved: the same command goes on)."""
     args, more = arguments().parse_known_args(words)
     if args.list:
         print("\n".join(f"{name:30s} {recipe.about}" for name, recipe in recipes.RECIPES.items()))
         return 0
-    try:
-        results = run(args, more)
-        written = write(results, args.results)
-    except UserError as error:
-        print(f"learning.py: error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted:
-        print("learning.py: stopped, all saved: the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        print("learning.py: stopped: the same command goes on", file=sys.stderr)
-        return 130
+    results = run(args, more)
+    written = write(results, args.results)
     print("\n".join([learning_report.table(results["summary"], results["baseline"]), "", *said(results), *map(str, written)]))
     if args.json:
         print(json.dumps({"files": [str(path) for path in written], "summary": results["summary"]}))

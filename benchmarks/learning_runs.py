@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ending import Interrupted
+
 from flowt2i import flops
 from flowt2i.config import Config, load_config, seconds
 from flowt2i.data.dataset import ImageTextDataset
@@ -32,10 +34,6 @@ COMPARABLE = ("t0.0-0.2", "t0.2-0.4", "t0.4-0.6", "t0.6-0.8")  # the bins that i
 PROBE = 60  # steps by which a recipe's speed is known
 CAPTIONS = 10_000  # whose lengths are looked at for the FLOPs
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-
-
-class Interrupted(Exception):
-    """A training was stopped by a signal; all is saved."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +328,6 @@ def score_checkpoint(path: Path, data: Path, how: dict[str, Any], seed: int, pro
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------
-
 
 
 def read_starts(folder: Path) -> list[int]:

@@ -11,9 +11,11 @@ Results go to RESULTS/negative-NAME.json and .md.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import ending
 import machine
 from sampling_settings import DEFAULT
 from tqdm import tqdm
@@ -87,7 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+    sys.exit(ending.told(main)())

@@ -18,15 +18,16 @@ that was measured to score the same: --alike names its settings, --because where
 import argparse
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import ending
 import learning_runs
 from pydantic import ValidationError
 
 from flowt2i.config import PRESETS, Config, SampleConfig, load_config
 from flowt2i.description import DatasetDescription
-from flowt2i.errors import INTERRUPTED, UserError
 from flowt2i.evaluation import on_track
 from flowt2i.training import checkpoint
 
@@ -116,9 +117,4 @@ def text(reference: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except learning_runs.Interrupted:
-        raise SystemExit(INTERRUPTED) from None
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+    sys.exit(ending.told(main)())

@@ -20,11 +20,13 @@ import argparse
 import functools
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import ending
 import machine
 import numpy as np
 import sampling_plot
@@ -35,7 +37,6 @@ from flowt2i import Pipeline
 from flowt2i.commands.common import newest_run
 from flowt2i.commands.evaluate_options import trained_on
 from flowt2i.data import scenes
-from flowt2i.errors import UserError
 from flowt2i.evaluation.frechet import LEAST, Moments, frechet_distance
 from flowt2i.evaluation.intervals import paired_difference, wilson
 from flowt2i.evaluation.kid import kernel_distance
@@ -297,7 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+    sys.exit(ending.told(main)())

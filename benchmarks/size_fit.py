@@ -19,17 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ending
 import learning_runs
 import machine
 import recipes
 from learning import RESULTS, numbers
-from learning_runs import Budget, Interrupted, Scoring
+from learning_runs import Budget, Scoring
 from size_laws import PowerLaw, lowest, power_law
 from tqdm import tqdm
 
 from flowt2i import sizes
 from flowt2i.cli import Parser
-from flowt2i.errors import INTERRUPTED, UserError, nearest
+from flowt2i.errors import UserError, nearest
 from flowt2i.training.distributed import best_device
 
 LEAST_SIZES = 4
@@ -249,25 +250,15 @@ def plain_ticks(axis: Any) -> None:
         text.set_fontsize(8)
 
 
+@ending.told
 def main(words: list[str] | None = None) -> int:
-    """Exit status: 0, 2 (a mistake the user can mend), 3 (stopped by a signal, all saved: the same command goes on)."""
     args, more = arguments().parse_known_args(words)
-    try:
-        results = run(args, more)
-        args.results.mkdir(parents=True, exist_ok=True)
-        path = args.results / f"{results['name']}.json"
-        learning_runs.write_whole(path, json.dumps(results, indent=1))
-        if args.write:
-            write_constants(results, sizes.CONSTANTS)
-    except UserError as error:
-        print(f"size_fit.py: error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted:
-        print("size_fit.py: stopped, all saved: the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        print("size_fit.py: stopped: the same command goes on", file=sys.stderr)
-        return 130
+    results = run(args, more)
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{results['name']}.json"
+    learning_runs.write_whole(path, json.dumps(results, indent=1))
+    if args.write:
+        write_constants(results, sizes.CONSTANTS)
     files = [path]
     try:
         files.append(plot(results, path.with_suffix(".png")))

@@ -10,13 +10,14 @@ to the picture under the first. Half right is chance. No picture is drawn, so it
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
+import ending
 import torch
 
 from flowt2i.data import scenes
 from flowt2i.data.dataset import ImageTextDataset
-from flowt2i.errors import UserError
 from flowt2i.evaluation.intervals import wilson
 from flowt2i.pipeline import Pipeline
 
@@ -62,7 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+    sys.exit(ending.told(main)())

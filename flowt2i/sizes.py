@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flowt2i.config import ModelConfig
-from flowt2i.errors import UserError, nearest
+from flowt2i.errors import UserError
 
 CONSTANTS = Path(__file__).with_name("sizes.json")
 WIDTHS = range(64, 4_097, 32)  # what a number of parameters may choose from
@@ -42,7 +42,7 @@ def width_of(size: str, model: ModelConfig) -> int:
         return widths[size.upper()]
     number = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMB]?)", size.strip().replace(",", "").replace("_", ""), re.IGNORECASE)
     if not number:
-        raise UserError(f"--size {size!r}: give {', '.join(widths)}, or a number of parameters such as 25M{nearest(size.upper(), widths)}")
+        raise UserError(f"--size {size!r}: give {', '.join(widths)}, or a number of parameters such as 25M")
     wanted = float(number[1]) * UNITS[number[2].upper()]
     count = lambda width: parameters(at_width(width, model))
     if not count(WIDTHS[0]) / 1.2 <= wanted <= count(WIDTHS[-1]) * 1.2:
