@@ -19,6 +19,7 @@ goes on where the first was stopped.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import nets, reference
 from flowt2i.evaluation.distribution import LEAST_KERNEL
-from flowt2i.evaluation.metrics import Context, score
+from flowt2i.evaluation.metrics import Context, Scores, score
 from flowt2i.grid import grid
 from flowt2i.pipeline import Pipeline, save_png
 from flowt2i.training import start
@@ -58,31 +59,31 @@ def measure(model: str | Path, data: Path, num: int, keep: Path, progress: bool 
     """Scores of a model on new data, and its pictures of held-out captions, uint8 [num, S, S, 3], which are kept under KEEP/evaluation."""
     folder = start.find(model).folder
     pipeline = Pipeline.from_pretrained(folder)
-    images, found = np.zeros(0, np.uint8), {}
+    count = DatasetDescription.load(data).heldout_count  # of the loss: all, and the same noise for every model
+    context = Context(World(0, 1, pipeline.device), num, pipeline, data, given_num=count, run=keep, source=folder, progress=progress)
+    found: dict[str, Any] = {"loss": loss(context)}
     for real in ("heldout", "train"):
-        count = DatasetDescription.load(data).heldout_count  # of the loss: all, and the same noise for every model
-        context = Context(World(0, 1, pipeline.device), num, pipeline, data, given_num=count, real=real, run=keep, source=folder, progress=progress)
-        outcome = score(["kid", *(["loss"] if real == "heldout" else [])], context)
-        if outcome.failure:
-            raise outcome.failure
-        kid = outcome.found["kid"]
+        context = replace(context, real=real, _references={})  # pictures and their features stay
+        kid = scored("kid", context)
         title = min(kid.values, key=len)
-        found[f"kid-{real}"] = {
-            "value": kid.values[title],
-            "error": kid.details["errors"][title],
-            "floor": kid.values.get(f"{title}/floor"),
-            "protocol": kid.protocol,
-        }
-        if "loss" in outcome.found:
-            own = f"/{pipeline.weights.lower()}"
-            losses = outcome.found["loss"].values
-            found["loss"] = {
-                "value": next(value for name, value in losses.items() if name.endswith(own)),
-                "bins": {name.rpartition("/")[2]: value for name, value in losses.items() if f"{own}/" in name},
-                "protocol": outcome.found["loss"].protocol,
-            }
-        images = context.images()
-    return found, images
+        value, error, floor = kid.values[title], kid.details["errors"][title], kid.values[f"{title}/floor"]
+        found[f"kid-{real}"] = {"value": value, "error": error, "floor": floor, "protocol": kid.protocol}
+    return found, context.images()
+
+
+def loss(context: Context) -> dict[str, Any]:
+    """Of the weights that are drawn with, the mean and by time."""
+    found, own = scored("loss", context), f"/{context.need_pipeline('loss').weights.lower()}"
+    bins = {name.rpartition("/")[2]: value for name, value in found.values.items() if f"{own}/" in name}
+    return {"value": next(value for name, value in found.values.items() if name.endswith(own)), "bins": bins, "protocol": found.protocol}
+
+
+def scored(name: str, context: Context) -> Scores:
+    """A score by `flowt2i evaluate`'s own metric."""
+    outcome = score([name], context)
+    if outcome.failure:
+        raise outcome.failure
+    return outcome.found[name]
 
 
 def heldout_pictures(data: Path, pipeline: Pipeline, count: int) -> tuple[np.ndarray, list[str]]:

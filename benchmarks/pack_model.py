@@ -15,6 +15,7 @@ Nothing is put in place where all packaged models together would be larger than 
 """
 
 import argparse
+import re
 import shutil
 import sys
 import time
@@ -38,6 +39,7 @@ from flowt2i.training.distributed import World
 
 SCENES = ("scenes", "scenes-heldout", "scenes-counts", "scenes-relations")
 NOTES = Path(__file__).with_name("notes")
+PATH = re.compile(r"(?<![\w.:/])(?:/[\w.+-]+){2,}")  # absolute, and no part of an address
 
 
 def measure(model: Path, work: Path, num: int, metrics: tuple[str, ...], data: Path | None, progress: bool = True) -> Measured:
@@ -61,12 +63,12 @@ def check_size(folder: Path, target: Path) -> None:
         )
 
 
-def check_private(folder: Path, places: list[Path]) -> None:
-    """UserError where a file tells the name of one of these folders of this machine."""
-    names = {str(place.resolve()).encode() for place in places if len(place.resolve().parts) > 1}
-    for file in (f for f in folder.rglob("*") if f.is_file() and f.suffix != ".safetensors"):
-        if told := next((name for name in names if name in file.read_bytes()), None):
-            raise UserError(f"{file} would tell everyone of {told.decode()} on this machine: name it otherwise (--source, --notes)")
+def check_private(folder: Path) -> None:
+    """UserError where a text in it names a place that there is on this machine."""
+    for file in (f for f in folder.rglob("*") if f.is_file() and f.suffix in (".json", ".md", ".txt")):
+        for path in PATH.findall(file.read_text()):
+            if Path(*Path(path).parts[:3]).exists():
+                raise UserError(f"{file} would tell everyone of {path} on this machine: name it otherwise (--source, --notes)")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -104,7 +106,7 @@ def main(words: list[str] | None = None) -> None:
     told = Told(args.license, args.source, notes.read_text() if notes.is_file() else "", measured)
     export(args.model, final, dtype="bf16", told=told, samples=16, force=True, progress=True)
     check_size(final, args.to / args.name)
-    check_private(final, [Path.home(), Path.cwd(), args.model, args.model.resolve().parent, work, *([args.data] if args.data else [])])
+    check_private(final)
     target = args.to / args.name
     with aside(target, force=True) as place:
         shutil.copytree(final, place, dirs_exist_ok=True)

@@ -89,7 +89,6 @@ def test_a_packaged_model_tells_no_path_of_the_machine_that_made_it(name):
         assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|mnt|Users|var)\b", text), file
 
 
-@pytest.mark.slow
 def test_the_packaged_model_follows_prompts():
     """A weak bound on few prompts: that the right weights are in the box, and the bytes are read as what they are."""
     prompts = scenes.prompts(0, 48)
@@ -97,7 +96,6 @@ def test_the_packaged_model_follows_prompts():
     assert found["all"]["accuracy"] > 0.8
 
 
-@pytest.mark.slow
 def test_a_wheel_holds_the_models(tmp_path):
     """Built from a copy: a build leaves files beside its source."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -343,7 +341,7 @@ def test_the_benchmark_of_fine_tuning(tiny_run, own_pictures, tmp_path, benchmar
 
     def here(words):
         trained.append(words)
-        assert main(["train", *words, "--resume", "latest", "--train.dry_run", "false", "--train.steps", "3"]) == 0
+        assert main(["train", *words, "--resume", "latest", "--train.dry_run", "false"]) == 0
 
     monkeypatch.setattr(benchmark("learning_runs"), "train_apart", here)
     words = ["--model", str(tiny_run), "--images", str(own_pictures), "--heldout", "0.3", "--out", str(tmp_path), "--num", "16", "--minutes", "0.01"]
@@ -353,7 +351,7 @@ def test_the_benchmark_of_fine_tuning(tiny_run, own_pictures, tmp_path, benchmar
     assert list(told["results"]) == ["before", "full", "lora"] and told["train"] + told["heldout"] == 80
     for found in told["results"].values():
         assert found["loss"]["value"] > 0 and found["kid-heldout"]["error"] > 0 and found["kid-train"]["error"] > 0 and len(found["loss"]["bins"]) == 5
-    assert "--lora" in told["results"]["lora"]["settings"] and told["results"]["full"]["steps"] == 3
+    assert "--lora" in told["results"]["lora"]["settings"] and told["results"]["full"]["steps"] > 2
     assert told["results"]["full"]["loss"]["protocol"] == told["results"]["before"]["loss"]["protocol"]  # the same noise and times, floor and all
     assert "| lora |" in capsys.readouterr().out and (tmp_path / "fine_tune.png").exists() and "| full |" in (tmp_path / "fine_tune.md").read_text()
     fine_tune.main(words)  # once more: nothing is trained again

@@ -71,8 +71,10 @@ def training_command(config: Config) -> str:
         ours, theirs = getattr(config, section), getattr(base, section)
         for field in type(ours).model_fields:
             value = getattr(ours, field)
-            timed = (section, field) == ("train", "minutes") and config.train.steps != base.train.steps  # a number of steps alone turns the time off
-            if value != getattr(theirs, field) or (timed and value):
+            usual = getattr(theirs, field)
+            if (section, field) == ("train", "minutes") and config.train.steps != base.train.steps:
+                usual = 0.0  # a number of steps turns the time off
+            if value != usual:
                 words += [f"--{section}.{field}", value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
 
