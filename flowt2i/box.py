@@ -48,6 +48,12 @@ def find(name: str) -> Path | None:
     return next((whole(folder) for folder in folders() if folder.name == name), None)
 
 
+def hidden_by(path: Path) -> str:
+    """What to add where a path that is no model bears the name of a packaged one; "" elsewhere."""
+    hidden = str(path) == path.name and any(folder.name == path.name for folder in folders())
+    return f" (it hides the packaged model {path.name!r}: rename it, or work elsewhere)" if hidden else ""
+
+
 def default() -> Path | None:
     """The folder of the model that is taken where none is named; None where none came with this installation."""
     return next(map(whole, folders()), None)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from flowt2i import Pipeline, box, hub
 from flowt2i.cli import main
-from flowt2i.data import scenes
+from flowt2i.data import scenes, scenes_check
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.prepare import prepare
 from flowt2i.demo import Library
@@ -96,17 +98,41 @@ def test_the_packaged_model_follows_prompts():
     assert found["all"]["accuracy"] > 0.8
 
 
-def test_a_wheel_holds_the_models(tmp_path):
-    """Built from a copy: a build leaves files beside its source."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The package as pip installs it, built from a copy: a build leaves files beside its source."""
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pip")
+    place = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "flowt2i", tmp_path / "flowt2i", ignore=shutil.ignore_patterns("__pycache__"))
-    words = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(tmp_path / "out"), str(tmp_path)]
-    subprocess.run(words, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "out").glob("*.whl")
+        shutil.copyfile(ROOT / name, place / name)
+    shutil.copytree(ROOT / "flowt2i", place / "flowt2i", ignore=shutil.ignore_patterns("__pycache__"))
+    pip(place, "wheel", "--no-build-isolation", "-w", str(place / "out"), str(place))
+    (found,) = (place / "out").glob("*.whl")
+    return found
+
+
+def pip(place, command, *words):
+    done = subprocess.run([sys.executable, "-m", "pip", command, "--no-deps", "--no-index", "-q", *words], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wheel_holds_the_models(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("flowt2i/models/")}
     assert held == {file.relative_to(ROOT).as_posix() for file in box.BOX.rglob("*") if file.is_file()}
+
+
+@pytest.mark.slow
+def test_installed_from_the_wheel_it_draws_in_an_empty_folder(wheel, tmp_path):
+    pip(tmp_path, "install", "--target", str(tmp_path / "site"), str(wheel))
+    (tmp_path / "here").mkdir()
+    words = [sys.executable, "-m", "flowt2i", "generate", "a red circle"]
+    done = subprocess.run(words, cwd=tmp_path / "here", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True)
+    assert done.returncode == 0 and "model: scenes, which comes with flowt2i" in done.stderr
+    assert (
+        "wrote picture.png" in done.stdout and scenes_check.check(np.asarray(Image.open(tmp_path / "here" / "picture.png")), scenes.parse("a red circle")).all
+    )
 
 
 # ---- found by name, and taken where nothing is named -------------------------------------------------------------------
@@ -132,11 +158,14 @@ def test_a_bare_name_finds_it_everywhere(boxed, scenes_data, capsys):
     assert DatasetDescription.load(Path("like")).text == DatasetDescription.load(boxed).text
 
 
-def test_a_path_wins_over_a_name(boxed, tiny_run, monkeypatch):
+def test_a_path_wins_over_a_name(boxed, tiny_run, one_line):
     shutil.copytree(checkpoint.find(tiny_run), "scenes")
     assert hub.local("scenes") == Path("scenes") and Pipeline.from_pretrained("scenes", device="cpu").step == 4
     assert hub.local("./scenes") == Path("./scenes") and hub.local("emoji") == Path("emoji")
     shutil.rmtree("scenes")
+    Path("scenes").mkdir()  # no model at all: `prepare scenes --out scenes`, for instance
+    assert main(["generate", "a red circle", "--model", "scenes"]) == 2 and "it hides the packaged model 'scenes'" in one_line()
+    Path("scenes").rmdir()
     assert hub.local("./scenes") == Path("./scenes")  # a path is never a name
 
 
@@ -324,8 +353,6 @@ def own_pictures(tmp_path_factory):
     """A folder of 80 captioned pictures that are no scenes: stripes."""
     folder = tmp_path_factory.mktemp("own")
     rng = np.random.default_rng(0)
-    from PIL import Image
-
     lines = []
     for k in range(80):
         stripes = (np.arange(48)[:, None, None] // (2 + k % 5) % 2) * rng.integers(60, 255, 3) + np.zeros((48, 48, 1))

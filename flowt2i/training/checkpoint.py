@@ -224,7 +224,7 @@ def find(path: Path) -> Path:
         return path
     newest = newest_good(path)
     if newest is None:
-        raise UserError(f"{path} holds no checkpoint yet: train longer, or give another folder")
+        raise UserError(f"{path} holds no checkpoint yet: train longer, or give another folder{box.hidden_by(path)}")
     return newest
 
 
