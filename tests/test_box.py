@@ -130,9 +130,8 @@ def test_installed_from_the_wheel_it_draws_in_an_empty_folder(wheel, tmp_path):
     words = [sys.executable, "-m", "flowt2i", "generate", "a red circle"]
     done = subprocess.run(words, cwd=tmp_path / "here", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True)
     assert done.returncode == 0 and "model: scenes, which comes with flowt2i" in done.stderr
-    assert (
-        "wrote picture.png" in done.stdout and scenes_check.check(np.asarray(Image.open(tmp_path / "here" / "picture.png")), scenes.parse("a red circle")).all
-    )
+    picture = np.asarray(Image.open(tmp_path / "here" / "picture.png"))
+    assert "wrote picture.png" in done.stdout and scenes_check.check(picture, scenes.parse("a red circle")).all
 
 
 # ---- found by name, and taken where nothing is named -------------------------------------------------------------------
