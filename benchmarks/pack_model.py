@@ -111,7 +111,7 @@ def main(words: list[str] | None = None) -> None:
     with aside(target, force=True) as place:
         shutil.copytree(final, place, dirs_exist_ok=True)
     for score_ in measured.scores[:1]:
-        print(f"{score_.name}: {score_.shown()} {score_.interval()}")
+        print(f"{score_.name}: {score_.shown()} {score_.interval()}".rstrip())
     weights = (target / "model.safetensors").stat().st_size
     print(f"packed {target}: {total_bytes(target) / 1e6:.2f} MB, of which {weights / 1e6:.2f} MB weights")
 
