@@ -93,7 +93,7 @@ def test_a_packaged_model_tells_no_path_of_the_machine_that_made_it(name):
 
 def test_the_packaged_model_follows_prompts():
     """A weak bound on few prompts: that the right weights are in the box, and the bytes are read as what they are."""
-    prompts = scenes.prompts(0, 48)
+    prompts = scenes.prompts(0, 24)
     found = scenes_score.score_images(Pipeline.from_pretrained("scenes", device="cpu").sample(prompts, seed=scenes_score.FIRST_SEED).images, prompts)
     assert found["all"]["accuracy"] > 0.8
 
@@ -349,11 +349,11 @@ def test_prompts_of_a_kind():
 
 @pytest.fixture(scope="module")
 def own_pictures(tmp_path_factory):
-    """A folder of 80 captioned pictures that are no scenes: stripes."""
+    """A folder of 48 captioned pictures that are no scenes: stripes."""
     folder = tmp_path_factory.mktemp("own")
     rng = np.random.default_rng(0)
     lines = []
-    for k in range(80):
+    for k in range(48):
         stripes = (np.arange(48)[:, None, None] // (2 + k % 5) % 2) * rng.integers(60, 255, 3) + np.zeros((48, 48, 1))
         Image.fromarray(stripes.astype(np.uint8)).save(folder / f"{k:02d}.png")
         lines.append(json.dumps({"file_name": f"{k:02d}.png", "text": f"stripes {2 + k % 5} wide, number {k}"}))
@@ -370,11 +370,11 @@ def test_the_benchmark_of_fine_tuning(tiny_run, own_pictures, tmp_path, benchmar
         assert main(["train", *words, "--resume", "latest", "--train.dry_run", "false"]) == 0
 
     monkeypatch.setattr(benchmark("learning_runs"), "train_apart", here)
-    words = ["--model", str(tiny_run), "--images", str(own_pictures), "--heldout", "0.3", "--out", str(tmp_path), "--num", "16", "--minutes", "0.01"]
+    words = ["--model", str(tiny_run), "--images", str(own_pictures), "--heldout", "0.45", "--out", str(tmp_path), "--num", "16", "--minutes", "0.01"]
     words += ["--sample.steps", "1"]
     fine_tune.main(words)
     told = json.loads((tmp_path / "fine_tune.json").read_text())
-    assert list(told["results"]) == ["before", "full", "lora"] and told["train"] + told["heldout"] == 80
+    assert list(told["results"]) == ["before", "full", "lora"] and told["train"] + told["heldout"] == 48
     for found in told["results"].values():
         assert found["loss"]["value"] > 0 and found["kid-heldout"]["error"] > 0 and found["kid-train"]["error"] > 0 and len(found["loss"]["bins"]) == 5
     assert "--lora" in told["results"]["lora"]["settings"] and told["results"]["full"]["steps"] > 2
@@ -393,7 +393,7 @@ def misfits(own_pictures, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("misfits")
     vae = save_vae(folder / "vae")
-    like = {"workers": 1, "heldout": 0.3}
+    like = {"workers": 1, "heldout": 0.45}
     for name, more in {"latents": {"codec": str(vae)}, "60": {"image_size": 60}, "128": {"image_size": 128}}.items():
         prepare(PrepareOptions.of(sources=[str(own_pictures)], out=folder / name, **like, **more), progress=False)
     return folder
@@ -433,7 +433,7 @@ def test_a_size_that_the_patches_do_not_divide_is_one_line(own_pictures, tiny_ru
 def test_mistakes_of_the_benchmark_are_one_line_and_exit_2(words, told, misfits, own_pictures, tiny_run, scenes_data, tmp_path, benchmark, one_line):
     own = {"sources": [str(own_pictures)], "like": str(tiny_run), "workers": 1}
     if "LARGE" in words:
-        prepare(PrepareOptions.of(**own, out=tmp_path / "large", image_size=128, heldout=0.3), progress=False)
+        prepare(PrepareOptions.of(**own, out=tmp_path / "large", image_size=128, heldout=0.45), progress=False)
     if "FEW" in words:
         prepare(PrepareOptions.of(**own, out=tmp_path / "few", heldout=0.05), progress=False)
     places = {"LATENTS": misfits / "latents", "LARGE": tmp_path / "large", "FEW": tmp_path / "few", "OWN": own_pictures}

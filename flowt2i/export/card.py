@@ -136,7 +136,8 @@ def _data(pipeline: Pipeline, source: str, longest: int) -> str:
 def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
     config = public_config(pipeline.config)
     model = config.model
-    device = f"{facts['ranks'] or 1} × {re.sub(r'^cuda(:[0-9]+)?$', 'CUDA GPU', facts['device'])}" if facts["device"] else ""
+    kind = re.sub(r"^cuda(:[0-9]+)?$", "CUDA GPU", facts["device"] or "").replace("cpu", "CPU")
+    device = f"{facts['ranks'] or 1} × {kind}" if kind else ""
     rows = [
         ("began from", config.origin.told if config.origin else ""),
         ("trained", f"low-rank adapters of rank {config.train.lora}, merged here" if config.train.lora else ""),
