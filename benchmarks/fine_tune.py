@@ -173,7 +173,8 @@ def main(words: list[str] | None = None) -> None:
     pipeline = Pipeline.from_pretrained(model.folder)
     real, captions = heldout_pictures(data, pipeline, SHOWN)
     columns = {"held-out picture": real, **{name: images[: len(real)] for name, images in drawn.items()}}
-    cells = [(images[k], f"{name}: {captions[k]}" if name == "held-out picture" else name) for k in range(len(real)) for name, images in columns.items()]
+    titles = {name: f"{name}, {found['steps']:,} steps" if "steps" in found else name for name, found in results.items()}
+    cells = [(images[k], titles.get(name) or f"{name}: {captions[k]}") for k in range(len(real)) for name, images in columns.items()]
     save_png(grid([image for image, _ in cells], [caption for _, caption in cells], columns=len(columns)), args.out / "fine_tune.png")
     counts = DatasetDescription.load(data)
     facts = {"model": args.model, "minutes": args.minutes, "rank": args.rank, "train": counts.train_count, "heldout": counts.heldout_count}
