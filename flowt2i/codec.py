@@ -26,11 +26,11 @@ class Codec(Protocol):
     def to(self, device: torch.device | str) -> Self: ...
 
     def encode(self, images: torch.Tensor) -> np.ndarray:
-        """uint8 [B, 3, S, S] -> what is stored, [B, *stored_shape]."""
+        """uint8 [B, 3, H, W] -> what is stored, [B, channels, h, w]; of the square `stored_shape`. Sides are multiples of `spec.factor`."""
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents, float [B, C, h, w], not normalised -> float32 [B, 3, S, S] in [-1, 1]."""
+        """Raw latents, float [B, C, h, w], not normalised -> float32 [B, 3, H, W] in [-1, 1]."""
         ...
 
 
@@ -47,12 +47,12 @@ def stored_to_latents(kind: str, stored: torch.Tensor, noise: torch.Tensor | Non
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Decoded pictures, float [B, 3, S, S] in [-1, 1] (beyond it they are cut), as uint8 [B, S, S, 3]."""
+    """Decoded pictures, float [B, 3, H, W] in [-1, 1] (beyond it they are cut), as uint8 [B, H, W, 3]."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def stored_to_images(codec: Codec, stored: torch.Tensor, at_once: int = 64) -> np.ndarray:
-    """Stored samples as pictures, uint8 [B, S, S, 3]: a VAE's are decoded from the mean of their latents, `at_once` of them together."""
+    """Stored samples as pictures, uint8 [B, H, W, 3]: a VAE's are decoded from the mean of their latents, `at_once` of them together."""
     return np.concatenate([to_uint8(codec.decode(stored_to_latents(codec.spec.kind, part))) for part in stored.split(at_once)])
 
 
@@ -68,7 +68,7 @@ class PixelCodec:
         return self
 
     def encode(self, images: torch.Tensor) -> np.ndarray:
-        _check_images(images, self.spec.image_size)
+        _check_images(images, 1)
         return images.cpu().numpy()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -103,8 +103,8 @@ class VaeCodec:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> np.ndarray:
-        """Moments float16 [B, 2C, h, w] = (mean, logvar) of uint8 [B, 3, S, S]. UserError where the VAE gives NaN, inf or a constant."""
-        _check_images(images, self.spec.image_size)
+        """Moments float16 [B, 2C, h, w] = (mean, logvar) of uint8 [B, 3, H, W]. UserError where the VAE gives NaN, inf or a constant."""
+        _check_images(images, self.spec.factor)
         x = (images.to(self.device).float() / 127.5 - 1).to(self.dtype)
         with torch.autocast(self.device.type, enabled=False):
             moments = self.net.encode(x).latent_dist.parameters.float()
@@ -151,9 +151,9 @@ def codec_from_spec(spec: CodecSpec, id: str | None = None, dtype: torch.dtype =
     return codec
 
 
-def _check_images(images: torch.Tensor, size: int) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
-        raise ValueError(f"images must be uint8 [B, 3, {size}, {size}], not {images.dtype} {tuple(images.shape)}")
+def _check_images(images: torch.Tensor, factor: int) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        raise ValueError(f"images must be uint8 [B, 3, H, W] with sides of a multiple of {factor}, not {images.dtype} {tuple(images.shape)}")
 
 
 def _load_vae(folder: Path, id: str, dtype: torch.dtype) -> Any:
