@@ -5,6 +5,8 @@ mean and log-variance of a VAE's posterior) is kept apart from *latents* (float3
 `scaling_factor` is used nowhere, statistics of the data take its place).
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -76,7 +78,14 @@ class PixelCodec:
 
 
 class VaeCodec:
-    """A frozen `AutoencoderKL`, in fp32 or bf16 (never fp16: SD's VAE overflows there)."""
+    """A frozen `AutoencoderKL`, in fp32 or bf16 (never fp16: SD's VAE overflows there).
+
+    Pictures of which a side is longer than `tile_above` pixels are decoded one by one in tiles of half of it, which overlap by a quarter and are blended
+    (diffusers' tiling): the memory is that of a tile however large the picture, and the attention in the VAE does not grow with the fourth power of the
+    side. The tiles' own means and variances in the group norms make a small difference to decoding in one piece.
+    """
+
+    tile_above = 1024
 
     def __init__(self, id: str, image_size: int, dtype: torch.dtype = torch.float32):
         if dtype not in (torch.float32, torch.bfloat16):
@@ -116,7 +125,24 @@ class VaeCodec:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            return self.net.decode(latents.to(self.device, self.dtype)).sample.float().clamp(-1, 1)
+            with self._tiles(max(latents.shape[2:]) * self.spec.factor > self.tile_above):
+                return self.net.decode(latents.to(self.device, self.dtype)).sample.float().clamp(-1, 1)
+
+    @contextlib.contextmanager
+    def _tiles(self, wanted: bool) -> Iterator[None]:
+        """Within it the net decodes one picture after another, in tiles of half of `tile_above`."""
+        if not wanted:
+            yield
+            return
+        cells = max(4, self.tile_above // 2 // self.spec.factor // 4 * 4)  # of a latent; a quarter of them overlaps
+        self.net.tile_latent_min_size, self.net.tile_sample_min_size = cells, cells * self.spec.factor
+        self.net.enable_tiling()
+        self.net.enable_slicing()
+        try:
+            yield
+        finally:
+            self.net.disable_tiling()
+            self.net.disable_slicing()
 
     def _check(self, stored: torch.Tensor, images: torch.Tensor) -> None:
         broken = "its weights are broken or of another version; use another VAE or 'pixels'"

@@ -288,4 +288,6 @@ def build_model(config: Config, description: DatasetDescription) -> FlowTransfor
     """An untrained model of this configuration for data of this description."""
     shape = description.codec.shape
     text = description.text
-    return FlowTransformer(config.model.resolve(description.codec.kind, shape), shape, text.dim if text.kind == "hf" else 0, text.vocab_size)
+    model = FlowTransformer(config.model.resolve(description.codec.kind, shape), shape, text.dim if text.kind == "hf" else 0, text.vocab_size)
+    model.checkpoint_activations = config.train.checkpoint_activations
+    return model

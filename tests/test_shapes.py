@@ -94,7 +94,7 @@ def test_lists_that_cannot_be_are_refused(asked, words):
 def test_lists_are_put_in_order():
     assert shapes.buckets("80x48, 64x64,48x80", 64, 8, 3.0) == [(48, 80), (64, 64), (80, 48)]
     assert shapes.buckets("", 64, 8, 3.0) == []
-    with pytest.raises(UserError, match="not a multiple of 8.*take 64"):
+    with pytest.raises(UserError, match=r"not a multiple of 8.*take 64"):
         shapes.buckets("auto", 60, 8, 3.0)
 
 
@@ -188,7 +188,7 @@ def test_workers_and_a_merge_write_the_same(source, data, tmp_path):
     merge([tmp_path / "0", tmp_path / "1"], tmp_path / "merged", progress=False)
     prepare(PrepareOptions(**common | {"workers": 2}, out=tmp_path / "two"), progress=False)
     for other in ("merged", "two"):
-        for path in sorted(data.glob("*/*.arrow")) + [data / "dataset.json"]:
+        for path in [*sorted(data.glob("*/*.arrow")), data / "dataset.json"]:
             assert (tmp_path / other / path.relative_to(data)).read_bytes() == path.read_bytes(), path
 
 
