@@ -124,9 +124,8 @@ class VaeCodec:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device.type, enabled=False):
-            with self._tiles(max(latents.shape[2:]) * self.spec.factor > self.tile_above):
-                return self.net.decode(latents.to(self.device, self.dtype)).sample.float().clamp(-1, 1)
+        with torch.autocast(self.device.type, enabled=False), self._tiles(max(latents.shape[2:]) * self.spec.factor > self.tile_above):
+            return self.net.decode(latents.to(self.device, self.dtype)).sample.float().clamp(-1, 1)
 
     @contextlib.contextmanager
     def _tiles(self, wanted: bool) -> Iterator[None]:
