@@ -97,7 +97,7 @@ def test_choosing_a_model_brings_its_prompts_and_settings(served: Served) -> Non
         for prompt, then in (("a red circle", "a green star"), ("my own", {"__type__": "update"})):  # what a visitor wrote stays
             assert join(served, client, "choosing", "on_model", model="other", prompt=prompt).status_code == 200
             data = list(follow(served, client, "choosing"))[-1]["output"]["data"]
-            assert "a pink cross" in data[1] and data[2:] == [then, 5, 3, "euler"]
+            assert "a pink cross" in data[1] and data[2:6] == [then, 5, 3, "euler"] and data[6]["value"] == "32x32"
 
 
 @pytest.mark.parametrize(
