@@ -81,7 +81,7 @@ def guidance(guides: dict[str, Path]) -> Panels:
         "rule and interval": {
             "plain": plain,
             "from t = 0.05": _guided(guidance_from=0.05),  # 6, 14
-            "until t = 0.2": _guided(guidance_until=0.2),  # 7, 13
+            "until t = 0.2": _steps(4, 8, 10, 20, guidance_until=0.2),  # 7, 13, 16, 32
             "CFG-Zero*": _guided(guidance_rule="zero-star"),
             "zero-init 0.04": _guided(zero_init=0.04),
             "rescale 0.7": _guided(guidance_rescale=0.7),
@@ -102,6 +102,7 @@ FRECHET: list[Settings] = [
     DEFAULT | {"shift": 1.0},
     DEFAULT | {"guidance": 1.0},
     DEFAULT | {"guidance": 2.0},
+    DEFAULT | {"steps": 10, "guidance_until": 0.2},
 ]
 
 

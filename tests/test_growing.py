@@ -104,6 +104,10 @@ def test_grown_trained_resumed_and_drawn(tiny_run, larger, tmp_path, capsys):
     assert load_config(saved / "config.json").origin == load_config(run / "config.json").origin is not None
     assert drawn(run).shape == (2, 128, 128, 3)
     assert main(["evaluate", "--model", str(run), "--data", str(larger), "--metrics", "loss", "--num", "4"]) == 0
+    (checkpoint.folder(run, 3) / "config.json").write_text("{")  # cut off by a full disk: the one before it is good
+    with pytest.warns(UserWarning, match="passing over it"):
+        assert main([*command, "--optim.lr", "1e-3", "--train.steps", "3", "--optim.schedule_steps", "2"]) == 0
+    assert checkpoint.is_whole(checkpoint.folder(run, 3))
 
 
 def test_a_model_shrinks_too(tiny_run, larger, scenes_data, tmp_path):

@@ -95,14 +95,14 @@ def _differences(before: ModelConfig, now: ModelConfig) -> dict[str, tuple[objec
 
 
 def continued(run: Path, words: list[str]) -> Config | None:
-    """The configuration of a run's newest checkpoint, with the same overrides: the same command goes on, whatever became of the model it began from.
+    """The configuration of a run's newest good checkpoint, with the same overrides: the same command goes on, whatever became of the model it began from.
 
     None where the run has no checkpoint yet. UserError where that run did not begin from a model.
     """
-    steps = checkpoint.list_steps(run)
-    if not steps:
+    source = checkpoint.newest_good(run)
+    if source is None:
         return None
-    config = resolve(None, words, base=load_config(checkpoint.folder(run, steps[-1]) / "config.json"))
+    config = resolve(None, words, base=load_config(source / "config.json"))
     if config.origin is None:
         raise UserError(f"{run} holds a run that did not begin from a model: leave out --init to continue it, or choose another --out")
     return config
