@@ -50,7 +50,7 @@ def framed(images: Sequence[np.ndarray]) -> np.ndarray:
     """Pictures uint8 [H, W, 3] of several shapes in the middle of equal frames: [N, highest H, widest W, 3]; those of one shape as they are."""
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     frames = np.empty((len(images), height, width, 3), np.uint8)
-    frames[:] = BACKGROUND
+    frames[:] = FRAME  # so that a white picture ends where it does
     for frame, image in zip(frames, images):
         top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
         frame[top : top + image.shape[0], left : left + image.shape[1]] = image

@@ -163,7 +163,7 @@ class Pipeline:
         """
         if type(width) is not int or type(height) is not int:
             raise UserError(f"width {width} and height {height}: give both, in pixels, or neither")
-        shapes.require(width, height, self.description.codec.factor * self.model.patch, f"a picture of {width}x{height} pixels", "this model")
+        shapes.require(width, height, self.description.codec.factor * self.model.patch, f"a picture of {width}x{height} pixels", "this model makes")
         if max(width, height) > LARGEST_SIDE:
             raise UserError(f"a picture of {width}x{height} pixels is too large: {LARGEST_SIDE} a side at most")
         return width, height

@@ -65,7 +65,7 @@ def buckets(asked: str, image_size: int, unit: int, max_aspect: float) -> list[S
         return derived(image_size, unit, max_aspect)
     found = parse(asked)
     for width, height in found:
-        require(width, height, unit, f"--buckets {name((width, height))}", "the codec")
+        require(width, height, unit, f"--buckets {name((width, height))}", "codec and patch make")
         if not _fits(width * height, image_size):
             side = nearest_multiple(math.sqrt(width * height), unit)
             raise UserError(
@@ -102,8 +102,8 @@ def nearest_multiple(side: float, unit: int) -> int:
     return max(1, round(side / unit)) * unit
 
 
-def require(width: int, height: int, unit: int, what: str, whose: str) -> None:
+def require(width: int, height: int, unit: int, what: str, who_makes: str) -> None:
     """UserError, naming the nearest shape that can be made, where a side is no multiple of `unit`."""
     if width % unit or height % unit or min(width, height) < 1:
         near = name((nearest_multiple(width, unit), nearest_multiple(height, unit)))
-        raise UserError(f"{what} cannot be made: {whose} makes sides that are multiples of {unit}, such as {near}")
+        raise UserError(f"{what} cannot be made: {who_makes} sides that are multiples of {unit}, such as {near}")

@@ -194,7 +194,7 @@ def test_validation_counts_every_heldout_picture_once(model, data):
 
 
 def test_a_patch_that_does_not_fit_a_bucket_is_refused(data, words, tmp_path):
-    with pytest.raises(UserError, match=r"model.patch 16 does not divide the 48x88 pictures.*--bucket-step 16"):
+    with pytest.raises(UserError, match=r"model.patch 16 does not divide the 48x88 pictures.*such as 48x96 .--bucket-step 16"):
         Trainer(resolve("quickstart", [*words, "--model.patch", "16"]), data, tmp_path / "run", progress=False)
 
 
@@ -268,4 +268,7 @@ def test_data_like_a_model_has_its_shapes(model, data, tmp_path):
     options = PrepareOptions.of(sources=[str(source)], like=str(model), out=tmp_path / "like", workers=1)
     prepare(options, progress=False)
     told = json.loads((tmp_path / "like/dataset.json").read_text())
+    with pytest.raises(UserError, match="60x68 cannot be made: codec and patch make sides that are multiples of 8, such as 64x64"):
+        wrong = PrepareOptions.of(sources=[str(source)], like=str(model), out=tmp_path / "wrong", buckets="60x68")
+        prepare(wrong, progress=False)
     assert [shapes.name((b["width"], b["height"])) for b in told["buckets"]] == ["64x64", "104x40"]

@@ -164,11 +164,11 @@ def buckets_of(options: PrepareOptions, codec: CodecSpec) -> tuple[Shape, ...]:
         raise UserError("--buckets lists the shapes, and --bucket-step says how to derive them: leave one of them out")
     if options.bucket_step % codec.factor:
         raise UserError(f"--bucket-step {options.bucket_step} is not a multiple of {codec.factor}, by which codec {codec.id!r} downsamples: take one")
-    unit = codec.factor
+    patch = patch_of(options.like) if options.like else 0
+    unit = codec.factor * (patch or 1)
     if options.buckets == "auto":
-        patch = patch_of(options.like) if options.like else 0
-        usual = math.gcd(PATCH, options.image_size) if codec.kind == "pixels" else 1
-        unit = options.bucket_step or unit * (patch or usual)
+        usual = math.gcd(PATCH, options.image_size) if codec.kind == "pixels" and not patch else 1
+        unit = options.bucket_step or unit * usual
     return tuple(shapes.buckets(options.buckets, options.image_size, unit, options.max_aspect))
 
 

@@ -157,9 +157,10 @@ class Trainer:
             _, height, width = self.description.codec.latent_shape(size)
             if height % model.patch or width % model.patch:
                 step = model.patch * self.description.codec.factor
+                near = shapes.name((shapes.nearest_multiple(size[0], step), shapes.nearest_multiple(size[1], step)))
                 raise UserError(
                     f"model.patch {model.patch} does not divide the {shapes.name(size)} pictures of {self.data}: choose a divisor, "
-                    f"or prepare the data again with --bucket-step {step}"
+                    f"or prepare the data again with shapes such as {near} (--bucket-step {step})"
                 )
         if self.config.data.flip and self.description.codec.kind != "pixels":
             raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
