@@ -31,6 +31,7 @@ from flowt2i.model import count_parameters
 MODELS = {"preset": (768, 12), "large": (1024, 24)}  # width, depth
 CARDS = (24, 80)  # GB
 TOKENS = (64, 256, 1024)
+DEPTHS = (2, 3)  # that are looked at: deep models would need the memory that is computed
 
 
 class Case(NamedTuple):
@@ -54,21 +55,31 @@ def compute(case: Case) -> dict[str, Any]:
         kind="pixels", image_size=case.side, shape=(3, case.side, case.side)
     )  # fmt: skip
     description = describe(latents, max(EMOJI_T5)).model_copy(update={"codec": codec})
-    words = ["--model.width", case.width, "--model.depth", case.depth, "--model.heads", case.width // 64]
-    made: dict[bool, Footprint] = {}
+    words = ["--model.width", case.width, "--model.heads", case.width // 64]
+    made, parameters = {}, {}
     for again in (False, True):
-        config = resolve("stability", [*map(str, words), "--train.checkpoint_activations", str(again).lower()])
-        with fused_attention():
-            step = BareStep(config, description, EMOJI_T5, torch.device("cpu"))
-            made[again] = footprint(step)
-    model = step.model.config
+        found = {}
+        for depth in DEPTHS:
+            config = resolve("stability", [*map(str, words), "--model.depth", str(depth), "--train.checkpoint_activations", str(again).lower()])
+            with fused_attention():
+                step = BareStep(config, description, EMOJI_T5, torch.device("cpu"))
+                found[depth] = footprint(step)
+            parameters[depth] = count_parameters(step.model)["total"]
+        made[again] = Footprint(*(at(case.depth, [float(found[depth][k]) for depth in DEPTHS]) for k in range(3)))  # type: ignore[arg-type]
+    model = config.model.resolve(codec.kind, codec.shape).model_copy(update={"depth": case.depth})
     lengths = [length for length, count in EMOJI_T5.items() for _ in range(count)]
     total = training_flop(model, codec.shape, lengths, FEATURES if latents else 0)["total"]
     keys = case.tokens + sum(lengths) / len(lengths)
     scores = 3 * case.depth * 4 * case.tokens * keys * case.width  # scores and sums over values, forward and twice backward
-    row = case._asdict() | {"side": case.side, "parameters": count_parameters(step.model)["total"], "gflop": total / 1e9, "attention": scores / total}
+    row: dict[str, Any] = case._asdict() | {"side": case.side, "parameters": round(at(case.depth, [parameters[depth] for depth in DEPTHS]))}
+    row |= {"gflop": total / 1e9, "attention": scores / total}
     row |= {"state_gib": made[False].state / 2**30, "mib": made[False].slope / 2**20, "mib_again": made[True].slope / 2**20}
     return row | {f"{card}{'_again' * again}": made[again].largest((card - CONTEXT_GIB) * 2**30) for card in CARDS for again in (False, True)}
+
+
+def at(depth: int, values: Sequence[float]) -> float:
+    """What at DEPTHS is `values`, at another depth: all blocks are alike, so that memory and parameters grow by the same amount with each."""
+    return values[0] + (values[1] - values[0]) * (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,11 +1,14 @@
 """`train.checkpoint_activations`: the same gradients with less kept for the backward pass, eager and compiled, alone and on ranks."""
 
 import copy
+import importlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from flowt2i.bench.footprint import kept_bytes
+from flowt2i.bench.footprint import footprint, kept_bytes
 from flowt2i.bench.step import BareStep, describe
 from flowt2i.config import resolve
 from flowt2i.training.compiling import compile_blocks, has_compiler
@@ -87,3 +90,21 @@ def test_a_training_takes_the_same_course(scenes_data, tiny, tmp_path):
     for name, flag in (("with", "true"), ("without", "false")):
         train(resolve("quickstart", [*words, "--train.checkpoint_activations", flag]), scenes_data, tmp_path / name, progress=False)
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
+    """Computed at two depths, it is what a model of the asked depth takes; checkpointing lets more fit."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    cost_table = importlib.import_module("cost_table")
+    assert cost_table.main(["--out", str(tmp_path / "cost.md"), "--models", '{"a": [64, 5]}', "--tokens", "16", "64"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["path"], row["tokens"], row["side"]) for row in rows] == [("pixels", 16, 32), ("pixels", 64, 64), ("latents", 16, 32), ("latents", 64, 64)]
+    assert all(row["mib_again"] < row["mib"] and row["24_again"] > row["24"] > 0 and row["80"] > row["24"] for row in rows)
+    assert rows[1]["gflop"] > rows[0]["gflop"] and rows[1]["attention"] > rows[0]["attention"]
+    words = ["--model.width", "64", "--model.depth", "5", "--model.heads", "1"]
+    with cost_table.fused_attention():
+        step = BareStep(resolve("stability", words), describe(True, max(cost_table.EMOJI_T5)), cost_table.EMOJI_T5, torch.device("cpu"))
+        whole = footprint(step)
+    assert rows[3]["mib"] == pytest.approx(whole.slope / 2**20, rel=1e-6) and rows[3]["state_gib"] == pytest.approx(whole.state / 2**30, rel=1e-6)
+    told = (tmp_path / "cost.md").read_text()
+    assert told.startswith("Computed, not measured") and "| 5 × 64 " in told and told.count("\n|") == 12
