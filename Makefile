@@ -42,6 +42,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 # ---- the targets -----------------------------------------------------------------------------------------------------
 
 quickstart: $(VENV)/.ready ## prepare the built-in data, train, draw samples.png, score [SEED=0 DATA= OUT= COUNT= MINUTES=]
+	@echo "== first, what a trained model draws (the one that comes with flowt2i) -> runs/packaged/first.png"
+	-$(FLOW) generate --prompts examples/scenes.txt --model scenes --out runs/packaged/first.png
+	@echo "   look at it while yours is trained from scratch"
 	@echo "== 1/4 data: $(COUNT) captioned scenes -> $(DATA)"
 	$(FLOW) prepare scenes --out $(DATA) --count $(COUNT)
 	@echo "== 2/4 training -> $(OUT) (stop it with Ctrl-C and run the same command again: it goes on where it was)"

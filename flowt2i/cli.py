@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": "pictures from prompts",
     "evaluate": "score a model",
     "demo": "the web page",
+    "models": "the models that come with flowt2i",
     "bench": "speed and memory on this machine",
     "doctor": "check the machine, and a run before it starts",
     "verify-resume": "show that an interrupted training loses nothing",

@@ -7,8 +7,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from flowt2i.errors import UserError
+from flowt2i.score import Score
 
-MARK = "export.json"  # format, kind of weights, facts of the training
+MARK = "export.json"  # format, kind of weights, licence, facts of the training
+SCORES = "scores.json"  # what was measured of the model once it was trained, where something was
 VAE, ENCODER = "vae", "text_encoder"  # folders in which a model takes its nets along
 
 
@@ -29,6 +31,7 @@ class Mark(BaseModel):
 
     format: Literal["flowt2i", "diffusers", "onnx"]
     weights: Literal["ema", "raw"]
+    licence: str = ""  # of the weights, as the hub writes it
     training: Training = Training()
 
     @field_validator("training", mode="wrap")
@@ -38,6 +41,22 @@ class Mark(BaseModel):
             return handler(value)
         except ValidationError:
             return Training()
+
+
+class Measured(BaseModel):
+    """Scores with the day on which they were taken, as `flowt2i evaluate --out` reports them; of such a report the rest is passed over."""
+
+    made: str = ""
+    version: str = ""
+    scores: list[Score]
+
+
+def read_scores(file: Path) -> Measured:
+    """The scores in a file. UserError where it is none of `flowt2i evaluate`."""
+    try:
+        return Measured.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} holds no scores: give the report.json that `flowt2i evaluate --out DIR` writes") from error
 
 
 def read_mark(folder: Path) -> Mark | None:

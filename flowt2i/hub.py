@@ -3,8 +3,9 @@
 import contextlib
 from pathlib import Path
 
+from flowt2i import box
 from flowt2i.errors import UserError
-from flowt2i.exported import ENCODER, MARK, VAE, format_of
+from flowt2i.exported import ENCODER, MARK, SCORES, VAE, format_of
 from flowt2i.pretrained import hub_told, looks_like_path, quiet
 from flowt2i.training import checkpoint
 
@@ -12,18 +13,21 @@ from flowt2i.training import checkpoint
 PATTERNS = ["*.safetensors", "*.json", "*.txt"]
 # All that an export of any format may hold: what an earlier one left goes with the next push, and nothing else.
 WRITTEN = [
-    *("README.md", MARK, checkpoint.MANIFEST, "samples.png", "config.json", "dataset.json", "model.safetensors", "model_index.json", "sampling.json"),
+    *("README.md", MARK, SCORES, checkpoint.MANIFEST, "samples.png", "config.json", "dataset.json", "model.safetensors", "model_index.json", "sampling.json"),
     *("pipeline.py", "sample.py", "velocity.onnx*", "text_encoder.onnx*"),
     *(f"{part}/*" for part in ("tokenizer", "transformer", "scheduler", VAE, ENCODER)),
 ]
 
 
 def local(model: str | Path) -> Path:
-    """Folder of a model named by a path or by a hub id; what the hub's cache holds whole is used where the hub cannot be reached.
+    """Folder of a model named by a path, by the name of a packaged model (`flowt2i models`) or by a hub id.
 
-    A name that exists here, or looks like a path, is never looked for on the hub. UserError in one line where the model cannot be had.
+    A name that exists here, or looks like a path, is never looked for elsewhere. What the hub's cache holds whole is used where the hub cannot be
+    reached. UserError in one line where the model cannot be had.
     """
     id = str(model)
+    if packaged := box.find(id):
+        return packaged
     if looks_like_path(id) or id.count("/") != 1:
         return Path(model)
     from huggingface_hub import snapshot_download

@@ -21,7 +21,8 @@ from flowt2i.errors import UserError
 from flowt2i.evaluation import charts, on_track, page
 from flowt2i.evaluation.assemble import measure_for
 from flowt2i.evaluation.charts import Series, line_chart
-from flowt2i.evaluation.report import Pictures, Point, Report, Score, html, write
+from flowt2i.evaluation.report import Pictures, Point, Report, html, write
+from flowt2i.score import Score
 from flowt2i.training import checkpoint
 from flowt2i.training.distributed import World
 from flowt2i.training.loop import train

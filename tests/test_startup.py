@@ -23,7 +23,7 @@ def test_help_needs_argparse_alone(words):
     assert not imported(*words) & HEAVY
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "bench", "demo", "doctor", "export", "inspect", "verify-resume"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "bench", "demo", "doctor", "export", "inspect", "models", "verify-resume"])
 def test_help_of_a_command_needs_no_torch(command):
     assert not imported(command, "--help") & (HEAVY - {"pydantic"})
 

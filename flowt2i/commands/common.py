@@ -1,12 +1,13 @@
 """What commands share: examples in `--help`, the options of sampling and of places that moved, defaults found by looking."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowt2i import sizes
+from flowt2i import box, sizes
 from flowt2i.config import Config, load_config, resolve
-from flowt2i.errors import UserError
+from flowt2i.errors import UserError, first_of_node
 
 if TYPE_CHECKING:
     from flowt2i.pipeline import Pipeline
@@ -36,8 +37,12 @@ def add_size(parser: argparse.ArgumentParser) -> None:
                         "heads, caption encoder, learning rates and batch, but for what is given by --section.field (docs/learning.md)")  # fmt: skip
 
 
+MODEL = "run folder, checkpoint, exported model, name of a packaged model (`flowt2i models`; a folder of that name wins) or hub id"
+OR_ELSE = "the newest run under runs/, else the first packaged model"
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="run folder, checkpoint, exported model or hub id (default: the newest run under runs/)")
+    parser.add_argument("--model", type=Path, help=f"{MODEL} (default: {OR_ELSE})")
 
 
 def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first picture; the next ones count on (default 0)") -> None:
@@ -97,14 +102,40 @@ def only_dataset() -> Path:
 
 
 def newest_run() -> Path:
+    """Under runs/. UserError where there is none."""
     runs = sorted((p for p in Path("runs").glob("*") if (p / "checkpoints").exists()), key=lambda p: p.stat().st_mtime)
     if not runs:
         raise UserError("which model? give --model PATH (no run under runs/: train one, for instance with `make quickstart`)")
     return runs[-1]
 
 
+def model_of(given: Path | None) -> Path:
+    """The model that was given, or else the newest run, or else the first packaged model: which of them is said on stderr.
+
+    UserError where there is none at all.
+    """
+    if given:
+        return given
+    try:
+        model = newest_run()
+    except UserError:
+        packaged = box.default()
+        if packaged is None:
+            raise
+        model = packaged
+    say_taken(model)
+    return model
+
+
+def say_taken(model: Path) -> None:
+    """One line on stderr: the model that is used, since none was given."""
+    if first_of_node():
+        what = f"{model.name}, which comes with flowt2i" if box.holds(model) else f"{model}, the newest"
+        print(f"model: {what} (--model takes another)", file=sys.stderr)
+
+
 def load_pipeline(args: argparse.Namespace) -> "Pipeline":
     from flowt2i.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(args.model or newest_run(), weights=args.weights, device=args.device, codec=args.codec, text=args.text)
+    pipeline = Pipeline.from_pretrained(model_of(args.model), weights=args.weights, device=args.device, codec=args.codec, text=args.text)
     return pipeline.compile() if getattr(args, "compile", False) else pipeline

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowt2i.commands.common import add_model, add_sampling, examples, newest_run
+from flowt2i.commands.common import add_model, add_sampling, examples, model_of
 from flowt2i.commands.evaluate_compare import compare
 from flowt2i.commands.evaluate_options import build_context, check_before, check_names, check_writable
 from flowt2i.errors import UserError, told_elsewhere
@@ -24,7 +24,8 @@ def add(commands: Any) -> None:
         "  loss              on held-out images, by time, of raw and averaged weights\n"
         "  clip              how well pictures fit their captions in the eyes of a CLIP, and retrieval of the right one of 100 captions\n"
         "  memorisation      the nearest training picture of every sample, and the share of near copies\n"
-        "  scenes-heldout    as scenes, with pairs of colour and shape that training never showed\n\n"
+        "  scenes-heldout    as scenes, with pairs of colour and shape that training never showed\n"
+        "  scenes-counts     as scenes, every prompt with two to four alike; scenes-relations: every prompt with two objects in a relation\n\n"
         "--out DIR writes a report with pictures, --compare A B sets two models side by side. "
         "Pictures are kept under RUN/evaluation/: an evaluation that was stopped goes on where it was.",
         **examples(
@@ -42,8 +43,8 @@ def add(commands: Any) -> None:
     add_model(parser)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="score these finished pictures (or .npy of uint8 [N, S, S, 3]) instead of a model")
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset to score on (default: the one the model was trained on, where it still is)")
-    parser.add_argument("--metrics", help="which scores, with commas between: scenes, scenes-heldout, clip, memorisation, fid, frechet, kid, loss "
-                        "(default: scenes for a scenes model, else kid)")  # fmt: skip
+    parser.add_argument("--metrics", help="which scores, with commas between: scenes, scenes-heldout, scenes-counts, scenes-relations, "
+                        "clip, memorisation, fid, frechet, kid, loss (default: scenes for a scenes model, else kid)")  # fmt: skip
     parser.add_argument("--num", type=int, help="pictures (default 2000 for scenes, 2048 where fid or frechet are asked for, else 500; with --images all); "
                         "of the loss: held-out images (default: as many as its training looked at)")  # fmt: skip
     parser.add_argument("--net", help="feature net of frechet, kid and memorisation: efficientnet-lite0 (default), inception, or a "
@@ -86,7 +87,7 @@ def evaluate(args: argparse.Namespace, world: "World") -> int:
         world.on_main(lambda: check_writable(args.out))
     if args.compare:
         return compare(args, world)
-    model = None if args.images else args.model or newest_run()
+    model = args.model = None if args.images else model_of(args.model)
     context = build_context(args, world, names)
     is_scenes = bool(context.pipeline and context.pipeline.description.is_scenes)
     names = names or (["scenes"] if is_scenes else ["kid"])

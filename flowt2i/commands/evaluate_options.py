@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowt2i.commands.common import load_pipeline, newest_run, sampling
+from flowt2i.commands.common import load_pipeline, model_of, sampling
 from flowt2i.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def build_context(args: argparse.Namespace, world: "World", names: list[str]) ->
 
     import torch
 
-    from flowt2i import hub
+    from flowt2i import box, hub
     from flowt2i.evaluation.metrics import Context
     from flowt2i.evaluation.nets import EFFICIENTNET
     from flowt2i.evaluation.scenes import PUBLISHED
@@ -97,18 +97,20 @@ def build_context(args: argparse.Namespace, world: "World", names: list[str]) ->
             except (RuntimeError, AssertionError) as error:
                 raise UserError(f"device {args.device!r} cannot be used here ({str(error).splitlines()[0]}): leave it out, or choose cpu") from error
         return Context(world, args.num or 0, folder=args.images, data=args.data, **common)
-    model = args.model or newest_run()
+    model = model_of(args.model)
     folder = hub.local(model)
     source = checkpoint.find(folder)  # the newest of now, should training go on
     args.model = source
     pipeline = load_pipeline(args)
-    pipeline.name = str(model)
+    pipeline.name = source.name if box.holds(source) else str(model)
     settings = sampling(args)
     pipeline.settings(**settings)
     pipeline._guide(args.guide)  # before the work
     scenes = pipeline.description.is_scenes and (not names or any(name.startswith("scenes") for name in names))
     num = args.num or (2048 if {"fid", "frechet"} & set(names) else PUBLISHED if scenes else 500)
-    run = None if folder != model else source.parents[1] if source.parent.name == "checkpoints" else source  # the hub's cache is no place for pictures
+    run: Path | None = source.parents[1] if source.parent.name == "checkpoints" else source
+    if folder != model or box.holds(source):
+        run = None  # neither the hub's cache nor the package is a place for pictures
     return Context(
         replace(world, device=pipeline.device), num, pipeline, args.data or trained_on(pipeline), given_num=args.num or 0, settings=settings,
         heldout_pairs=args.heldout_pairs, run=run, source=source, **common,

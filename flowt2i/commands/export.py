@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowt2i.commands.common import add_json, add_moved, examples, newest_run
+from flowt2i.commands.common import MODEL, OR_ELSE, add_json, add_moved, examples, model_of
+from flowt2i.errors import UserError
 from flowt2i.human import size
 
 
@@ -22,7 +23,7 @@ def add(commands: Any) -> None:
             "flowt2i export runs/quickstart --to exports/scenes-onnx --format onnx",
         ),
     )
-    parser.add_argument("model", nargs="?", metavar="RUN", help="run folder, checkpoint, exported model or hub id (default: the newest run under runs/)")
+    parser.add_argument("model", nargs="?", metavar="RUN", help=f"{MODEL} (default: {OR_ELSE})")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--format", default="flowt2i", help="flowt2i, diffusers or onnx (default flowt2i)")
     parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
@@ -30,6 +31,10 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--license", default="", metavar="ID", help="licence of the weights, as the hub writes it: apache-2.0, mit, cc-by-4.0, … (default: none stated)"
     )
+    parser.add_argument("--source", default="", metavar="TEXT", help='what the training pictures are called in the card (default: scenes and datasets of the '
+                        "hub by name, all else as local files)")  # fmt: skip
+    parser.add_argument("--notes", type=Path, metavar="FILE", help="Markdown that the card ends with: whose pictures, under which terms, on which machine")
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="scores for the card: the report.json that `flowt2i evaluate --out DIR` wrote")
     parser.add_argument("--samples", type=int, default=16, help="pictures in the card, not picked (default 16; 0: none)")
     parser.add_argument(
         "--take-nets", action="store_true", help="format flowt2i: copy VAE and text encoder too where the hub has them; those in folders are always copied"
@@ -44,11 +49,14 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from flowt2i.export.card import Told
     from flowt2i.export.export import export
+    from flowt2i.exported import read_scores
 
-    model = args.model or newest_run()
+    told = Told(args.license, args.source, read_text(args.notes), read_scores(args.scores) if args.scores else None)
+    model = args.model or model_of(None)
     result = export(
-        model, args.to, format=args.format, weights=args.weights, dtype=args.dtype, licence=args.license, samples=args.samples, nets=args.take_nets,
+        model, args.to, format=args.format, weights=args.weights, dtype=args.dtype, told=told, samples=args.samples, nets=args.take_nets,
         force=args.force, push=args.push, private=args.private, codec=args.codec, text=args.text, device=args.device, progress=True,
     )  # fmt: skip
     if args.json:
@@ -61,3 +69,11 @@ def run(args: argparse.Namespace) -> int:
     if result["pushed"]:
         print(f"  sent to {result['pushed']}")
     return 0
+
+
+def read_text(file: Path | None) -> str:
+    """Of the file of notes; UserError where it cannot be read."""
+    try:
+        return file.read_text() if file else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --notes {file}: {error}") from error

@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--init",
         metavar="MODEL",
-        help="begin from the weights of this run, checkpoint, exported model or hub id, at the picture size of the data; "
+        help="begin from the weights of this run, checkpoint, exported or packaged model or hub id, at the picture size of the data; "
         "its architecture, way of drawing and, without --config, all other settings are taken over (docs/growing.md)",
     )
     parser.add_argument("--lora", type=int, metavar="RANK", help="with --init: train low-rank adapters only (the same as --train.lora)")

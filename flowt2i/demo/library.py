@@ -96,9 +96,11 @@ class Library:
         self.options = options
         self.cards: dict[str, Card] = {}
         self._loaded: OrderedDict[str, tuple[Path | None, Pipeline]] = OrderedDict()
+        known = set()
         for path in chosen:
-            self._add(path, describe(hub.local(path)))
-        known = {path.resolve() for path in chosen}
+            folder = hub.local(path)  # itself, of a packaged model, or in the cache
+            known.add(folder.resolve())
+            self._add(path, describe(folder))
         for path in others:
             if path.resolve() in known:
                 continue

@@ -17,8 +17,9 @@ from flowt2i.evaluation.intervals import Z95
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.metrics import Context, Scores
 from flowt2i.evaluation.pictures import STRIDE, features
-from flowt2i.evaluation.report import Pictures, Point, Report, Score
+from flowt2i.evaluation.report import Pictures, Point, Report
 from flowt2i.pipeline import Pipeline
+from flowt2i.score import Score
 from flowt2i.settings import is_guided
 from flowt2i.training import checkpoint
 from flowt2i.training.tracking import read_log

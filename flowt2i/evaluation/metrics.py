@@ -27,6 +27,8 @@ from flowt2i.training.distributed import World
 METRICS = {  # name: module and function
     "scenes": "flowt2i.evaluation.scenes:metric",
     "scenes-heldout": "flowt2i.evaluation.scenes:heldout_metric",
+    "scenes-counts": "flowt2i.evaluation.scenes:counts_metric",
+    "scenes-relations": "flowt2i.evaluation.scenes:relations_metric",
     "fid": "flowt2i.evaluation.distribution:fid",
     "frechet": "flowt2i.evaluation.distribution:frechet",
     "kid": "flowt2i.evaluation.distribution:kid",

@@ -46,10 +46,33 @@ def heldout_metric(context: Context) -> Scores:
 
 def _metric(context: Context, heldout: bool) -> Scores:
     """--seed is that of the prompts; picture k has the noise of seed `FIRST_SEED + k` in any case."""
+    return _asked(context, "heldout-pairs" if heldout else "prompts", scenes.prompts(context.seed, context.num, heldout=heldout))
+
+
+def counts_metric(context: Context) -> Scores:
+    """`scenes-counts`: each prompt asks for two, three or four alike."""
+    return _asked(context, "counts", prompts_of_kind("several_alike", context.seed, context.num))
+
+
+def relations_metric(context: Context) -> Scores:
+    """`scenes-relations`: each prompt asks for two objects in a relation."""
+    return _asked(context, "relations", prompts_of_kind("two_objects", context.seed, context.num))
+
+
+def prompts_of_kind(which: str, seed: int, count: int) -> list[str]:
+    """The first `count` prompts of a kind (see `kind`) in the endless row of a seed."""
+    found: list[str] = []
+    looked = count
+    while len(found) < count:
+        looked *= 2
+        found = [prompt for prompt in scenes.prompts(seed, looked) if kind(prompt) == which]
+    return found[:count]
+
+
+def _asked(context: Context, which: str, prompts: list[str]) -> Scores:
     pipeline = context.need_pipeline("scenes")
-    prompts = scenes.prompts(context.seed, context.num, heldout=heldout)
     found = score_images(context.images(prompts, seed=0), prompts)
-    title = f"scenes-{'heldout-pairs' if heldout else 'prompts'}-{context.num}@{pipeline.description.codec.image_size}"
+    title = f"scenes-{which}-{context.num}@{pipeline.description.codec.image_size}"
     protocol = f"{title}, {context.protocol(f'prompt seed {context.seed}')}"
     lines = [f"{part:22s} {score['accuracy']:6.1%}   [{score['low']:.1%}, {score['high']:.1%}]   n={score['n']}" for part, score in found.items()]
     values = {f"{title}/{part}": score["accuracy"] for part, score in found.items()}

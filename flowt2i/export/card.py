@@ -3,16 +3,33 @@
 import math
 import re
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowt2i.config import Config
 from flowt2i.errors import UserError
-from flowt2i.export.facts import public_config, public_source
+from flowt2i.export.facts import public_config, public_source, training_command
+from flowt2i.exported import Measured
 from flowt2i.grid import grid
 from flowt2i.human import duration
 from flowt2i.pipeline import Pipeline, save_png
+from flowt2i.score import Score
 from flowt2i.settings import describe
+
+FEW = 12  # scores that a card shows all of
+
+
+@dataclass(frozen=True)
+class Told:
+    """What only people know of a model, and what was measured of it."""
+
+    licence: str = ""  # of the weights
+    source: str = ""  # what the training pictures are called, where they are neither scenes nor of the hub
+    notes: str = ""  # Markdown: whose pictures, under which terms, on which machine
+    measured: Measured | None = None
+
 
 USE = {
     "flowt2i": """```python
@@ -58,17 +75,17 @@ def draw_samples(pipeline: Pipeline, prompts: list[str], path: Path, progress: A
 
 
 def write_card(
-    folder: Path, format: str, name: str, pipeline: Pipeline, facts: dict[str, Any], licence: str, dtype: str, prompts: list[str],
+    folder: Path, format: str, name: str, pipeline: Pipeline, facts: dict[str, Any], told: Told, dtype: str, prompts: list[str],
     drawn: dict[str, Any] | None, longest: int,
 ) -> None:  # fmt: skip
     """README.md. facts: of `training_facts`; drawn: settings of samples.png, None where there is none; longest: tokens of a caption that are read."""
     from huggingface_hub import ModelCardData
 
     description, config = pipeline.description, pipeline.config
-    size, source = description.codec.image_size, public_source(description)
+    size, source = description.codec.image_size, told.source or public_source(description)
     pixels = ", ".join(f"{width}×{height}" for width, height in description.sizes)
     data = ModelCardData(
-        license=licence or "unknown",
+        license=told.licence or "unknown",
         library_name=format,
         pipeline_tag="text-to-image",
         tags=["text-to-image", "flow-matching", "flowt2i"],
@@ -91,11 +108,14 @@ def write_card(
     if format == "onnx":
         shown["encoder"] = _onnx_use(description.text.kind, description.codec.kind)
     parts += ["## Use", USE[format].format(**shown), "## Data", _data(pipeline, source, longest), "## Training", _training(pipeline, facts, dtype)]
+    parts.append(f"```bash\n{training_command(config)}\n```")
     if format == "flowt2i":
         parts.append("Every setting is in `config.json`, which travels with the weights.")
-    if scores := _scores(facts["scores"]):
-        parts += ["## Scores", scores]
-    parts += ["## Limits", _limits(size, description.is_scenes), "## Licence", _licence(pipeline, licence, source)]
+    if scores := [*(_measured(told.measured) if told.measured else []), *filter(None, [_scores(facts["scores"])])]:
+        parts += ["## Scores", *scores]
+    parts += ["## Limits", _limits(size, description.is_scenes), "## Licence", _licence(pipeline, told.licence, source)]
+    if told.notes.strip():
+        parts.append(told.notes.strip())
     (folder / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
@@ -117,7 +137,8 @@ def _data(pipeline: Pipeline, source: str, longest: int) -> str:
 def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
     config = public_config(pipeline.config)
     model = config.model
-    device = f"{facts['ranks'] or 1} × {re.sub(r'^cuda(:[0-9]+)?$', 'CUDA GPU', facts['device'])}" if facts["device"] else ""
+    kind = re.sub(r"^cuda(:[0-9]+)?$", "CUDA GPU", facts["device"] or "").replace("cpu", "CPU")
+    device = f"{facts['ranks'] or 1} × {kind}" if kind else ""
     rows = [
         ("began from", config.origin.told if config.origin else ""),
         ("trained", f"low-rank adapters of rank {config.train.lora}, merged here" if config.train.lora else ""),
@@ -139,6 +160,22 @@ def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
 
 def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
+
+
+def _measured(measured: Measured) -> list[str]:
+    """A table of scores, intervals and numbers of pictures, the protocols, and where scores have many parts all of these, folded up."""
+    protocols = dict.fromkeys(score.protocol for score in measured.scores)
+    taken = f"Taken {measured.made} by `flowt2i evaluate` (flowt2i {measured.version}), with these protocols:" if measured.made else "Protocols:"
+    said = taken + "\n\n" + "\n".join(f"- {protocol}" for protocol in protocols)
+    if len(measured.scores) <= FEW:
+        return [_table(measured.scores), said]
+    firsts = list({score.group: score for score in reversed(measured.scores)}.values())[::-1]
+    return [_table(firsts), said, f"<details><summary>All parts</summary>\n\n{_table(measured.scores)}\n\n</details>"]
+
+
+def _table(scores: Sequence[Score]) -> str:
+    rows = [f"| {s.name} | {s.shown()} | {s.interval()} | {'' if s.n is None else f'{s.n:,}'} |" for s in scores]
+    return "\n".join(["| score | value | 95% interval | pictures |", "|---|---|---|---|", *rows])
 
 
 def _scores(scores: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import torch
 from flowt2i import exported, hub
 from flowt2i.errors import UserError, nearest
 from flowt2i.export import card, folder, native
+from flowt2i.export.card import Told
 from flowt2i.export.facts import training_facts
 from flowt2i.pipeline import Pipeline
 from flowt2i.training import checkpoint
@@ -16,7 +17,7 @@ FORMATS = ("flowt2i", "diffusers", "onnx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check(to: Path, format: str, dtype: str, licence: str, samples: int, nets: bool, push: str, private: bool, force: bool) -> None:
+def check(to: Path, format: str, dtype: str, told: Told, samples: int, nets: bool, push: str, private: bool, force: bool) -> None:
     """UserError for whatever cannot work, before anything is loaded."""
     if format not in FORMATS:
         raise UserError(f"no format {format!r}{nearest(format, FORMATS)}")
@@ -30,33 +31,38 @@ def check(to: Path, format: str, dtype: str, licence: str, samples: int, nets: b
         raise UserError("--private is about the hub: add --push OWNER/NAME, or leave it out")
     if not 0 <= samples <= 64:
         raise UserError(f"--samples {samples} is out of range: choose 0 to 64")
-    card.check_licence(licence)
+    card.check_licence(told.licence)
     folder.check_target(to, force)
     if format == "onnx":
         from flowt2i.export.onnx_format import require_onnx
 
         require_onnx()
+    if told.source == "scenes":
+        raise UserError("--source scenes is what models of the built-in data are known by: give another name")
     if push:
         hub.check_id(push)
         hub.check_login(push)
 
 
 def export(
-    model: str | Path, to: Path, *, format: str = "flowt2i", weights: str = "auto", dtype: str = "fp32", licence: str = "", samples: int = 16,
+    model: str | Path, to: Path, *, format: str = "flowt2i", weights: str = "auto", dtype: str = "fp32", told: Told | None = None, samples: int = 16,
     nets: bool = False, force: bool = False, push: str = "", private: bool = False, codec: str | None = None, text: str | None = None,
     device: str | None = None, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `to` from a run, a checkpoint, an export of ours or a hub id, and send it to the hub as `push`. Returns what was done.
 
-    nets: take VAE and text encoder along where the hub has them too. codec, text: where they are, if they moved. UserError in one line
-    for what the user can mend; `to` is then as it was (a push that fails leaves it complete).
+    told: licence, names and scores for the card. nets: take VAE and text encoder along where the hub has them too. codec, text: where they are, if they
+    moved. UserError in one line for what the user can mend; `to` is then as it was (a push that fails leaves it complete).
     """
-    check(to, format, dtype, licence, samples, nets, push, private, force)
+    told = told or Told()
+    check(to, format, dtype, told, samples, nets, push, private, force)
     from tqdm import tqdm
 
     source = checkpoint.find(hub.local(model))
     codec, text = codec or exported.taken_along(source, exported.VAE), text or exported.taken_along(source, exported.ENCODER)
     pipeline = Pipeline.from_pretrained(source, weights=weights, device=device, codec=codec, text=text)
+    if told.source and pipeline.description.is_scenes:
+        raise UserError("--source: this model was trained on the built-in scenes, which its card names: leave it out")
     facts = training_facts(source, pipeline)
     for parameter in pipeline.model.parameters():
         parameter.data.copy_(parameter.to(DTYPES[dtype]))  # the samples show what travels
@@ -83,9 +89,11 @@ def export(
 
             diffusers_format.write(pipeline, aside, DTYPES[dtype])
         else:
-            native.write(pipeline, aside, DTYPES[dtype], samples, nets, codec, text)
-        folder.write_mark(aside, format, weights=result["weights"], dtype=dtype, training=facts)
-        card.write_card(aside, format, push or to.resolve().name, pipeline, facts, licence, dtype, prompts, drawn, longest)
+            native.write(pipeline, aside, DTYPES[dtype], samples, nets, codec, text, told.source)
+        if told.measured:
+            (aside / exported.SCORES).write_text(told.measured.model_dump_json(indent=1) + "\n")
+        folder.write_mark(aside, format, weights=result["weights"], dtype=dtype, licence=told.licence, training=facts)
+        card.write_card(aside, format, push or to.resolve().name, pipeline, facts, told, dtype, prompts, drawn, longest)
         checkpoint.write_manifest(aside, leave_out=("README.md", "samples.png"))  # people may edit these
     result |= {"bytes": checkpoint.total_bytes(to), "step": facts["step"], "pushed": hub.push(to, push, private) if push else None}
     return result

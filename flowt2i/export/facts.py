@@ -1,11 +1,12 @@
 """What a run says of its own training: for the model card, and kept in `export.json` so that an export can be exported again."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from flowt2i import exported
-from flowt2i.config import Config
+from flowt2i.config import NOT_SECTIONS, PRESETS, Config, resolve
 from flowt2i.description import DatasetDescription
 from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import looks_like_path
@@ -51,6 +52,31 @@ def public_config(config: Config) -> Config:
     if config.origin is None or not looks_like_path(config.origin.model):
         return config
     return config.model_copy(update={"origin": config.origin.model_copy(update={"model": Path(config.origin.model).resolve().name})})
+
+
+def training_command(config: Config) -> str:
+    """The command that trains like this: the preset, and every setting in which the run differs from it. The data stand as DATA.
+
+    A configuration of no preset is named as the config.json that travels with the model.
+    """
+    words = ["flowt2i", "train"]
+    if config.origin:
+        words += ["--init", public_config(config).origin.model]  # type: ignore[union-attr]
+    if config.preset not in PRESETS:
+        return shlex.join([*words, "--config", "config.json", "--data", "DATA"])
+    base = resolve(config.preset)
+    words += ["--config", config.preset, "--data", "DATA"]
+    taken_over = ("model", "flow", "sample") if config.origin else ()  # from the model it began from
+    for section in (name for name in type(config).model_fields if name not in (*NOT_SECTIONS, *taken_over, "track")):
+        ours, theirs = getattr(config, section), getattr(base, section)
+        for field in type(ours).model_fields:
+            value = getattr(ours, field)
+            usual = getattr(theirs, field)
+            if (section, field) == ("train", "minutes") and config.train.steps != base.train.steps:
+                usual = 0.0  # a number of steps turns the time off
+            if value != usual:
+                words += [f"--{section}.{field}", value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(words)
 
 
 def euler_steps(settings: dict[str, Any]) -> int:

@@ -4,6 +4,7 @@ DIR/model.safetensors                    the weights, EMA unless raw ones were a
     config.json  dataset.json            configuration and description, as in a checkpoint
     tokenizer/  vae/  text_encoder/      the nets where they lie in folders of this machine, or where asked for; else they are named by hub id
     export.json  manifest.json           format, training, scores · size and sha256 of every file above
+    scores.json                          what was measured of it, where that was given
     README.md  samples.png               the model card; not in the manifest, so that it may be edited
 """
 
@@ -23,17 +24,19 @@ from flowt2i.pretrained import find_pretrained, weight_files
 TRAVELS = {Path(pattern).suffix for pattern in PATTERNS}  # what is fetched from the hub, and nothing else
 
 
-def write(pipeline: Pipeline, folder: Path, dtype: torch.dtype, captions: int, nets: bool, vae: str | None, text: str | None) -> None:
+def write(
+    pipeline: Pipeline, folder: Path, dtype: torch.dtype, captions: int, nets: bool, vae: str | None, text: str | None, source: str = ""
+) -> None:  # fmt: skip
     """Write weights, configuration, description and tokenizer of a pipeline on any device.
 
-    captions: how many captions of held-out pictures may travel. nets: copy VAE and text encoder too where the hub has them. vae, text: where
-    they are, if they moved. UserError where they cannot be had.
+    captions: how many captions of held-out pictures may travel. source: what the training pictures are called, where they have no public name.
+    nets: copy VAE and text encoder too where the hub has them. vae, text: where they are, if they moved. UserError where they cannot be had.
     """
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in pipeline.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(public_config(pipeline.config).model_dump_json(indent=2) + "\n")
     pipeline.tokenizer.save(folder)
-    kept = {"source": public_source(pipeline.description), "prompts": pipeline.description.prompts[:captions]}
+    kept = {"source": source or public_source(pipeline.description), "prompts": pipeline.description.prompts[:captions]}
     description = pipeline.description.model_copy(update=kept)
     if description.codec.kind == "vae":
         description = _take_along(description, "codec", "diffusion_pytorch_model", vae, folder / exported.VAE, nets)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flowt2i import exported
+from flowt2i import box, exported
 from flowt2i.errors import UserError
 from flowt2i.human import size
 from flowt2i.training.lora import has_adapters, merged
@@ -211,7 +211,7 @@ def find(path: Path) -> Path:
     """The checkpoint or model folder meant by a path: itself, or the newest good one of a run. UserError otherwise."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no model at {path}: give a run folder, a checkpoint or an exported model")
+        raise UserError(f"no model at {path}: give a run folder, a checkpoint, an exported model or the name of a packaged one (see `flowt2i models`)")
     if path.is_file():
         raise UserError(f"{path} is a file: give a run folder, a checkpoint or an exported model (pickled .pt files are never loaded)")
     format = exported.format_of(path)
@@ -220,11 +220,11 @@ def find(path: Path) -> Path:
     if format or ((path / "config.json").exists() and any((path / name).exists() for name in WEIGHTS)):
         problem = damage(path)
         if problem:
-            raise UserError(f"{path} is damaged: {problem}")
+            raise UserError(f"the packaged model {path.name!r} is damaged ({problem}): {box.AGAIN}" if box.holds(path) else f"{path} is damaged: {problem}")
         return path
     newest = newest_good(path)
     if newest is None:
-        raise UserError(f"{path} holds no checkpoint yet: train longer, or give another folder")
+        raise UserError(f"{path} holds no checkpoint yet: train longer, or give another folder{box.hidden_by(path)}")
     return newest
 
 
