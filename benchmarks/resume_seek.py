@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     permutation = timed(lambda: stream.permutation(0, 0, args.samples))
-    stream.permutation.cache_clear()
+    stream.permutations.cache_clear()
     at_start = timed(lambda: next(first_batches(0, args.samples, args.batch)))
-    stream.permutation.cache_clear()
+    stream.permutations.cache_clear()
     batches = first_batches(args.step, args.samples, args.batch)
     seek, following = timed(lambda: next(batches)), timed(lambda: next(batches))
     result = vars(args) | {"permutation_s": permutation, "first_batch_at_step_0_s": at_start, "seek_s": seek, "next_batch_s": following}

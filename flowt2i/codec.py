@@ -5,6 +5,8 @@ mean and log-variance of a VAE's posterior) is kept apart from *latents* (float3
 `scaling_factor` is used nowhere, statistics of the data take its place).
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -26,11 +28,11 @@ class Codec(Protocol):
     def to(self, device: torch.device | str) -> Self: ...
 
     def encode(self, images: torch.Tensor) -> np.ndarray:
-        """uint8 [B, 3, S, S] -> what is stored, [B, *stored_shape]."""
+        """uint8 [B, 3, H, W] -> what is stored, [B, channels, h, w]; of the square `stored_shape`. Sides are multiples of `spec.factor`."""
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents, float [B, C, h, w], not normalised -> float32 [B, 3, S, S] in [-1, 1]."""
+        """Raw latents, float [B, C, h, w], not normalised -> float32 [B, 3, H, W] in [-1, 1]."""
         ...
 
 
@@ -47,12 +49,12 @@ def stored_to_latents(kind: str, stored: torch.Tensor, noise: torch.Tensor | Non
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Decoded pictures, float [B, 3, S, S] in [-1, 1] (beyond it they are cut), as uint8 [B, S, S, 3]."""
+    """Decoded pictures, float [B, 3, H, W] in [-1, 1] (beyond it they are cut), as uint8 [B, H, W, 3]."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def stored_to_images(codec: Codec, stored: torch.Tensor, at_once: int = 64) -> np.ndarray:
-    """Stored samples as pictures, uint8 [B, S, S, 3]: a VAE's are decoded from the mean of their latents, `at_once` of them together."""
+    """Stored samples as pictures, uint8 [B, H, W, 3]: a VAE's are decoded from the mean of their latents, `at_once` of them together."""
     return np.concatenate([to_uint8(codec.decode(stored_to_latents(codec.spec.kind, part))) for part in stored.split(at_once)])
 
 
@@ -68,7 +70,7 @@ class PixelCodec:
         return self
 
     def encode(self, images: torch.Tensor) -> np.ndarray:
-        _check_images(images, self.spec.image_size)
+        _check_images(images, 1)
         return images.cpu().numpy()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -76,7 +78,14 @@ class PixelCodec:
 
 
 class VaeCodec:
-    """A frozen `AutoencoderKL`, in fp32 or bf16 (never fp16: SD's VAE overflows there)."""
+    """A frozen `AutoencoderKL`, in fp32 or bf16 (never fp16: SD's VAE overflows there).
+
+    Pictures of which a side is longer than `tile_above` pixels are decoded one by one in tiles of half of it, which overlap by a quarter and are blended
+    (diffusers' tiling): the memory is that of a tile however large the picture, and the attention in the VAE does not grow with the fourth power of the
+    side. The tiles' own means and variances in the group norms make a small difference to decoding in one piece.
+    """
+
+    tile_above = 1024
 
     def __init__(self, id: str, image_size: int, dtype: torch.dtype = torch.float32):
         if dtype not in (torch.float32, torch.bfloat16):
@@ -103,8 +112,8 @@ class VaeCodec:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> np.ndarray:
-        """Moments float16 [B, 2C, h, w] = (mean, logvar) of uint8 [B, 3, S, S]. UserError where the VAE gives NaN, inf or a constant."""
-        _check_images(images, self.spec.image_size)
+        """Moments float16 [B, 2C, h, w] = (mean, logvar) of uint8 [B, 3, H, W]. UserError where the VAE gives NaN, inf or a constant."""
+        _check_images(images, self.spec.factor)
         x = (images.to(self.device).float() / 127.5 - 1).to(self.dtype)
         with torch.autocast(self.device.type, enabled=False):
             moments = self.net.encode(x).latent_dist.parameters.float()
@@ -115,8 +124,24 @@ class VaeCodec:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), self._tiles(max(latents.shape[2:]) * self.spec.factor > self.tile_above):
             return self.net.decode(latents.to(self.device, self.dtype)).sample.float().clamp(-1, 1)
+
+    @contextlib.contextmanager
+    def _tiles(self, wanted: bool) -> Iterator[None]:
+        """Within it the net decodes one picture after another, in tiles of half of `tile_above`."""
+        if not wanted:
+            yield
+            return
+        cells = max(4, self.tile_above // 2 // self.spec.factor // 4 * 4)  # of a latent; a quarter of them overlaps
+        self.net.tile_latent_min_size, self.net.tile_sample_min_size = cells, cells * self.spec.factor
+        self.net.enable_tiling()
+        self.net.enable_slicing()
+        try:
+            yield
+        finally:
+            self.net.disable_tiling()
+            self.net.disable_slicing()
 
     def _check(self, stored: torch.Tensor, images: torch.Tensor) -> None:
         broken = "its weights are broken or of another version; use another VAE or 'pixels'"
@@ -151,9 +176,9 @@ def codec_from_spec(spec: CodecSpec, id: str | None = None, dtype: torch.dtype =
     return codec
 
 
-def _check_images(images: torch.Tensor, size: int) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
-        raise ValueError(f"images must be uint8 [B, 3, {size}, {size}], not {images.dtype} {tuple(images.shape)}")
+def _check_images(images: torch.Tensor, factor: int) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        raise ValueError(f"images must be uint8 [B, 3, H, W] with sides of a multiple of {factor}, not {images.dtype} {tuple(images.shape)}")
 
 
 def _load_vae(folder: Path, id: str, dtype: torch.dtype) -> Any:

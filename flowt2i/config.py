@@ -136,6 +136,9 @@ class TrainConfig(_Section):
         0, ge=0, description="with --init: train low-rank adapters of this rank only (peft), and leave the model's weights as they are; 0: all weights"
     )
     precision: Literal["bf16", "fp32"] = Field("bf16", description="compute under autocast; weights are always fp32")
+    checkpoint_activations: bool = Field(
+        False, description="keep only what passes between blocks and compute the inside of each again in the backward pass: less memory, a third more work"
+    )
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile of each block; auto: where a compiler is found and the run is long enough to pay"
     )

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from flowt2i.errors import UserError
+from flowt2i.shapes import Shape
 
 
 class _Spec(BaseModel):
@@ -28,6 +29,15 @@ class CodecSpec(_Spec):
     image_size: int = 64  # pixels, square
     shape: tuple[int, int, int] = (3, 64, 64)  # C, h, w of what the flow runs on
 
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of what the flow runs on."""
+        return self.image_size // self.shape[1]
+
+    def latent_shape(self, size: Shape) -> tuple[int, int, int]:
+        """C, h, w of a picture of this (width, height) in pixels."""
+        return self.shape[0], size[1] // self.factor, size[0] // self.factor
+
 
 class TextSpec(_Spec):
     """How a caption becomes token ids, and which encoder reads them."""
@@ -40,6 +50,19 @@ class TextSpec(_Spec):
     dim: int = 0  # width of the frozen encoder's output; 0 for builtin (the model config decides)
     pad_id: int = 0
     null_tokens: tuple[int, ...] = ()  # token ids of the empty caption, used by caption dropout and guidance
+
+
+class Bucket(_Spec):
+    """One shape of the pictures of a dataset, and how many have it."""
+
+    width: int = Field(ge=1)  # pixels
+    height: int = Field(ge=1)
+    train: int = Field(ge=0)
+    heldout: int = Field(ge=0)
+
+    @property
+    def size(self) -> Shape:
+        return self.width, self.height
 
 
 class DatasetDescription(_Spec):
@@ -58,6 +81,18 @@ class DatasetDescription(_Spec):
     longest_caption: int = 128  # tokens, over both splits
     prompts: tuple[str, ...] = ()  # a few held-out captions that previews may use
     fingerprint: str = ""  # sha256 of sorted (key, content hash): two folders with one fingerprint hold the same data
+    buckets: tuple[Bucket, ...] = ()  # the shapes of the pictures, by width and height; none: all are squares of `codec.image_size`
+
+    @property
+    def sizes(self) -> list[Shape]:
+        """(width, height) in pixels of the pictures: of each bucket, or of the square."""
+        return [bucket.size for bucket in self.buckets] or [(self.codec.image_size, self.codec.image_size)]
+
+    @property
+    def home(self) -> Shape:
+        """(width, height) that is drawn where nothing else is said: the square, or, where buckets have none, the shape of most training pictures."""
+        square = (self.codec.image_size, self.codec.image_size)
+        return square if square in self.sizes else max(self.buckets, key=lambda bucket: (bucket.train, bucket.size)).size
 
     @property
     def is_scenes(self) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from flowt2i import __version__
+from flowt2i import __version__, shapes
 from flowt2i.codec import codec_from_spec
 from flowt2i.config import Config
 from flowt2i.data.dataset import ImageTextDataset
@@ -194,8 +194,9 @@ def dataset(data: Path, codec: str | None, text: str | None) -> Iterator[Finding
         description = DatasetDescription.load(data)
         for split in ("train", *(["heldout"] if description.heldout_count else [])):
             samples = ImageTextDataset(data, split)
-            samples.fetch([0, len(samples) - 1])
-        pixels = f"{description.codec.image_size}x{description.codec.image_size}"
+            for number in (0, len(samples) - 1):
+                samples.fetch([number])
+        pixels = ", ".join(map(shapes.name, description.sizes))
         yield Finding("data", "good", f"{data}: {description.train_count:,} images {pixels} to train on, {description.heldout_count:,} held out")
     except (UserError, OSError, ValueError) as error:
         yield Finding("data", "fault", first_line(error))

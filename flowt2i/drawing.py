@@ -15,6 +15,7 @@ from flowt2i.editing import Picture, Start
 from flowt2i.errors import UserError
 from flowt2i.guidance import Branches, Captions, TextVelocity, between, conditional, together
 from flowt2i.schedules import times_from
+from flowt2i.shapes import Shape
 from flowt2i.solvers import ToleranceError, Velocity
 
 if TYPE_CHECKING:
@@ -27,15 +28,22 @@ Preview = Callable[[int, int, np.ndarray], None]  # (step, steps, images uint8 [
 class Given:
     """A picture to start from, and what of it is drawn anew."""
 
-    data: Tensor  # [1, C, H, W], normalised
+    data: Tensor  # [1, C, h, w], normalised
     strength: float
-    original: np.ndarray  # uint8 [S, S, 3]
-    pixels: np.ndarray | None  # the mask, bool [S, S], true where it is drawn anew; None: everywhere
-    latents: Tensor | None  # the same for latents, [1, 1, H, W]
+    original: np.ndarray  # uint8 [H, W, 3]
+    pixels: np.ndarray | None  # the mask, bool [H, W], true where it is drawn anew; None: everywhere
+    latents: Tensor | None  # the same for latents, [1, 1, h, w]
+
+    @property
+    def size(self) -> Shape:
+        """Its (width, height)."""
+        return self.original.shape[1], self.original.shape[0]
 
 
-def given_picture(pipeline: "Pipeline", init: Picture | None, strength: float | None, mask: Picture | None) -> Given | None:
-    """The picture to start from, encoded; UserError where it or its mask cannot be used."""
+def given_picture(
+    pipeline: "Pipeline", init: Picture | None, strength: float | None, mask: Picture | None, sizes: Sequence[Shape]
+) -> Given | None:  # fmt: skip
+    """The picture to start from, encoded, at that of the sizes (width, height) it fits best; UserError where it or its mask cannot be used."""
     if init is None:
         if mask is not None or strength is not None:
             raise UserError("a mask or a strength needs a picture to start from: give `init`")
@@ -44,10 +52,10 @@ def given_picture(pipeline: "Pipeline", init: Picture | None, strength: float | 
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.001 <= share <= 1:
         raise UserError(f"strength {share} is out of range: choose 0.001 (little changes) to 1 (all is drawn anew)")
     codec = pipeline.description.codec
-    original, pixels = editing.load_init(init, mask, codec.image_size)
+    original, pixels = editing.load_init(init, mask, sizes)
     stored = pipeline.codec.encode(torch.tensor(original).permute(2, 0, 1)[None])
     data = (stored_to_latents(codec.kind, torch.from_numpy(stored).to(pipeline.device)) - pipeline.mean) / pipeline.std
-    latents = None if pixels is None else editing.shrink_mask(torch.from_numpy(pixels)[None, None].float(), codec.shape).to(pipeline.device)
+    latents = None if pixels is None else editing.shrink_mask(torch.from_numpy(pixels)[None, None].float(), (1, *data.shape[2:])).to(pipeline.device)
     return Given(data, share, original, pixels, latents)
 
 
@@ -68,6 +76,7 @@ class Drawing:
     """What all batches of a drawing have in common, and the count of their network evaluations."""
 
     pipeline: "Pipeline"
+    shape: tuple[int, int, int]  # C, H, W of the latents
     settings: dict[str, Any]  # `settings.resolve`'s
     negative: str | None = None
     guide: "Pipeline | None" = None
@@ -103,7 +112,7 @@ class Drawing:
 
     def _noise(self, starts: list[Start]) -> Callable[..., Tensor]:
         """Draws of noise [B, C, H, W], the first for t = 0: those of the seed, or each between those of two seeds (so that `sde` ends at the second too)."""
-        shape, device = self.pipeline.model.shape, self.pipeline.device
+        shape, device = self.shape, self.pipeline.device
         own = Noise([s.seed for s in starts], shape, device)
         if all(s.to_seed is None for s in starts):
             return own

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from flowt2i import flow
-from flowt2i.data.images import load_square, upright_size
+from flowt2i.data.images import load_fitted
 from flowt2i.data.sample import Dropped
 from flowt2i.errors import UserError
+from flowt2i.shapes import Shape
 from flowt2i.solvers import Velocity
 
 Picture = Image.Image | str | Path  # what --init and --mask take
@@ -107,17 +108,17 @@ def keep_outside(velocity: Velocity, data: Tensor, mask: Tensor) -> Velocity:
 
 
 def shrink_mask(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """A mask [1, 1, S, S] of pixels -> [1, 1, H, W] of latents: a latent is drawn anew where any of its pixels is."""
+    """A mask [1, 1, H, W] of pixels -> [1, 1, h, w] of latents: a latent is drawn anew where any of its pixels is."""
     return F.adaptive_max_pool2d(mask, shape[1:])
 
 
 def paste(drawn: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The original's own pixels outside the mask: uint8 [N, S, S, 3], [S, S, 3], bool [S, S] -> [N, S, S, 3]."""
+    """The original's own pixels outside the mask: uint8 [N, H, W, 3], [H, W, 3], bool [H, W] -> [N, H, W, 3]."""
     return np.where(mask[None, :, :, None], drawn, original[None])
 
 
-def load_picture(picture: Picture, size: int, what: str) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture as uint8 [size, size, 3] (its centre square, resized), and its own (width, height), turned as its EXIF says.
+def load_picture(picture: Picture, sizes: Sequence[Shape], what: str) -> tuple[np.ndarray, Shape]:
+    """A picture as uint8 [H, W, 3] of that of the sizes (width, height) it fits best (its middle, resized), and its own size, turned as its EXIF says.
 
     UserError where it cannot be read.
     """
@@ -128,9 +129,7 @@ def load_picture(picture: Picture, size: int, what: str) -> tuple[np.ndarray, tu
             content = buffer.getvalue()
         else:
             content = Path(picture).read_bytes()
-        square = load_square(content, size)
-        with Image.open(io.BytesIO(content)) as image:
-            return square, upright_size(image)
+        return load_fitted(content, sizes)
     except OSError as error:
         raise UserError(f"cannot read {what} {str(picture)[:200]!r}: {error.strerror or error}") from error
     except ValueError as error:  # a name that no file can have
@@ -139,12 +138,15 @@ def load_picture(picture: Picture, size: int, what: str) -> tuple[np.ndarray, tu
         raise UserError(f"{what} {str(picture)[:200]!r} is not a picture that can be used: {error}") from error
 
 
-def load_init(init: Picture, mask: Picture | None, size: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The given picture uint8 [size, size, 3] and, with a mask, bool [size, size]: true where its mask is bright. UserError where they do not fit."""
-    original, shape = load_picture(init, size, "the picture to start from")
+def load_init(init: Picture, mask: Picture | None, sizes: Sequence[Shape]) -> tuple[np.ndarray, np.ndarray | None]:
+    """The given picture uint8 [H, W, 3], of one of the sizes, and, with a mask, bool [H, W]: true where its mask is bright.
+
+    UserError where they do not fit.
+    """
+    original, shape = load_picture(init, sizes, "the picture to start from")
     if mask is None:
         return original, None
-    grey, mask_shape = load_picture(mask, size, "the mask")
+    grey, mask_shape = load_picture(mask, sizes, "the mask")
     if mask_shape != shape:
         raise UserError(f"the mask has {mask_shape[0]}x{mask_shape[1]} pixels and the picture {shape[0]}x{shape[1]}: give one of the same size")
     bright = grey.mean(2) >= 128

@@ -46,6 +46,17 @@ def grid(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str] | No
     return sheet
 
 
+def framed(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures uint8 [H, W, 3] of several shapes in the middle of equal frames: [N, highest H, widest W, 3]; those of one shape as they are."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    frames = np.empty((len(images), height, width, 3), np.uint8)
+    frames[:] = FRAME  # so that a white picture ends where it does
+    for frame, image in zip(frames, images):
+        top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
+        frame[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return frames
+
+
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, lines: int) -> list[str]:
     """Break a text into at most `lines` lines no wider than `width` pixels; what does not fit ends in an ellipsis."""
     rest = " ".join(text.split())[:1000]

@@ -17,6 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flowt2i.config import ModelConfig
 from flowt2i.positions import resize_table, rotation_2d, sincos_1d, sincos_2d
@@ -241,6 +242,7 @@ class FlowTransformer(nn.Module):
     for the shape (`ModelConfig.resolve`).
     """
 
+    checkpoint_activations = False  # keep only what passes between blocks, and compute the inside of each again in the backward pass
     positions: Tensor  # of its own grid: learned, or a buffer that is not saved
     rotation: Tensor | None
 
@@ -344,8 +346,10 @@ class FlowTransformer(nn.Module):
             modulation = self.shared_adaln(F.silu(time)).view(z.shape[0], 6, -1)
             bias = F.pad(bias, (0, x.shape[1]))  # image keys are never masked
         text = self.text_embed(text)
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            x, text = block(x, text, bias, modulation, rotation)
+            inputs = (x, text, bias, modulation, rotation)
+            x, text = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
         shift, scale = self.final_adaln(F.silu(time)).unsqueeze(1).chunk(2, -1)
         return self.unpatchify(self.unembed(modulate(self.final_norm(x), shift, scale)), height, width)
 

@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowt2i import editing, exported, flow, hub
+from flowt2i import editing, exported, flow, hub, shapes
 from flowt2i import settings as choices
 from flowt2i.codec import to_uint8
 from flowt2i.config import Config, load_config
@@ -30,6 +31,8 @@ from flowt2i.text import CaptionTokenizer, FrozenEncoder, load_encoder, load_tok
 from flowt2i.training import checkpoint
 from flowt2i.training.compiling import compile_blocks, has_compiler
 from flowt2i.training.distributed import best_device
+
+LARGEST_SIDE = 4096  # pixels of a picture that is drawn
 
 __all__ = ["Pipeline", "Preview", "Samples", "build_model", "compute_dtype", "save_png"]
 
@@ -103,13 +106,16 @@ class Pipeline:
         shift: float | None = None, seed: int = 0, num: int = 1, batch_size: int = 64, preview: Preview | None = None, preview_every: int = 1,
         progress: Callable[[int], Any] | None = None, negative: str | None = None, guide: "Pipeline | str | Path | None" = None,
         init: Picture | None = None, strength: float | None = None, mask: Picture | None = None, variation: float = 0.0, to: str | None = None,
-        to_seed: int | None = None, mix: float | None = None, alive: Callable[[], None] | None = None, **more: Any,
+        to_seed: int | None = None, mix: float | None = None, alive: Callable[[], None] | None = None, width: int | None = None,
+        height: int | None = None, seeds: Sequence[int] | None = None, **more: Any,
     ) -> Samples:  # fmt: skip
         """Draw `num` pictures of each prompt. Picture k of the call has the seed `seed + k`, whatever batch it falls into.
 
         steps, solver, guidance, shift, and in `more` every other setting of `SampleConfig` (schedule, tolerance, guidance_rule, guidance_rescale,
         guidance_from, guidance_until, zero_init): None takes the model's own.
+        width, height: of the pictures, in pixels, both or neither (the model's own size); see `size`.
         negative: what guidance leads away from, instead of the empty caption. guide: a weaker model that guidance leads away from instead (autoguidance).
+        seeds: one for each prompt, in place of `seed` and `num`.
         init: a picture to start from, by `strength` (0: nothing of it changes, 1: nothing of it is left; 0.6 if not given); with a `mask` (bright: draw
         anew) the rest of it stays, and strength is 1 if not given. variation, to, to_seed, mix: see `editing.starts`.
         preview(step, steps, images) is called every `preview_every` steps with the predicted clean pictures of the batch at work;
@@ -118,17 +124,28 @@ class Pipeline:
         """
         chosen = self.settings(steps, solver, guidance, shift, negative, guide, **more)
         starts = editing.starts([prompts] if isinstance(prompts, str) else list(prompts), seed, num, variation, to, to_seed, mix)
+        if seeds is not None:
+            if len(seeds) != len(starts) or num != 1:
+                raise UserError(f"{len(seeds)} seeds for {len(starts)} pictures: give one for each prompt, and leave num out")
+            starts = [replace(start, seed=own) for start, own in zip(starts, seeds)]
         if batch_size < 1 or preview_every < 1:
             raise UserError("batch_size and preview_every must be at least 1")
+        asked = self.size(width, height) if width is not None or height is not None else None
         started = time.perf_counter()
-        drawing = Drawing(self, chosen, chosen.get("negative"), self._guide(guide), given_picture(self, init, strength, mask), alive)
+        given = given_picture(self, init, strength, mask, [asked] if asked else self.description.sizes)
+        drawn = asked or (given.size if given else self.description.home)
+        shape = self.description.codec.latent_shape(drawn)
+        drawing = Drawing(self, shape, chosen, chosen.get("negative"), self._guide(guide), given, alive)
         size = 1 if chosen["solver"] == "dopri5" else batch_size  # its steps follow the error of a batch, and a picture must not depend on its neighbours
         images = []
         for first in range(0, len(starts), size):
             images.append(drawing.batch(starts[first : first + size], preview, preview_every))
             if progress:
                 progress(len(images[-1]))
+        side = self.description.codec.image_size
         told = dict(chosen)
+        if drawn != (side, side) or self.description.home != drawn:
+            told |= {"width": drawn[0], "height": drawn[1]}
         if drawing.given:
             told |= {"init": name_of(init), "init_pixels": editing.fingerprint(drawing.given.original), "strength": drawing.given.strength}
             if drawing.given.pixels is not None:
@@ -138,6 +155,18 @@ class Pipeline:
             np.concatenate(images), [s.prompt for s in starts], [s.seed for s in starts], told, round(drawing.evaluated / len(starts)),
             time.perf_counter() - started, ways if any(ways) else [], self.told(),
         )  # fmt: skip
+
+    def size(self, width: int | None, height: int | None) -> shapes.Shape:
+        """(width, height) of pictures that were asked for: a model draws at any size whose sides codec and patch make, best at those it was trained at.
+
+        UserError where it cannot be made, naming the nearest that can.
+        """
+        if type(width) is not int or type(height) is not int:
+            raise UserError(f"width {width} and height {height}: give both, in pixels, or neither")
+        shapes.require(width, height, self.description.codec.factor * self.model.patch, f"a picture of {width}x{height} pixels", "this model makes")
+        if max(width, height) > LARGEST_SIDE:
+            raise UserError(f"a picture of {width}x{height} pixels is too large: {LARGEST_SIDE} a side at most")
+        return width, height
 
     def settings(
         self, steps: int | None = None, solver: str | None = None, guidance: float | None = None, shift: float | None = None,
@@ -209,8 +238,8 @@ class Pipeline:
         return (self.encoder(ids, mask) if self.encoder else self.model.encode_captions(ids, mask)), mask
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """The noise that drawing starts from. [B, C, H, W]."""
-        return Noise(seeds, self.model.shape, self.device)()
+        """The noise that drawing at the model's own size starts from. [B, C, H, W]."""
+        return Noise(seeds, self.description.codec.latent_shape(self.description.home), self.device)()
 
     def field(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """The model as a velocity field: z [B, C, H, W], t [] -> [B, C, H, W] fp32."""
@@ -259,4 +288,6 @@ def build_model(config: Config, description: DatasetDescription) -> FlowTransfor
     """An untrained model of this configuration for data of this description."""
     shape = description.codec.shape
     text = description.text
-    return FlowTransformer(config.model.resolve(description.codec.kind, shape), shape, text.dim if text.kind == "hf" else 0, text.vocab_size)
+    model = FlowTransformer(config.model.resolve(description.codec.kind, shape), shape, text.dim if text.kind == "hf" else 0, text.vocab_size)
+    model.checkpoint_activations = config.train.checkpoint_activations
+    return model

@@ -13,7 +13,7 @@ import torch
 
 from flowt2i.config import resolve
 from flowt2i.demo import Library, serve
-from flowt2i.description import CodecSpec, DatasetDescription
+from flowt2i.description import Bucket, CodecSpec, DatasetDescription
 from flowt2i.pipeline import build_model
 from flowt2i.text import make_tokenizer
 from flowt2i.training import checkpoint
@@ -21,16 +21,17 @@ from flowt2i.training import checkpoint
 PROMPTS = ("a red circle", "a blue square")
 OTHERS = ("a green star", "a pink cross")
 INPUTS = {  # of each function of the page, in its order
-    "on_draw": ("model", "prompt", "steps", "guidance", "solver", "seed", "num", "every", "negative"),
-    "on_compare": ("prompt", "model", "steps", "guidance", "solver", "model_b", "steps_b", "guidance_b", "solver_b", "seed", "num", "every", "negative"),
-    "on_sweep": ("model", "prompt", "guidance", "solver", "seed", "num", "every", "negative"),
+    "on_draw": ("model", "prompt", "steps", "guidance", "solver", "seed", "num", "every", "negative", "shape"),
+    "on_compare": ("prompt", "model", "steps", "guidance", "solver", "model_b", "steps_b", "guidance_b", "solver_b",
+                   "seed", "num", "every", "negative", "shape"),
+    "on_sweep": ("model", "prompt", "guidance", "solver", "seed", "num", "every", "negative", "shape"),
     "on_model": ("model", "prompt"),
-}
+}  # fmt: skip
 GOOD: dict[str, Any] = {"model": "tiny", "prompt": "a red circle", "steps": 6, "guidance": 2.0, "solver": "euler", "seed": 7, "num": 2, "every": 2,
-                        "negative": "", "model_b": "other", "steps_b": 3, "guidance_b": 1.0, "solver_b": "heun"}  # fmt: skip
+                        "negative": "", "shape": "", "model_b": "other", "steps_b": 3, "guidance_b": 1.0, "solver_b": "heun"}  # fmt: skip
 
 
-def write_model(folder: Path, seed: int = 0, step: int = 1, prompts: tuple[str, ...] = PROMPTS) -> Path:
+def write_model(folder: Path, seed: int = 0, step: int = 1, prompts: tuple[str, ...] = PROMPTS, buckets: tuple[Bucket, ...] = ()) -> Path:
     """A run folder with one checkpoint of a small model that draws noise of its own."""
     config = resolve("quickstart", ["--model.width", "32", "--model.depth", "1", "--model.heads", "1", "--model.text_width", "32", "--model.text_depth", "1",
                                     "--train.precision", "fp32", "--sample.steps", "5"])  # fmt: skip
@@ -38,6 +39,7 @@ def write_model(folder: Path, seed: int = 0, step: int = 1, prompts: tuple[str, 
     description = DatasetDescription(
         source="folder", codec=CodecSpec(kind="pixels", image_size=32, shape=(3, 32, 32)), text=tokenizer.spec, latent_mean=(0.0,) * 3, latent_std=(0.5,) * 3,
         train_count=2, heldout_count=0, heldout_fraction=0, longest_caption=8, prompts=prompts,
+        buckets=buckets,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = build_model(config, description)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -250,7 +251,7 @@ def slow_disk(run: str, data: str, words: list[str]) -> list[int]:
 
 def uneven_validation(world: distributed.World) -> dict[str, float]:
     """Thirteen made-up losses in batches of three."""
-    return validation_loss(lambda rows, t, draw: t * (1 + draw.noise[: len(rows)].mean((1, 2, 3)).abs()), 13, 3, (3, 4, 4), False, world)
+    return validation_loss(lambda rows, t, draw: t * (1 + draw.noise[: len(rows)].mean((1, 2, 3)).abs()), [(np.arange(13), (3, 4, 4))], 3, False, world)
 
 
 def main() -> None:

@@ -196,10 +196,41 @@ def test_pickled_weights_are_refused(vae, tmp_path):
     refused(lambda: load_codec(str(tmp_path), 32), "pickled", "diffusion_pytorch_model.bin", "safetensors")
 
 
-def test_images_of_another_shape_are_an_error(vae, images):
-    for codec in (load_codec("pixels", 64), load_codec(str(vae), 64)):
+def test_images_that_cannot_be_encoded_are_an_error(vae, images):
+    for codec, wrong in ((load_codec("pixels", 64), images.float()), (load_codec(str(vae), 64), images[..., :30]), (load_codec(str(vae), 64), images[:, :1])):
         with pytest.raises(ValueError, match="uint8"):
-            codec.encode(images)
+            codec.encode(wrong)
+
+
+@pytest.mark.parametrize(("blocks", "channels"), [(4, 4), (4, 16), (5, 16), (3, 4)])
+def test_large_pictures_are_decoded_in_tiles(tmp_path, blocks, channels):
+    """Factors 8, 16 and 4, 4 and 16 channels, not square: in tiles much what it is in one piece, and exactly where all is below the limit."""
+    factor = 2 ** (blocks - 1)
+    codec = load_codec(str(save_vae(tmp_path / "vae", block_out_channels=(8,) * blocks, latent_channels=channels)), 8 * factor)
+    latents = torch.randn(2, channels, 24, 40, generator=torch.Generator().manual_seed(0))
+    whole, calls = codec.decode(latents), []
+    hook = codec.net.decoder.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    codec.tile_above = 32 * factor
+    tiled = codec.decode(latents)
+    hook.remove()
+    assert tiled.shape == whole.shape == (2, 3, 24 * factor, 40 * factor)
+    assert len(calls) > 10 and max(max(shape[2:]) for shape in calls) == 16 * factor, "tiles of half of the limit"
+    assert all(shape[0] == 1 for shape in calls), "one picture after another"
+    # Norms and attention see a tile alone, which is much where the weights are random: the same picture, without seams where tiles meet.
+    assert torch.corrcoef(torch.stack([tiled.flatten(), whole.flatten()]))[0, 1] > 0.85
+    for axis in (2, 3):
+        jumps = tiled.diff(dim=axis).abs().mean([d for d in range(4) if d != axis])
+        seams = jumps[12 * factor - 1 :: 12 * factor]
+        assert seams.max() < 1.5 * jumps.mean(), "no seam"
+    assert torch.equal(codec.decode(latents[:, :, :16, :16]), load_codec(str(tmp_path / "vae"), 8 * factor).decode(latents[:, :, :16, :16]))
+    assert not codec.net.use_tiling and not codec.net.use_slicing
+
+
+def test_latents_of_any_shape_come_back_as_pictures_of_it(vae):
+    codec = load_codec(str(vae), 64)
+    stored = codec.encode(torch.randint(0, 256, (2, 3, 48, 88), dtype=torch.uint8))
+    assert stored.shape == (2, 8, 6, 11) and codec.spec.latent_shape((88, 48)) == (4, 6, 11)
+    assert codec.decode(stored_to_latents("vae", torch.from_numpy(stored))).shape == (2, 3, 48, 88)
 
 
 def run_offline(code: str, home: Path, **env: str) -> subprocess.CompletedProcess:

@@ -24,6 +24,7 @@ from demoing import GOOD, OTHERS, Served, follow, free_port, join, serving, visi
 
 from flowt2i.demo import Library, drawing, limits, mailboxes, serve
 from flowt2i.demo.guard import LARGEST_BODY
+from flowt2i.description import Bucket
 from flowt2i.errors import UserError
 
 API_GOOD: dict[str, Any] = {name: GOOD[name] for name in ("model", "prompt", "steps", "guidance", "solver", "seed", "num")}
@@ -96,7 +97,7 @@ def test_choosing_a_model_brings_its_prompts_and_settings(served: Served) -> Non
         for prompt, then in (("a red circle", "a green star"), ("my own", {"__type__": "update"})):  # what a visitor wrote stays
             assert join(served, client, "choosing", "on_model", model="other", prompt=prompt).status_code == 200
             data = list(follow(served, client, "choosing"))[-1]["output"]["data"]
-            assert "a pink cross" in data[1] and data[2:] == [then, 5, 3, "euler"]
+            assert "a pink cross" in data[1] and data[2:6] == [then, 5, 3, "euler"] and data[6]["value"] == "32x32"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,24 @@ def test_api_sends_one_png_that_tells_how_it_was_made(served: Served) -> None:
     told = json.loads(Image.open(io.BytesIO(answer.content)).info["flowt2i"])
     assert (told["prompt"], told["seed"], told["steps"]) == ("a red circle", 7, 6)
     assert generate(served, {"accept": "image/png"}, num=2).status_code == 422
+
+
+def test_the_shapes_that_a_model_was_trained_at_are_offered_and_no_others(tmp_path: Path) -> None:
+    buckets = tuple(Bucket(width=w, height=h, train=n, heldout=0) for w, h, n in ((24, 40, 1), (32, 32, 5), (40, 24, 2)))
+    library = Library([write_model(tmp_path / "wide", buckets=buckets)], device="cpu")
+    assert library.card("wide").shapes == ["32x32", "24x40", "40x24"] and "32×32 pixels and 2 other shapes" in library.card("wide").facts
+    with serving(library) as served:
+        listed = httpx.get(f"{served.url}/api/models").json()["models"][0]
+        assert listed["shapes"] == ["32x32", "24x40", "40x24"]
+        for shape, size in (("40x24", (24, 40)), ("", (32, 32))):
+            answer = generate(served, model="wide", shape=shape, num=1)
+            assert Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]["png"]))).size == size[::-1]
+            html, error = visit(served, f"shape-{shape}", model="wide", shape=shape, num=1)
+            assert not error and pictures_of(html[-1]).shape == (1, *size, 3)
+            assert f"&quot;shape&quot;: &quot;{size[1]}x{size[0]}&quot;" in html[-1], "the gallery draws it again in this shape"
+        for shape in ("4096x4096", "wide", 7):
+            answer = generate(served, model="wide", shape=shape)
+            assert answer.status_code == 422 and ("choose one of these shapes" in answer.json()["error"] or "text" in answer.json()["error"])
 
 
 def test_api_uses_the_models_own_settings_where_none_are_given(served: Served) -> None:

@@ -114,7 +114,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(run, dinov2, tmp_path, capsy
     def stopped(self, *args, **settings):
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        drawn.append(settings["seed"])
+        drawn.append(settings["seeds"][0])
         return sample(self, *args, **settings)
 
     with mock.patch.object(Pipeline, "sample", stopped):
@@ -126,7 +126,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(run, dinov2, tmp_path, capsy
     again = []
 
     def noting(self, *args, **settings):
-        again.append(settings["seed"])
+        again.append(settings["seeds"][0])
         return sample(self, *args, **settings)
 
     capsys.readouterr()

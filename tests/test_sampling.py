@@ -181,7 +181,7 @@ class TestZeroInit:
             pipeline.sample(PROMPT, steps=4, guidance=1.0, zero_init=0.3, strength=0.9, init=circle[0], mask=circle[1], seed=3)
         finally:
             del pipeline.field
-        given = given_picture(pipeline, circle[0], 0.9, circle[1])
+        given = given_picture(pipeline, circle[0], 0.9, circle[1], [(64, 64)])
         noise, kept = pipeline.initial_noise([3]), (given.latents <= 0.5).expand(1, 3, -1, -1)
         t, z = asked[0]
         assert t == pytest.approx(0.3)
@@ -237,7 +237,7 @@ class TestBetween:
 
 class TestFromAPicture:
     def test_little_strength_changes_little(self, pipeline, circle, monkeypatch):
-        original, _ = editing.load_init(circle[0], None, 64)
+        original, _ = editing.load_init(circle[0], None, [(64, 64)])
         monkeypatch.setattr(pipeline, "field", lambda z, *_: torch.zeros_like(z))  # what an untrained network thinks of the picture does not matter
         changes = [np.abs(pipeline.sample(PROMPT, steps=10, init=circle[0], strength=s).images[0] - original.astype(float)).mean() for s in (0.05, 0.4, 1.0)]
         assert changes == sorted(changes)
@@ -269,7 +269,7 @@ class TestFromAPicture:
 
     @pytest.mark.parametrize("solver", ["euler", "ab2", "sde"])
     def test_inpainting_keeps_the_dark_part_to_the_pixel(self, pipeline, circle, solver):
-        original, mask = editing.load_init(*circle, 64)
+        original, mask = editing.load_init(*circle, [(64, 64)])
         samples = pipeline.sample(PROMPT, steps=6, solver=solver, init=circle[0], mask=circle[1])
         assert np.array_equal(samples.images[0][~mask], original[~mask]) and differ(samples.images[0][mask], original[mask]) > 10
         assert mask[:, :31].all() and not mask[:, 33:].any()
@@ -392,10 +392,10 @@ def test_a_mask_fits_a_photograph_as_it_is_seen(tmp_path):
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (90, 60), "red").save(tmp_path / "photo.jpg", exif=exif)
     Image.new("L", (60, 90), 255).save(tmp_path / "mask.png")
-    assert editing.load_init(tmp_path / "photo.jpg", tmp_path / "mask.png", 32)[1].all()
+    assert editing.load_init(tmp_path / "photo.jpg", tmp_path / "mask.png", [(32, 32)])[1].all()
     Image.new("L", (90, 60), 255).save(tmp_path / "mask.png")
     with pytest.raises(UserError, match="90x60 pixels and the picture 60x90"):
-        editing.load_init(tmp_path / "photo.jpg", tmp_path / "mask.png", 32)
+        editing.load_init(tmp_path / "photo.jpg", tmp_path / "mask.png", [(32, 32)])
 
 
 def test_redrawing_needs_the_picture_it_began_with(pipeline, circle, tmp_path):

@@ -9,6 +9,7 @@ what lives only within an operation; `python benchmarks/scale.py` sets the sum b
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,8 +56,18 @@ def kept_bytes(objective: nn.Module, inputs: tuple[Tensor, ...], weights: set[in
 
 
 def footprint(step: BareStep) -> Footprint:
-    """What a training of this step's model takes, eager. The model should be on the CPU: its passes there are small, but on a GPU they ask for memory."""
-    weights = {p.untyped_storage().data_ptr() for p in step.model.parameters()}
-    few, more = (kept_bytes(step.objective, step.inputs(images), weights) for images in (1, 3))
+    """What a training of this step's model takes, eager. The model should be on the CPU: its passes there are small, but on a GPU they ask for memory.
+
+    With `train.checkpoint_activations`: what stays between the blocks, and the inside of the one whose backward pass is at work.
+    """
+    model = step.model
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = lambda: np.array([kept_bytes(step.objective, step.inputs(images), weights) for images in (1, 3)])
+    found = kept()
+    if model.checkpoint_activations:
+        model.checkpoint_activations = False
+        found = found + (kept() - found) / len(model.blocks)
+        model.checkpoint_activations = True
+    few, more = found.tolist()
     slope = (more - few) / 2
     return Footprint(state_bytes(step.model, step.config.optim.name == "muon", step.ema is not None), few - slope, slope)

@@ -136,11 +136,12 @@ class BareStep:
         """
         rounds: list[dict[str, float]] = []
         random = np.random.default_rng(0)
+        rows = max(dataset.by_bucket(), key=len) if dataset else np.zeros(0, np.int64)  # a batch is of one shape
         with one_shape_each():
             for _ in range(4):
                 marks = [clock(self.device)]
                 if dataset:
-                    batch = dataset.fetch(random.integers(0, len(dataset), images))
+                    batch = dataset.fetch(rows[random.integers(0, len(rows), images)])
                     _ = batch.stored.to(self.device), batch.ids.to(self.device), batch.mask.to(self.device)
                 marks.append(clock(self.device))
                 inputs = self.inputs(images)

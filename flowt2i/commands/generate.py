@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
             'flowt2i generate "a red circle" --to "a blue star" --num 8 --out way.png            # from one prompt to another (--to-seed: from seed to seed)',
             'flowt2i generate "a red circle" --seed 7 --variation 0.3 --num 8 --out near.png    # pictures near that of seed 7',
             'flowt2i generate "a blue star" --init circle.png --strength 0.7 --out star.png     # from a picture; --mask mask.png: its bright part only',
+            'flowt2i generate "a lighthouse" --model runs/mine --width 80 --height 48 --out wide.png  # a shape that its data had, or any other',
             "flowt2i generate --like circle.png --out again.png                                 # the same picture from what its PNG tells",
         ),
     )
@@ -31,6 +32,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--prompts", dest="file", type=Path, help="a text file with a prompt a line")
     add_model(parser)
     parser.add_argument("--out", type=Path, default=Path("picture.png"), help="PNG to write (default picture.png)")
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="of the pictures, with --height (default: the size the model was trained at)")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="of the pictures, with --width")
     parser.add_argument("--num", type=int, default=1, help="pictures of each prompt (default 1)")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default 64)")
     parser.add_argument("--to", metavar="PROMPT", help="the pictures lead from the prompt to this one, all from one seed")
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.like and args.weights == "auto" and (weights := read_settings(args.like).get("weights")) in ("EMA", "raw"):
         args.weights = weights.lower()
     pipeline = load_pipeline(args)
-    edits = {"to": args.to, "to_seed": args.to_seed, "init": args.init, "strength": args.strength, "mask": args.mask}
+    edits = {name: getattr(args, name) for name in ("to", "to_seed", "init", "strength", "mask", "width", "height")}
     settings = sampling(args) | edits
     with tqdm(total=max(1, len(prompts)) * max(1, args.num), desc="drawing", unit="image", leave=False, disable=None) as bar:
         if args.like:

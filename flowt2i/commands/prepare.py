@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
             "flowt2i prepare --out data/text-to-image-2M --limit 100000   # jackyhate/text-to-image-2M from the hub, streamed",
             "torchrun --nproc-per-node 4 load_dataset.py 'shards/*.tar' --out data/t2i   # or, anywhere: prepare … --worker 0/4, 1/4, …",
             "flowt2i prepare my_images/ --like runs/mine --image-size 128 --out data/mine128   # for `train --init runs/mine`",
+            "flowt2i prepare my_images/ --out data/mine --buckets          # pictures keep about their shape: wide, square, tall (docs/shapes.md)",
             "flowt2i prepare part0 part1 --merge --out data/t2i           # of workers that had no common disk",
         ),
     )
@@ -40,6 +41,7 @@ def add(commands: Any) -> None:
                 flag,
                 dest=name,
                 default=None,
+                **({"nargs": "?", "const": "auto"} if name == "buckets" else {}),
                 required=info.is_required(),
                 metavar=name.split("_")[-1].upper(),
                 help=f"{text}{'' if info.default in (None, '') or info.is_required() else f' (default {info.default})'}",

@@ -10,15 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from flowt2i.data.finish import measured_path
-from flowt2i.data.units import SPLITS, read_part, stored_column
+from flowt2i.data.units import SIZE, SPLITS, Rows, read_part, sizes_of, stored_column, stored_rows, stored_shape
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError, nearest
+from flowt2i.shapes import name as name_of
 
 
 class Batch(NamedTuple):
     """Samples as they are stored; `codec.stored_to_latents` makes latents of them."""
 
-    stored: torch.Tensor  # uint8 [B, 3, S, S] (pixels) or float16 [B, 2C, h, w] (VAE: mean and log-variance)
+    stored: torch.Tensor  # uint8 [B, 3, H, W] (pixels) or float16 [B, 2C, h, w] (VAE: mean and log-variance)
     ids: torch.Tensor  # int64 [B, T], padded with the tokenizer's pad token
     mask: torch.Tensor  # bool [B, T], True where a token is real
     index: torch.Tensor  # type: ignore[assignment]  # int64 [B], numbers of the samples
@@ -27,19 +28,21 @@ class Batch(NamedTuple):
 class _Part(NamedTuple):
     """Views into one memory-mapped part."""
 
-    stored: NDArray[Any]  # [rows, ...]
+    stored: NDArray[Any] | Rows  # [rows, ...], or one array of its own shape a row
     tokens: NDArray[np.int32]  # of all rows, end to end
     ends: list[int]  # row i has tokens[ends[i] : ends[i + 1]]
     keys: pa.Array
     captions: pa.Array
+    buckets: NDArray[np.int64]  # [rows], numbers into `description.sizes`
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
     """One split of a prepared folder.
 
     `fetch(indices)` gives a Batch; `__getitems__` is the same, for a DataLoader with `collate_fn=ImageTextDataset.collate`.
-    T is the longest caption of the batch, rounded up to a multiple of `pad_to`. Maps are opened on first use and again
-    after a fork or pickling. UserError: no such folder, unfinished or broken dataset, unknown split, empty split.
+    T is the longest caption of the batch, rounded up to a multiple of `pad_to`.
+    The samples of a batch are of one shape (`by_bucket`). Maps are opened on first use and again after a fork or pickling.
+    UserError: no such folder, unfinished or broken dataset, unknown split, empty split.
     """
 
     def __init__(self, folder: str | Path, split: str = "train", pad_to: int = 8) -> None:
@@ -59,8 +62,11 @@ class ImageTextDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self._length
 
-    def fetch(self, indices: Sequence[int] | NDArray[np.integer] | torch.Tensor) -> Batch:
-        """The samples with these numbers, in this order; they may repeat. IndexError outside [0, len)."""
+    def fetch(self, indices: Sequence[int] | NDArray[np.integer] | torch.Tensor, pictures: bool = True) -> Batch:
+        """The samples with these numbers, in this order; they may repeat. Without `pictures` their captions alone (`stored` is empty).
+
+        IndexError outside [0, len), ValueError for pictures of several shapes.
+        """
         numbers = np.asarray(indices, np.int64).reshape(-1)
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= self._length):
             raise IndexError(f"sample numbers must lie in [0, {self._length}), got {numbers.min()} to {numbers.max()}")
@@ -68,10 +74,15 @@ class ImageTextDataset(torch.utils.data.Dataset):
         where = np.searchsorted(self._part_of, numbers, side="right") - 1
         rows = (numbers - self._part_of[where]).tolist()
         places = [(parts[p], row) for p, row in zip(where.tolist(), rows)]
-        stored = np.empty((len(numbers), *parts[0].stored.shape[1:]), parts[0].stored.dtype)
+        first = places[0] if places else (parts[0], 0)
+        like = first[0].stored[first[1]]
+        stored = np.empty((len(numbers) if pictures else 0, *like.shape), like.dtype)
+        if pictures and self.description.buckets and len({int(part.buckets[row]) for part, row in places}) > 1:
+            raise ValueError("the samples of a batch must be of one shape: see `by_bucket`")
         tokens = []
         for i, (part, row) in enumerate(places):
-            stored[i] = part.stored[row]
+            if pictures:
+                stored[i] = part.stored[row]
             tokens.append(part.tokens[part.ends[row] : part.ends[row + 1]])
         lengths = np.array([len(line) for line in tokens], np.int64)
         width = max(1, -(-int(lengths.max(initial=1)) // self.pad_to)) * self.pad_to
@@ -109,6 +120,15 @@ class ImageTextDataset(torch.utils.data.Dataset):
         """Number of caption tokens of every sample, in order: int64 [len]."""
         return np.concatenate([np.diff(part.ends) for part in self._open()])
 
+    def bucket_of(self) -> NDArray[np.int64]:
+        """Which shape every sample has, by its number in `description.sizes`: int64 [len]."""
+        return np.concatenate([part.buckets for part in self._open()])
+
+    def by_bucket(self, count: int = 0) -> list[NDArray[np.int64]]:
+        """Numbers of the samples (of the first `count` of them) of each shape, in the order of `description.sizes`."""
+        buckets = self.bucket_of()[: count or None]
+        return [np.flatnonzero(buckets == number) for number in range(len(self.description.sizes))]
+
     def _place(self, index: int) -> tuple[_Part, int]:
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
@@ -128,6 +148,10 @@ class ImageTextDataset(torch.utils.data.Dataset):
             if sum(counts) != self._length:
                 where = self.folder / self.split
                 raise UserError(f"{where} has {sum(counts)} samples, dataset.json says {self._length}: prepare the data again")
+            told = [getattr(bucket, self.split) for bucket in self.description.buckets]
+            found = np.bincount(np.concatenate([part.buckets for part in parts]), minlength=len(told)).tolist()
+            if told and told != found:
+                raise UserError(f"{self.folder / self.split} has {found} samples in its buckets, dataset.json says {told}: prepare the data again")
             self._part_of = np.concatenate([[0], np.cumsum(counts)])
             self._parts = parts
         return self._parts
@@ -136,17 +160,30 @@ class ImageTextDataset(torch.utils.data.Dataset):
         codec = self.description.codec
         column, _ = stored_column(codec)
         batch = read_part(path)
-        missing = {"key", "caption", "tokens", column} - set(batch.schema.names)
-        shape = (codec.shape[0] * (1 if column == "pixels" else 2), *codec.shape[1:])
-        if missing or batch.schema.field(column).type.list_size != int(np.prod(shape)):
-            raise UserError(f"{path} does not hold what dataset.json says ({column} of shape {list(shape)}): prepare the data again")
+        sizes = self.description.sizes
+        buckets = np.zeros(len(batch), np.int64)
+        told = f"{path} does not hold what dataset.json says ({column} of {', '.join(map(name_of, sizes[:4]))} pixels): prepare the data again"
+        wanted = {"key", "caption", "tokens", column} | ({SIZE} if self.description.buckets else set())
+        if wanted - set(batch.schema.names) or (SIZE in batch.schema.names) != bool(self.description.buckets):
+            raise UserError(told)
+        if not self.description.buckets:
+            if getattr(batch.schema.field(column).type, "list_size", 0) != int(np.prod(stored_shape(codec))):
+                raise UserError(told)
+        else:
+            if not (pa.types.is_list(batch.schema.field(column).type) and batch.schema.field(SIZE).type == pa.list_(pa.int32(), 2)):
+                raise UserError(told)
+            numbers = {size: number for number, size in enumerate(sizes)}
+            buckets = np.array([numbers.get((int(w), int(h)), -1) for w, h in sizes_of(batch)], np.int64)
+            if (buckets < 0).any() or not Rows(codec, batch).fit():
+                raise UserError(told)
         tokens = batch.column("tokens")
         return _Part(
-            stored=batch.column(column).flatten().to_numpy(zero_copy_only=True).reshape(len(batch), *shape),
+            stored=stored_rows(codec, batch),
             tokens=tokens.values.to_numpy(zero_copy_only=True),
             ends=tokens.offsets.to_pylist(),
             keys=batch.column("key"),
             captions=batch.column("caption"),
+            buckets=buckets,
         )
 
 

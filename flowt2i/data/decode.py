@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowt2i.data.captions import read_caption
-from flowt2i.data.images import load_square
+from flowt2i.data.images import load_fitted
 from flowt2i.data.sample import Dropped, RawSample, SceneImage
 from flowt2i.errors import UserError
+from flowt2i.shapes import Shape
 
 _big: Any = None  # lock round the decoding of very large pictures, shared by the workers
 
@@ -35,24 +36,26 @@ class Rules:
     max_aspect: float
     min_caption: int
     max_caption: int
+    buckets: tuple[Shape, ...] = ()  # shapes to choose from; none: the square
 
 
 @dataclass(slots=True)
 class Decoded:
-    """A run of samples. `captions[i]` is None where sample i is dropped; `pixels` [kept, 3, S, S] and `digests` hold only the kept."""
+    """A run of samples. `captions[i]` is None where sample i is dropped; `pixels`, `sizes` and `digests` hold only the kept."""
 
     keys: list[str]
     sources: list[str]
     captions: list[str | None]
     problems: list[tuple[str, str]]  # reason and detail of each, ("", "") of the kept
-    pixels: NDArray[np.uint8]
+    pixels: list[NDArray[np.uint8]]  # [3, H, W] each
+    sizes: list[Shape]  # width and height that each had
     digests: list[bytes]  # 16 bytes of sha256 over picture and caption
 
 
 def decode(samples: list[RawSample], rules: Rules) -> Decoded:
     """Decode a run of samples; never raises for a bad one."""
-    size = rules.image_size
-    pixels = np.empty((len(samples), 3, size, size), np.uint8)
+    pixels: list[NDArray[np.uint8]] = []
+    sizes: list[Shape] = []
     captions: list[str | None] = []
     problems: list[tuple[str, str]] = []
     digests: list[bytes] = []
@@ -61,8 +64,8 @@ def decode(samples: list[RawSample], rules: Rules) -> Decoded:
             if sample.reason:
                 raise Dropped(sample.reason, sample.detail)
             caption = read_caption(sample, rules.min_caption, rules.max_caption)
-            picture = pixels[len(digests)]
-            picture[:] = _picture(sample, rules).transpose(2, 0, 1)
+            seen, size = _picture(sample, rules)
+            picture = np.ascontiguousarray(seen.transpose(2, 0, 1))
         except Dropped as dropped:
             captions.append(None)
             problems.append((dropped.reason, dropped.detail))
@@ -70,20 +73,23 @@ def decode(samples: list[RawSample], rules: Rules) -> Decoded:
         digest = hashlib.sha256(picture.data)
         digest.update(caption.encode())
         digests.append(digest.digest()[:16])
+        pixels.append(picture)
+        sizes.append(size)
         captions.append(caption)
         problems.append(("", ""))
-    return Decoded([s.key for s in samples], [s.source for s in samples], captions, problems, pixels[: len(digests)], digests)
+    return Decoded([s.key for s in samples], [s.source for s in samples], captions, problems, pixels, sizes, digests)
 
 
-def _picture(sample: RawSample, rules: Rules) -> NDArray[np.uint8]:
+def _picture(sample: RawSample, rules: Rules) -> tuple[NDArray[np.uint8], Shape]:
     if isinstance(sample.image, SceneImage):
         from flowt2i.data.scenes import render
 
-        return render(sample.image.scene, rules.image_size)
+        return render(sample.image.scene, rules.image_size), (rules.image_size, rules.image_size)
     if sample.image is None:
         raise Dropped("missing image")
     data = sample.image if isinstance(sample.image, bytes) else sample.image.read()
-    return load_square(data, rules.image_size, rules.min_side, rules.max_aspect, _big or nullcontext())
+    shapes = rules.buckets or [(rules.image_size, rules.image_size)]
+    return load_fitted(data, shapes, rules.min_side, rules.max_aspect, _big or nullcontext())
 
 
 def decode_in_order(runs: Iterable[list[RawSample]], rules: Rules, workers: int) -> Generator[Decoded, None, None]:

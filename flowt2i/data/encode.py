@@ -16,7 +16,7 @@ class Encoder:
         self.codec, self.batch_size = codec, batch_size
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """What is stored of uint8 [N, 3, S, S]. UserError where not even one picture fits the memory."""
+        """What is stored of uint8 [N, 3, H, W]. UserError where not even one picture fits the memory."""
         import torch
 
         images = torch.from_numpy(pixels)

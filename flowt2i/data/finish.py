@@ -6,33 +6,44 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from flowt2i import shapes
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.settle import Settled, Settling, is_heldout
 from flowt2i.data.units import (
+    ORIGINAL,
+    SIZE,
     SPLITS,
     Moments,
+    Shapes,
     make_batch,
-    measure,
+    measure_rows,
     part_path,
     read_part,
+    sizes_of,
     stored_column,
+    stored_rows,
+    stored_shape,
     write_json,
     write_part,
     write_text,
 )
-from flowt2i.description import CodecSpec, DatasetDescription, TextSpec
+from flowt2i.description import Bucket, CodecSpec, DatasetDescription, TextSpec
 from flowt2i.errors import UserError
+from flowt2i.shapes import Shape
 
 PROMPTS = 16  # held-out captions kept in the description for previews
 
 
-def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSpec, settling: Settling, hub: tuple[str, ...]) -> dict[str, Any]:
+def finish(
+    folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSpec, settling: Settling, hub: tuple[str, ...], buckets: tuple[Shape, ...] = ()
+) -> dict[str, Any]:  # fmt: skip
     """Complete a dataset whose units are all there; return the report. `dataset.json` comes last and makes it complete. hub: which sources came from there.
 
     Killed anywhere and done again it does the same: records are not changed, and a part is either as its unit wrote it or as it stays.
@@ -42,7 +53,8 @@ def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSp
     for settled in units:
         _settle_parts(folder, settled, options)
     _remove_strangers(folder, units)
-    report = _report(folder, units, options)
+    found = _survey_shapes(folder, units, codec, buckets) if buckets else ()
+    report = _report(folder, units, options) | (_told_shapes(folder, units, codec, buckets, found) if buckets else {})
     lines = (json.dumps(drop.model_dump(exclude={"at"} if drop.detail else {"at", "detail"}), ensure_ascii=False) for unit in units for drop in unit.dropped)
     write_text(folder / "dropped.jsonl", "".join(line + "\n" for line in lines))
     write_json(folder / "report.json", report)
@@ -56,7 +68,7 @@ def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSp
             raise UserError(f"channel {channel} of the latents is constant: the images are all alike or the codec {codec.id!r} is broken")
     pairs, prompts, longest = _survey(folder, units)
     for split in SPLITS:
-        _write_hf(folder, split, [settled for settled in units if settled.chosen(split)], codec, pairs)
+        _write_hf(folder, split, [settled for settled in units if settled.chosen(split)], codec, pairs, bool(buckets))
     write_json(folder / "dataset_dict.json", {"splits": list(SPLITS)})
     description = DatasetDescription(
         source=", ".join(options.sources),
@@ -71,6 +83,7 @@ def finish(folder: Path, options: PrepareOptions, codec: CodecSpec, text: TextSp
         longest_caption=longest,
         prompts=prompts,
         fingerprint=pairs,
+        buckets=found,
     )
     write_text(measured_path(folder), description.model_dump_json(indent=2) + "\n")
     write_text(folder / "dataset.json", description.model_dump_json(indent=2) + "\n")
@@ -158,10 +171,8 @@ def _moments(folder: Path, settled: Settled, codec: CodecSpec, options: PrepareO
         return settled.unit.moments
     if not settled.train:
         return Moments()
-    batch = read_part(part_path(folder, "train", *settled.unit.id))
-    column, _ = stored_column(codec)
-    shape = (codec.shape[0] * (1 if column == "pixels" else 2), *codec.shape[1:])
-    return measure(codec, batch.column(column).flatten().to_numpy(zero_copy_only=False).reshape(len(batch), *shape))
+    rows = stored_rows(codec, read_part(part_path(folder, "train", *settled.unit.id)))
+    return measure_rows(codec, [rows[number] for number in range(len(rows))])
 
 
 def _report(folder: Path, units: list[Settled], options: PrepareOptions) -> dict[str, Any]:
@@ -205,23 +216,67 @@ def _survey(folder: Path, units: list[Settled]) -> tuple[str, tuple[str, ...], i
     return digest.hexdigest(), prompts, longest
 
 
-def _write_hf(folder: Path, split: str, units: list[Settled], codec: CodecSpec, fingerprint: str) -> None:
+def _survey_shapes(folder: Path, units: list[Settled], codec: CodecSpec, buckets: tuple[Shape, ...]) -> tuple[Bucket, ...]:
+    """The buckets that pictures fell into, and how many; one that none did is left out."""
+    counts = {split: Counter(size for sizes, _ in _shapes(folder, units, split) for size in sizes) for split in SPLITS}
+    found = (Bucket(width=w, height=h, train=counts["train"][w, h], heldout=counts["heldout"][w, h]) for w, h in buckets)
+    return tuple(bucket for bucket in found if bucket.train or bucket.heldout)
+
+
+def _shapes(folder: Path, units: list[Settled], split: str) -> Iterator[tuple[list[Shape], list[Shape]]]:
+    """Of each part of a split, the (width, height) that its pictures have, and had."""
+    for settled in units:
+        if settled.chosen(split):
+            batch = read_part(part_path(folder, split, *settled.unit.id))
+            sizes, originals = ([(int(w), int(h)) for w, h in sizes_of(batch, column)] for column in (SIZE, ORIGINAL))
+            yield sizes, originals
+
+
+def _told_shapes(folder: Path, units: list[Settled], codec: CodecSpec, buckets: tuple[Shape, ...], found: tuple[Bucket, ...]) -> dict[str, Any]:
+    """What the report says of buckets: how many pictures each has, which had none, and the mean share of a picture that crops left."""
+    pairs = [pair for split in SPLITS for sizes, originals in _shapes(folder, units, split) for pair in zip(sizes, originals)]
+    square = (codec.image_size, codec.image_size)
+    mean = lambda shares: round(math.fsum(shares) / max(1, len(pairs)), 4)
+    return {
+        "buckets": {shapes.name(bucket.size): {"train": bucket.train, "heldout": bucket.heldout} for bucket in found},
+        "empty_buckets": [shapes.name(size) for size in buckets if size not in [bucket.size for bucket in found]],
+        "pixels_kept": {
+            "buckets": mean(shapes.kept(*original, size) for size, original in pairs),
+            "square": mean(shapes.kept(*original, square) for _, original in pairs),
+        },
+    }
+
+
+def told(report: dict[str, Any]) -> list[str]:
+    """What a report says of buckets, in lines for people; none where there are no buckets."""
+    if "buckets" not in report:
+        return []
+    counts = ", ".join(f"{name} {sum(of.values()):,}" for name, of in report["buckets"].items())
+    kept = report["pixels_kept"]
+    lines = [f"buckets: {counts}", f"of the pictures' area {kept['buckets']:.1%} is kept, by square crops it would be {kept['square']:.1%}"]
+    return lines + ([f"no picture fell into {', '.join(report['empty_buckets'])}: left out"] if report["empty_buckets"] else [])
+
+
+def _write_hf(folder: Path, split: str, units: list[Settled], codec: CodecSpec, fingerprint: str, buckets: bool = False) -> None:
     """What `datasets.load_from_disk` reads beside the Arrow files."""
     files = [part_path(folder, split, *settled.unit.id) for settled in units]
     column, kind = stored_column(codec)
-    shape = (codec.shape[0] * (1 if column == "pixels" else 2), *codec.shape[1:])
+    shape = stored_shape(codec)
     if not files:  # a split without samples is a part without rows
         files = [part_path(folder, split, 0)]
-        write_part(files[0], make_batch(codec, [], [], [], [], np.zeros((0, *shape), kind.to_pandas_dtype())))
+        write_part(files[0], make_batch(codec, [], [], [], [], np.zeros((0, *shape), kind.to_pandas_dtype()), Shapes([], []) if buckets else None))
     text = {"dtype": "string", "_type": "Value"}
     values = {"dtype": "uint8" if column == "pixels" else "float16", "_type": "Value"}
-    features = {
+    features: dict[str, Any] = {
         "key": text,
         "caption": text,
         "tokens": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
         "hash": text,
         column: {"feature": values, "length": math.prod(shape), "_type": "List"},
     }
+    if buckets:
+        features[column] = {"feature": values, "_type": "List"}
+        features |= {name: {"feature": {"dtype": "int32", "_type": "Value"}, "length": 2, "_type": "List"} for name in (SIZE, ORIGINAL)}
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
     write_json(folder / split / "dataset_info.json", info)
     state: dict[str, Any] = {

@@ -1,9 +1,10 @@
-"""From the bytes of any image file to a square RGB picture, safely: sizes are checked before anything is decoded."""
+"""From the bytes of any image file to an RGB picture of a wanted shape, safely: sizes are checked before anything is decoded."""
 
 import functools
 import io
 import struct
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flowt2i.data.sample import Dropped
+from flowt2i.shapes import Shape, cover, fitting
 
 # No format that runs a program (EPS) or has a parser few people use. Pictures of several (MPO) open as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -21,10 +23,17 @@ _BICUBIC = Image.Resampling.BICUBIC
 
 
 def load_square(data: bytes, size: int, min_side: int = 1, max_aspect: float = 1e9, big: AbstractContextManager | None = None) -> NDArray[np.uint8]:
-    """Decode an image file to uint8 [size, size, 3].
+    """Decode an image file to uint8 [size, size, 3]: see `load_fitted`."""
+    return load_fitted(data, [(size, size)], min_side, max_aspect, big)[0]
 
-    The first frame, with EXIF orientation applied, RGB on white under transparency; antialiased resize of the shorter side to
-    `size` and centre crop in one step. `big` is entered while a very large picture is decoded. Dropped where it cannot be.
+
+def load_fitted(
+    data: bytes, shapes: Sequence[Shape], min_side: int = 1, max_aspect: float = 1e9, big: AbstractContextManager | None = None
+) -> tuple[NDArray[np.uint8], Shape]:
+    """Decode an image file to uint8 [height, width, 3], of that of the shapes in which it loses least, and its own (width, height) as it is seen.
+
+    The first frame, with EXIF orientation applied, RGB on white under transparency; antialiased resize until the shape is covered and
+    centre crop in one step. `big` is entered while a very large picture is decoded. Dropped where it cannot be.
     """
     if not data:
         raise Dropped("undecodable image", "empty file")
@@ -34,7 +43,7 @@ def load_square(data: bytes, size: int, min_side: int = 1, max_aspect: float = 1
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 _check_size(image, min_side, max_aspect)
                 with (big or nullcontext()) if image.width * image.height > BIG_PIXELS else nullcontext():
-                    return _square(image, size)
+                    return _fitted(image, shapes)
         except Dropped:
             raise
         except Image.DecompressionBombError as error:
@@ -61,25 +70,24 @@ def _check_size(image: Image.Image, min_side: int, max_aspect: float) -> None:
         raise Dropped("aspect ratio", f"{width} x {height}")
 
 
-def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    orientation = _orientation(image)
+def _fitted(image: Image.Image, shapes: Sequence[Shape]) -> tuple[NDArray[np.uint8], Shape]:
+    orientation, seen = _orientation(image), upright_size(image)
+    shape = fitting(*seen, shapes)
+    lying = (shape[1], shape[0]) if _is_sideways(orientation) else shape  # as the file has it
     if image.format in ("JPEG", "MPO"):
-        image.draft(None, (2 * size, 2 * size))  # decodes at 1/2, 1/4 or 1/8 while both sides stay at least twice the target
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+        image.draft(None, (2 * lying[0], 2 * lying[1]))  # decodes at 1/2, 1/4 or 1/8 while both sides stay at least twice the target
+    box = cover(*image.size, lying)
     rgb = to_rgb(image)
-    if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), _BICUBIC, box=(left, top, left + side, top + side), reducing_gap=3.0)
-    if orientation is not None:  # a centred square turns onto itself, so turning the small picture is enough
+    if rgb.size != lying:
+        rgb = rgb.resize(lying, _BICUBIC, box=box, reducing_gap=3.0)
+    if orientation is not None:  # what is in the middle stays there, so turning the small picture is enough
         rgb = rgb.transpose(orientation)
-    return np.asarray(rgb)
+    return np.asarray(rgb), seen
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> Shape:
     """(width, height) as the picture is seen, its EXIF orientation applied."""
-    turn = _orientation(image)
-    sideways = turn is not None and turn in [_TURNS[n] for n in (5, 6, 7, 8)]
-    return (image.height, image.width) if sideways else image.size
+    return (image.height, image.width) if _is_sideways(_orientation(image)) else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -117,6 +125,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def _is_sideways(turn: Image.Transpose | None) -> bool:
+    return turn is not None and turn in [_TURNS[n] for n in (5, 6, 7, 8)]
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:

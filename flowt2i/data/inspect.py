@@ -14,7 +14,8 @@ from flowt2i.data.finish import load_report
 from flowt2i.data.units import SPLITS, read_part
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
-from flowt2i.grid import grid
+from flowt2i.grid import framed, grid
+from flowt2i.shapes import name
 
 COLUMNS, ROWS = 8, 6  # of the contact sheet
 BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # lower edges of the histograms
@@ -55,6 +56,7 @@ def measure(folder: Path, description: DatasetDescription) -> dict[str, Any]:
         "codec": description.codec.id,
         "image_size": description.codec.image_size,
         "shape": list(description.codec.shape),
+        "buckets": {name(bucket.size): {"train": bucket.train, "heldout": bucket.heldout} for bucket in description.buckets},
         "text": description.text.id,
         "max_tokens": description.text.max_tokens,
         "train": description.train_count,
@@ -84,8 +86,7 @@ def contact_sheet(folder: Path, out: Path) -> str:
         return f"no contact sheet: {error}"
     count = min(len(dataset), COLUMNS * ROWS)
     numbers = [i * len(dataset) // count for i in range(count)]
-    stored = dataset.fetch(numbers).stored
-    images = stored_to_images(codec, stored, at_once=8)
+    images = framed([stored_to_images(codec, dataset.fetch([number]).stored)[0] for number in numbers])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scale = max(1, round(128 / spec.image_size))
@@ -105,6 +106,7 @@ def table(result: dict[str, Any]) -> str:
         "samples": f"{result['train']:,} for training, {result['heldout']:,} held out; dropped: {dropped}",
         "size": f"{size}; images that repeat another: {result['duplicate_images']:,}",
         "codec": f"{result['codec']}, images of {result['image_size']} pixels stored as {' x '.join(map(str, result['shape']))}",
+        **({"buckets": ", ".join(f"{shape} {sum(of.values()):,}" for shape, of in result["buckets"].items())} if result["buckets"] else {}),
         "latents": f"mean {_numbers(result['latent_mean'])}, standard deviation {_numbers(result['latent_std'])}",
         "text": f"{result['text']}, at most {result['max_tokens']} tokens; {result['distinct_captions']:,} distinct captions",
         "tokens": _summary(result["caption_tokens"]),

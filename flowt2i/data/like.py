@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from flowt2i import exported, hub
+from flowt2i import exported, hub, shapes
+from flowt2i.config import load_config
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.text import CaptionTokenizer, load_tokenizer
@@ -17,7 +18,10 @@ def _folder(like: str) -> Path:
 
 
 def liken(fields: dict[str, Any]) -> dict[str, Any]:
-    """The options with codec, text encoder, limit of tokens and, where it is not given, picture size of `like`. UserError where one given is another."""
+    """The options with codec, text encoder, limit of tokens and, where they are not given, picture size and buckets of `like`.
+
+    UserError where one given is another.
+    """
     like = str(fields["like"])
     folder = _folder(like)
     description = DatasetDescription.load(folder)
@@ -31,7 +35,19 @@ def liken(fields: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"--{name.replace('_', '-')} {fields[name]} is not that of --like {like} ({value}): leave one of them out")
     if "vocab_size" in fields and description.text.kind == "builtin":
         raise UserError(f"--vocab-size says how to learn a tokenizer, and --like {like} has one: leave one of them out")
-    return {"image_size": description.codec.image_size, **fields, **taken}
+    size = description.codec.image_size
+    if description.buckets and int(fields.get("image_size", size)) == size:
+        taken["buckets"] = ",".join(map(shapes.name, description.sizes)) if "buckets" not in fields else fields["buckets"]
+    return {"image_size": size, **fields, **taken}
+
+
+def patch_of(like: str) -> int:
+    """The patch of a model; 0 of prepared data, which have none."""
+    folder = _folder(like)
+    if not (folder / "config.json").exists():
+        return 0
+    codec = DatasetDescription.load(folder).codec
+    return load_config(folder / "config.json").model.resolve(codec.kind, codec.shape).patch
 
 
 def tokenizer_of(like: str) -> CaptionTokenizer:

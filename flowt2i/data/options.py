@@ -28,6 +28,11 @@ class PrepareOptions(BaseModel):
         "", description="a model, or prepared data: take over its codec, text encoder, tokenizer and picture size, to train it on (`train --init`)"
     )
     image_size: int = Field(64, ge=8, le=2048, description="side of the square images in pixels")
+    buckets: str = Field(
+        "",
+        description="shapes of about the square's area, each image in the nearest: `auto`, or a list such as 64x64,80x48,48x80 (width x height)",
+    )
+    bucket_step: int = Field(0, ge=0, le=512, description="sides of `--buckets auto` are multiples of this (0: of what codec and patch make)")
     limit: int | None = Field(None, ge=1, description="stop when this many samples are kept")
     heldout: float = Field(0.02, ge=0, le=0.5, description="share of samples held out of training, chosen by a hash of their keys")
     seed: int = Field(0, ge=0, description="seed of the built-in scenes")

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from flowt2i import shapes
 from flowt2i.data.captions import read_caption
 from flowt2i.data.decode import Rules, decode
 from flowt2i.data.encode import Encoder
@@ -25,9 +27,11 @@ from flowt2i.data.walk import RUN
 from flowt2i.description import CodecSpec, TextSpec
 from flowt2i.errors import UserError
 from flowt2i.human import duration, size
+from flowt2i.shapes import Shape
 
 Say = Callable[[str], None]
 
+PATCH = 8  # of the presets on pixels: the step of the sides of derived buckets
 FEW = 32  # samples timed for the projection
 TOKENIZER_CAPTIONS, COSTLY_CAPTIONS = 20_000, 2_000  # captions the built-in tokenizer learns from; fewer where each means a download
 MAX_UNITS = 400  # parts of a large dataset: each costs an open file in training
@@ -45,6 +49,7 @@ class Plan(BaseModel):
     unit_rows: int = Field(ge=1)
     codec: CodecSpec
     text: TextSpec
+    buckets: tuple[Shape, ...] = ()  # (width, height) of the shapes that pictures may have; none: all are squares
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
@@ -128,6 +133,7 @@ def make_plan(folder: Path, options: PrepareOptions, shards: list[Shard], codec:
         tokenizer = tokenizer_of(options.like)
     else:
         tokenizer = make_tokenizer(options.text, captions=_prefix(options, shards), max_tokens=options.max_tokens, vocab_size=options.vocab_size)
+    shapes_asked = buckets_of(options, codec.spec)
     sizes = _estimates(shards)
     total = None if None in sizes else sum(size or 0 for size in sizes)
     estimate = min(total, options.limit) if total is not None and options.limit else options.limit if total is None else total
@@ -136,12 +142,34 @@ def make_plan(folder: Path, options: PrepareOptions, shards: list[Shard], codec:
     if options.limit and not options.unit_rows:  # a unit is worked on to its end, so that what lies beyond the limit is in vain
         rows = min(rows, max(RUN, -(-options.limit // 8)))
     rows = max(1, min(rows, MAX_UNIT_BYTES // row_bytes))
-    plan = Plan(shards=signatures, groups=_group(sizes, rows), estimate=estimate, unit_rows=rows, codec=codec.spec, text=tokenizer.spec)
+    plan = Plan(shards=signatures, groups=_group(sizes, rows), estimate=estimate, unit_rows=rows, codec=codec.spec, text=tokenizer.spec, buckets=shapes_asked)
     write_json(folder / "options.json", options.lasting())
     with full_disk_told(folder / "tokenizer"):
         tokenizer.save(folder)
     write_text(folder / "plan.json", plan.model_dump_json(indent=2) + "\n")
     return plan, tokenizer
+
+
+def buckets_of(options: PrepareOptions, codec: CodecSpec) -> tuple[Shape, ...]:
+    """The shapes that pictures may have, as `--buckets` asks for them. UserError where it asks for what cannot be."""
+    from flowt2i.data.like import patch_of
+
+    if not options.buckets:
+        if options.bucket_step:
+            raise UserError("--bucket-step says how to derive buckets: add --buckets auto, or leave it out")
+        return ()
+    if "scenes" in options.sources:
+        raise UserError("the built-in scenes are squares: leave --buckets out")
+    if options.bucket_step and options.buckets != "auto":
+        raise UserError("--buckets lists the shapes, and --bucket-step says how to derive them: leave one of them out")
+    if options.bucket_step % codec.factor:
+        raise UserError(f"--bucket-step {options.bucket_step} is not a multiple of {codec.factor}, by which codec {codec.id!r} downsamples: take one")
+    patch = patch_of(options.like) if options.like else 0
+    unit = codec.factor * (patch or 1)
+    if options.buckets == "auto":
+        usual = math.gcd(PATCH, options.image_size) if codec.kind == "pixels" and not patch else 1
+        unit = options.bucket_step or unit * usual
+    return tuple(shapes.buckets(options.buckets, options.image_size, unit, options.max_aspect))
 
 
 def _outdated(folder: Path, options: PrepareOptions, plan: Plan, signatures: list[str], codec: Any) -> str:
@@ -224,20 +252,22 @@ def project(folder: Path, options: PrepareOptions, shards: list[Shard], encoder:
     if left * row_bytes > free:
         raise UserError(f"{folder} would grow by {size(left * row_bytes)}, the disk has {size(free)} left: use another --out or --limit")
     left = -(-left // share.of)
-    seconds = 0.0 if done else _time_per_sample(options, shards, encoder) * left
+    seconds = 0.0 if done else _time_per_sample(options, shards, encoder, plan) * left
     who = "" if share.alone else f"worker {share}: about "
     say(f"{who}{left:,} samples to read, {size(left * row_bytes)} to write" + (f", {duration(seconds)} to work" if seconds else ""))
 
 
-def _time_per_sample(options: PrepareOptions, shards: list[Shard], encoder: Encoder) -> float:
+def _time_per_sample(options: PrepareOptions, shards: list[Shard], encoder: Encoder, plan: Plan) -> float:
     """Seconds a sample will take, from a few that are decoded and encoded here."""
     few = list(itertools.islice(itertools.chain.from_iterable(shard.samples() for shard in shards), FEW))
     if not few:
         return 0.0
-    decode(few, rules_of(options))  # the first time fills caches
+    rules = rules_of(options, plan.buckets)
+    decode(few, rules)  # the first time fills caches
     start = time.perf_counter()
-    pixels = decode(few, rules_of(options)).pixels
+    found = decode(few, rules).pixels
     seconds = (time.perf_counter() - start) / len(few) / options.processes()
+    pixels = np.stack([picture for picture in found if picture.shape == found[0].shape]) if found else np.zeros(0)
     if len(pixels) and encoder.codec.spec.kind == "vae":
         for _ in range(2):  # the first call warms up
             start = time.perf_counter()
@@ -246,6 +276,6 @@ def _time_per_sample(options: PrepareOptions, shards: list[Shard], encoder: Enco
     return seconds + 1e-4
 
 
-def rules_of(options: PrepareOptions) -> Rules:
+def rules_of(options: PrepareOptions, buckets: tuple[Shape, ...] = ()) -> Rules:
     """The options that workers need."""
-    return Rules(options.image_size, options.min_side, options.max_aspect, options.min_caption, options.max_caption)
+    return Rules(options.image_size, options.min_side, options.max_aspect, options.min_caption, options.max_caption, buckets)

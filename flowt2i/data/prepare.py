@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from flowt2i.data.decode import decode_in_order
 from flowt2i.data.encode import Encoder
-from flowt2i.data.finish import finish, load_report
+from flowt2i.data.finish import finish, load_report, told
 from flowt2i.data.locks import locked, turn
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.plan import Plan, Say, finished, make_plan, open_codec, project, rules_of
@@ -67,6 +67,8 @@ def prepare(options: PrepareOptions, progress: bool = True) -> dict[str, Any]:
         say(f"worker {share} is done; {units} units are there, others are not: whoever finishes last completes {folder}")
         return {"worker": str(share), "units": units, "complete": False}
     say(f"{report['kept']} of {report['read']} samples kept in {folder}, {time.perf_counter() - started:.1f} s")
+    for line in told(report):
+        say(line)
     return report
 
 
@@ -80,7 +82,7 @@ def complete(folder: Path, options: PrepareOptions, plan: Plan) -> dict[str, Any
         if settling.next is not None:
             return None
         hub = tuple(source for source in options.sources if hub_signature(source, options.hub_split, options.hub_files) in plan.shards)
-        return finish(folder, options, plan.codec, plan.text, settling, hub)
+        return finish(folder, options, plan.codec, plan.text, settling, hub, plan.buckets)
 
 
 def _write_units(
@@ -121,13 +123,13 @@ def _write_units(
     small = left is not None and left <= 4 * RUN  # not worth starting processes
     total = None if plan.estimate is None else plan.estimate if share.alone else left
     bar = tqdm(total=total, initial=read if share.alone else 0, unit="img", disable=not progress, file=sys.stderr, smoothing=0.1, dynamic_ncols=True)
-    results = decode_in_order(feed(), rules_of(options), 1 if small else options.processes())
+    results = decode_in_order(feed(), rules_of(options, plan.buckets), 1 if small else options.processes())
     with contextlib.closing(results), bar:
         writer: UnitWriter | None = None
         clock = time.perf_counter()
         for decoded in results:
             run = waiting.popleft()
-            writer = writer or UnitWriter(folder, options, encoder, tokenizer, run.unit)
+            writer = writer or UnitWriter(folder, options, encoder, tokenizer, run.unit, buckets=bool(plan.buckets))
             writer.stages["decode"] += time.perf_counter() - clock
             writer.add(decoded)
             bar.update(len(run.samples))

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from pydantic import BaseModel, ConfigDict
 
 from flowt2i.description import CodecSpec
 from flowt2i.errors import UserError
+from flowt2i.shapes import Shape
 
 SPLITS = ("train", "heldout")
+SIZE, ORIGINAL = "size", "original_size"  # columns of a dataset of several shapes
 
 
 class Moments(BaseModel):
@@ -90,27 +93,85 @@ def stored_column(codec: CodecSpec) -> tuple[str, pa.DataType]:
     return ("pixels", pa.uint8()) if codec.kind == "pixels" else ("moments", pa.float16())
 
 
+@dataclass(slots=True)
+class Shapes:
+    """Of samples of several shapes: (width, height) in pixels that each has, and that its picture had before, [N] each."""
+
+    sizes: list[Shape]
+    originals: list[Shape]
+
+    def columns(self) -> dict[str, pa.Array]:
+        pairs = lambda values: pa.FixedSizeListArray.from_arrays(pa.array([side for pair in values for side in pair], pa.int32()), 2)
+        return {SIZE: pairs(self.sizes), ORIGINAL: pairs(self.originals)}
+
+
 def make_batch(
     codec: CodecSpec,
     keys: Sequence[str],
     captions: Sequence[str],
     tokens: Sequence[Sequence[int]],
     hashes: Sequence[str],
-    stored: NDArray[Any],
+    stored: NDArray[Any] | Sequence[NDArray[Any]],
+    shapes: Shapes | None = None,
 ) -> pa.RecordBatch:
-    """One record batch of a part file; `stored` [N, ...] is not copied."""
+    """One record batch of a part file. stored: [N, ...], not copied; with `shapes` one array for each sample."""
     column, kind = stored_column(codec)
-    flat = np.ascontiguousarray(stored).reshape(len(keys), math.prod(stored.shape[1:]))
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array(keys, pa.string()),
-            pa.array(captions, pa.string()),
-            pa.array(tokens, pa.list_(pa.int32())),
-            pa.array(hashes, pa.string()),
-            pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1), kind), flat.shape[1]),
-        ],
-        names=["key", "caption", "tokens", "hash", column],
-    )
+    columns = {
+        "key": pa.array(keys, pa.string()),
+        "caption": pa.array(captions, pa.string()),
+        "tokens": pa.array(tokens, pa.list_(pa.int32())),
+        "hash": pa.array(hashes, pa.string()),
+    }
+    if shapes is None:
+        flat = np.ascontiguousarray(stored).reshape(len(keys), math.prod(stored.shape[1:]))  # type: ignore[union-attr]
+        columns[column] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1), kind), flat.shape[1])
+    else:
+        ends = np.cumsum([0, *(array.size for array in stored)], dtype=np.int32)
+        values = np.concatenate([np.zeros(0, kind.to_pandas_dtype()), *(array.reshape(-1) for array in stored)])
+        columns[column] = pa.ListArray.from_arrays(pa.array(ends), pa.array(values, kind))
+        columns |= shapes.columns()
+    return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+
+
+class Rows:
+    """What a part stores of each sample, [channels, h, w] and of any shape: views into its memory."""
+
+    def __init__(self, codec: CodecSpec, batch: pa.RecordBatch) -> None:
+        column, _ = stored_column(codec)
+        lists = batch.column(column)
+        self.values = lists.values.to_numpy(zero_copy_only=True)
+        self.ends = lists.offsets.to_numpy()
+        self.sizes = sizes_of(batch)
+        self.shapes = [stored_shape(codec, (width, height)) for width, height in self.sizes.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, row: int) -> NDArray[Any]:
+        return self.values[self.ends[row] : self.ends[row + 1]].reshape(self.shapes[row])
+
+    def fit(self) -> bool:
+        """Whether every sample is as long as its shape says."""
+        return bool((np.diff(self.ends) == [math.prod(shape) for shape in self.shapes]).all())
+
+
+def stored_rows(codec: CodecSpec, batch: pa.RecordBatch) -> NDArray[Any] | Rows:
+    """What a part stores, sample by sample: [N, channels, h, w], or `Rows` where it has several shapes."""
+    if SIZE in batch.schema.names:
+        return Rows(codec, batch)
+    column, _ = stored_column(codec)
+    return batch.column(column).flatten().to_numpy(zero_copy_only=True).reshape(len(batch), *stored_shape(codec))
+
+
+def stored_shape(codec: CodecSpec, size: Shape | None = None) -> tuple[int, int, int]:
+    """Shape of what is stored of a picture of this (width, height); of the square, where none is given."""
+    channels, height, width = codec.latent_shape(size) if size else codec.shape
+    return channels * (1 if codec.kind == "pixels" else 2), height, width
+
+
+def sizes_of(batch: pa.RecordBatch, column: str = "size") -> NDArray[np.int64]:
+    """(width, height) in pixels of the samples of a part of several shapes: int64 [N, 2]."""
+    return batch.column(column).flatten().to_numpy().astype(np.int64).reshape(-1, 2)
 
 
 def part_path(folder: Path, split: str, group: int, piece: int = 0) -> Path:
@@ -231,6 +292,16 @@ def measure(codec: CodecSpec, stored: NDArray[Any]) -> Moments:
         square=(mean**2).sum(axes).tolist(),
         inside=np.exp(np.clip(logvar, -30, 20)).sum(axes).tolist(),
     )
+
+
+def measure_rows(codec: CodecSpec, rows: Iterable[NDArray[Any]]) -> Moments:
+    """The same of samples of several shapes."""
+    groups: dict[tuple[int, ...], list[NDArray[Any]]] = {}
+    for row in rows:
+        groups.setdefault(row.shape, []).append(row)
+    parts = [measure(codec, np.stack(groups[shape])) for shape in sorted(groups)]
+    add = lambda name: [sum(values) for values in zip(*(getattr(part, name) for part in parts))]
+    return Moments(count=sum(part.count for part in parts), total=add("total"), square=add("square"), inside=add("inside"))
 
 
 @contextlib.contextmanager

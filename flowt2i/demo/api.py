@@ -22,7 +22,7 @@ from flowt2i.demo.limits import WAITING, Request, check
 from flowt2i.errors import UserError, nearest
 from flowt2i.pipeline import Samples
 
-FIELDS = ("model", "prompt", "negative", "steps", "guidance", "solver", "seed", "num")
+FIELDS = ("model", "prompt", "negative", "steps", "guidance", "solver", "seed", "num", "shape")
 
 
 class Api:
@@ -49,8 +49,8 @@ class Api:
         for name, card in self.library.cards.items():
             own = card.config.sample
             defaults = {"steps": own.steps, "guidance": own.guidance, "solver": own.solver}
-            listed.append({"name": name, "parameters": card.parameters, "image_size": card.description.codec.image_size, "defaults": defaults,
-                           "prompts": card.prompts})  # fmt: skip
+            listed.append({"name": name, "parameters": card.parameters, "image_size": card.description.codec.image_size, "shapes": card.shapes,
+                           "defaults": defaults, "prompts": card.prompts})  # fmt: skip
         return JSONResponse({"models": listed})
 
     async def generate(self, http: HttpRequest) -> Response:
@@ -100,7 +100,7 @@ class Api:
             raise UserError(f"no setting {unknown[0][:40]!r}{nearest(unknown[0][:40], FIELDS)}")
         model = body.get("model", self.library.first)
         own = self.library.card(model).config.sample
-        given = {"steps": own.steps, "guidance": own.guidance, "solver": own.solver, "seed": 0, "num": 1, "negative": "", **body}
+        given = {"steps": own.steps, "guidance": own.guidance, "solver": own.solver, "seed": 0, "num": 1, "negative": "", "shape": "", **body}
         settings: dict[str, Any] = {name: given.get(name) for name in FIELDS if name != "model"}
         return model, check(**settings)._replace(updates=0)  # nobody watches
 

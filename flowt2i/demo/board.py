@@ -15,6 +15,7 @@ from PIL import Image
 
 from flowt2i.demo.drawing import Step
 from flowt2i.pipeline import Samples, save_png
+from flowt2i.shapes import name
 
 CRISP_UP_TO = 128  # pixels: smaller pictures are shown enlarged, each pixel a square
 
@@ -64,7 +65,8 @@ def finished(samples: Samples, model: str, title: str = "", note: str = "") -> P
 def recipe(samples: Samples, index: int, model: str) -> dict[str, Any]:
     """The settings of one picture, by the names of `/api/generate`."""
     used = {name: samples.settings[name] for name in ("negative", "steps", "guidance", "solver") if samples.settings.get(name) not in (None, "")}
-    return {"model": model, "prompt": samples.prompts[index], **used, "seed": samples.seeds[index], "num": 1}
+    height, width = samples.images.shape[1:3]
+    return {"model": model, "prompt": samples.prompts[index], **used, "seed": samples.seeds[index], "num": 1, "shape": name((width, height))}
 
 
 def render(panels: Sequence[Panel], fraction: float, line: str, kind: str = "draw", done: bool = False) -> str:

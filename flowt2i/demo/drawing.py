@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flowt2i.demo.limits import MOST_SECONDS, Request
+from flowt2i.demo.limits import MOST_SECONDS, Request, size_of
 from flowt2i.errors import UserError
 from flowt2i.pipeline import Pipeline, Samples
 from flowt2i.solvers import ToleranceError
@@ -105,6 +105,7 @@ def run(load: Callable[[], Pipeline], request: Request, clock: Clock | None = No
 
 
 def _draw(pipeline: Pipeline, request: Request, clock: Clock, tell: Callable[[News], None], abandoned: threading.Event) -> Samples:
+    size = size_of(request, pipeline.description.sizes)
     started, cut_before = time.perf_counter(), pipeline.tokenizer.truncated
     shown: list[np.ndarray] = []  # as far as they are; a solver may draw one picture after another
     finished, told = 0, 0.0
@@ -130,6 +131,7 @@ def _draw(pipeline: Pipeline, request: Request, clock: Clock, tell: Callable[[Ne
         samples = pipeline.sample(
             request.prompt, steps=request.steps, solver=request.solver, guidance=request.guidance, seed=request.seed, num=request.num,
             preview=preview if request.updates else None, preview_every=request.every, progress=batch_done, negative=request.negative, alive=alive,
+            width=size[0] if size else None, height=size[1] if size else None,
         )  # fmt: skip
     except UserError as error:
         if isinstance(error.__cause__, ToleranceError):  # said without the option of the command line that visitors do not have

@@ -14,6 +14,7 @@ from flowt2i.config import Config, load_config
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.pipeline import Pipeline
+from flowt2i.shapes import name as shape_name
 from flowt2i.training import checkpoint
 
 ROOTS = (Path("runs"), Path("models"))  # where trainings and exported models are looked for
@@ -39,10 +40,15 @@ class Card:
         return list(self.description.prompts) or ["a picture"]
 
     @property
+    def shapes(self) -> list[str]:
+        """The shapes that it was trained at, the one that it draws of its own first."""
+        return [shape_name(size) for size in sorted(self.description.sizes, key=lambda size: size != self.description.home)]
+
+    @property
     def facts(self) -> str:
-        size = self.description.codec.image_size
         millions = self.parameters / 1e6
-        return f"{millions:.{0 if millions >= 9.95 else 1}f}M parameters, {size}×{size} pixels"
+        others = f" and {len(self.shapes) - 1} other shapes" if len(self.shapes) > 1 else ""
+        return f"{millions:.{0 if millions >= 9.95 else 1}f}M parameters, {self.shapes[0].replace('x', '×')} pixels{others}"
 
 
 def weights_folder(path: Path) -> Path | None:

@@ -1,9 +1,11 @@
 """What a visitor may ask for. Every bound is checked here, on the server, whatever the page in the browser allows."""
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flowt2i.errors import UserError, nearest
+from flowt2i.shapes import Shape, name
 from flowt2i.solvers import SOLVERS
 
 LONGEST_PROMPT, MOST_STEPS, MOST_IMAGES, MOST_GUIDANCE, LARGEST_SEED = 2_000, 200, 8, 20, 2**31 - 1
@@ -28,9 +30,10 @@ class Request(NamedTuple):
     every: int = 1  # steps between two previews
     negative: str = ""
     updates: int = MOST_UPDATES  # previews at most; 0: none
+    shape: str = ""  # such as 80x48, one of the model's own (`size_of`); "": what it draws of its own
 
 
-def check(prompt: Any, steps: Any, guidance: Any, solver: Any, seed: Any, num: Any, every: Any = 1, negative: Any = "",
+def check(prompt: Any, steps: Any, guidance: Any, solver: Any, seed: Any, num: Any, every: Any = 1, negative: Any = "", shape: Any = "",
           *, drawings: int = 1) -> Request:  # fmt: skip
     """Turn what came over the net into a `Request`; UserError says what is out of range, in words for the visitor.
 
@@ -49,11 +52,21 @@ def check(prompt: Any, steps: Any, guidance: Any, solver: Any, seed: Any, num: A
     interval = max(_whole("Update every", every, 1, MOST_STEPS), -(-whole * one_by_one // updates))
     return Request(
         text, whole, _number("Guidance", guidance, 0, MOST_GUIDANCE), solver, _whole("The seed", seed, 0, LARGEST_SEED),
-        number, interval, readable("negative prompt", negative), updates,
+        number, interval, readable("negative prompt", negative), updates, readable("shape", shape),
     )  # fmt: skip
 
 
-def readable(name: str, value: Any) -> str:
+def size_of(request: Request, sizes: Sequence[Shape]) -> Shape | None:
+    """(width, height) of the shape that was asked for, None where none was. UserError where it is none of the model's own: others may cost any time."""
+    if not request.shape:
+        return None
+    own = {name(size): size for size in sizes}
+    if request.shape not in own:
+        raise UserError(f"This model draws pictures of {', '.join(own)} pixels: choose one of these shapes.")
+    return own[request.shape]
+
+
+def readable(what: str, value: Any) -> str:
     """A text in one line without what no one can read: control characters, halves of surrogate pairs, reordering marks. None is empty.
 
     UserError where it is too long, or no text.
@@ -61,21 +74,21 @@ def readable(name: str, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"The {name} must be a text.")
+        raise UserError(f"The {what} must be a text.")
     if len(value) > LONGEST_PROMPT:
-        raise UserError(f"The {name} has {len(value):,} characters: {LONGEST_PROMPT:,} at most.")
+        raise UserError(f"The {what} has {len(value):,} characters: {LONGEST_PROMPT:,} at most.")
     kept = (" " if c.isspace() else c for c in value if c.isspace() or (unicodedata.category(c) not in ("Cc", "Cs", "Cn") and c not in REORDERING))
     return " ".join("".join(kept).split())
 
 
-def _number(name: str, value: Any, least: int, most: int, kind: str = "number") -> float:
+def _number(what: str, value: Any, least: int, most: int, kind: str = "number") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:  # NaN is not between anything
-        raise UserError(f"{name} must be a {kind} from {least:,} to {most:,}.")
+        raise UserError(f"{what} must be a {kind} from {least:,} to {most:,}.")
     return value
 
 
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    number = _number(name, value, least, most, "whole number")
+def _whole(what: str, value: Any, least: int, most: int) -> int:
+    number = _number(what, value, least, most, "whole number")
     if number != int(number):
-        raise UserError(f"{name} must be a whole number from {least:,} to {most:,}.")
+        raise UserError(f"{what} must be a whole number from {least:,} to {most:,}.")
     return int(number)

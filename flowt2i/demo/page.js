@@ -98,8 +98,8 @@ window.flowt2i = (() => {
   self.watch = (element) => new MutationObserver(() => remember(element)).observe(element, EVERYTHING);
   self.gallery = (element, trigger) => { shown = { element, trigger }; show(); };
   self.again = () => {
-    const { model, prompt, negative, steps, guidance, solver, seed, num } = settings;
-    return [model, prompt, negative || "", steps, guidance, solver, seed, num];
+    const { model, prompt, negative, steps, guidance, solver, seed, num, shape } = settings;
+    return [model, prompt, negative || "", steps, guidance, solver, seed, num, shape || ""];
   };
   self.stopping = (id) => {
     const line = document.querySelector(`#${id} .board.busy .line`);

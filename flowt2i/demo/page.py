@@ -153,6 +153,7 @@ def page(library: Library) -> gr.Blocks:
                 solver = gr.Dropdown(list(SOLVERS), value=own.solver, label="Solver", elem_id="solver")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed")
                 new_seed = gr.Button("New seed", size="sm", elem_id="new-seed")
+                shape = gr.Dropdown(card.shapes, value=card.shapes[0], label="Shape", visible=len(card.shapes) > 1, elem_id="shape")
                 num = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Pictures", elem_id="num")
                 every = gr.Slider(1, 50, 2, step=1, label="Steps per update", elem_id="every")
                 negative = gr.Textbox(
@@ -180,7 +181,7 @@ def page(library: Library) -> gr.Blocks:
         with gr.Accordion("For programs", open=False):
             gr.HTML(api_note(card.prompts[0]), js_on_load="flowt2i.address(element)")
 
-        common = [seed, num, every, negative]
+        common = [seed, num, every, negative, shape]
 
         @spoken
         def on_draw(model, prompt, steps, guidance, solver, *common):
@@ -217,14 +218,15 @@ def page(library: Library) -> gr.Blocks:
             first = card.prompts[0] if example and prompt not in card.prompts else gr.skip()
             own = card.config.sample
             info, chips = gr.Dropdown(info=card.facts), chip_row(card.prompts)
-            return [info, chips, first, min(own.steps, MOST_STEPS), min(own.guidance, MOST_GUIDANCE), own.solver]
+            shapes = gr.Dropdown(card.shapes, value=card.shapes[0], visible=len(card.shapes) > 1)
+            return [info, chips, first, min(own.steps, MOST_STEPS), min(own.guidance, MOST_GUIDANCE), own.solver, shapes]
 
         quietly: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
-        model.input(on_model, [model, prompt], [model, chips, prompt, steps, guidance, solver], **quietly)
+        model.input(on_model, [model, prompt], [model, chips, prompt, steps, guidance, solver, shape], **quietly)
         in_browser: dict[str, Any] = {"fn": None, "api_visibility": "private"}
         new_seed.click(inputs=None, outputs=seed, js=f"() => Math.floor(Math.random() * {LARGEST_SEED})", **in_browser)
         chips.click(inputs=None, outputs=prompt, js="() => flowt2i.chosen", **in_browser)
-        again = [model, prompt, negative, steps, guidance, solver, seed, num]
+        again = [model, prompt, negative, steps, guidance, solver, seed, num, shape]
         gallery.click(inputs=None, outputs=again, js="() => flowt2i.again()", **in_browser)
     blocks.queue(max_size=WAITING, default_concurrency_limit=2, api_open=False)
     mailboxes.bound(blocks._queue)

@@ -33,7 +33,7 @@ from flowt2i.evaluation.intervals import tally
 from flowt2i.evaluation.metrics import Context, Scores, Skipped
 from flowt2i.evaluation.nets import EFFICIENTNET, has_efficientnet
 from flowt2i.evaluation.pictures import STRIDE, raise_everywhere
-from flowt2i.evaluation.reference import data_hash, real_images, same_data, spread
+from flowt2i.evaluation.reference import data_hash, real_images, same_data, sizes_of, spread
 from flowt2i.training.distributed import World
 
 PERCENTILE = 1.0  # of the held-out distances: the near-copy distance
@@ -75,11 +75,14 @@ def metric(context: Context) -> Scores:
     if affordable and (context.net_name != EFFICIENTNET or has_efficientnet()):
         net = context.net()
         kinds[net.name] = net_features(net)
+    captions = train.captions()[:trained]
+    recalled = _evenly(captions, min(context.num, TRAINING_CAPTIONS))
     asked = {
         "held-out captions": context.prompts,
-        "training captions": _evenly(train.captions()[:trained], min(context.num, TRAINING_CAPTIONS)),
+        "training captions": [captions[row] for row in recalled],
     }
-    drawn = {whose: context.images(captions) for whose, captions in asked.items()}
+    shapes = {"held-out captions": sizes_of(context.captions, context.rows), "training captions": sizes_of(train, np.array(recalled))}
+    drawn = {whose: context.images(captions, sizes=shapes[whose]) for whose, captions in asked.items()}
     real = real_images(heldout, pipeline.codec, spread(len(heldout))[:MOST_HELDOUT])
     queries = np.concatenate([real, *drawn.values()])
     show = context.progress and context.world.main
@@ -130,9 +133,9 @@ def check_data(trained_on: DatasetDescription, data: Path) -> None:
         )
 
 
-def _evenly(captions: Sequence[str], count: int) -> list[str]:
-    """`count` captions (or all there are), evenly spaced; empty ones left out."""
-    said = [caption for caption in captions if caption.strip()]
+def _evenly(captions: Sequence[str], count: int) -> list[int]:
+    """Which `count` captions (or all there are), evenly spaced; empty ones left out."""
+    said = [row for row, caption in enumerate(captions) if caption.strip()]
     return [said[k * len(said) // min(count, len(said))] for k in range(min(count, len(said)))]
 
 

@@ -21,6 +21,7 @@ from flowt2i.evaluation import pictures, reference
 from flowt2i.evaluation.nets import FeatureNet, load_net
 from flowt2i.pipeline import Pipeline
 from flowt2i.settings import describe
+from flowt2i.shapes import Shape
 from flowt2i.training.distributed import World
 
 METRICS = {  # name: module and function
@@ -124,27 +125,36 @@ class Context:
     def prompts(self) -> list[str]:
         """Captions of the held-out images (of all, where none is held out), in `reference.captioned`'s order, over again where there are too few."""
         captions = self.captions.captions()
-        rows = reference.captioned(captions)
+        return [captions[row] for row in self.rows]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Which of the captions' pictures these are. int64 [num]."""
+        rows = reference.captioned(self.captions.captions())
         if not len(rows):
             raise UserError(f"the {self.captions.split} split of {self.data} has no captions to draw: prepare data with captions")
-        return [captions[rows[k % len(rows)]] for k in range(self.num)]
+        return rows[np.arange(self.num) % len(rows)]
 
     @property
     def count(self) -> int:
         """Number of pictures that are scored."""
         return len(self.finished) if self.pipeline is None else self.num
 
-    def images(self, prompts: Sequence[str] | None = None, seed: int | None = None, settings: dict[str, Any] | None = None) -> np.ndarray:
+    def images(
+        self, prompts: Sequence[str] | None = None, seed: int | None = None, settings: dict[str, Any] | None = None, sizes: list[Shape] | None = None
+    ) -> np.ndarray:  # fmt: skip
         """Pictures uint8 [N, S, S, 3], on every rank: of the folder, or drawn from `self.prompts` (or others, or with other seed and settings).
 
-        Picture k has seed (seed + 1) * 1,000,000 + k. They are drawn once, over all ranks, and kept under RUN/evaluation/.
+        sizes: (width, height) of each, None: the model's own. `self.prompts` are drawn in the shapes of their own pictures. Picture k has seed
+        (seed + 1) * 1,000,000 + k. They are drawn once, over all ranks, and kept under RUN/evaluation/.
         """
         if self.pipeline is None:
             return self.finished
         asked, seed, settings = list(prompts or self.prompts), self.seed if seed is None else seed, self.settings | (settings or {})
-        key = json.dumps([asked, seed, settings])
+        sizes = reference.sizes_of(self.captions, self.rows) if prompts is None else sizes
+        key = json.dumps([asked, seed, settings, sizes])
         if key not in self._images:
-            self._images = {key: pictures.Drawing(self.pipeline, asked, seed, settings).images(self.world, self.run, self.progress)}
+            self._images = {key: pictures.Drawing(self.pipeline, asked, seed, settings, sizes).images(self.world, self.run, self.progress)}
         return self._images[key]
 
     def features(self, name: str | None = None) -> torch.Tensor:
@@ -157,7 +167,8 @@ class Context:
     @cached_property
     def asked(self) -> str:
         """Which captions `prompts` are."""
-        return f"{self.captions.split} captions of data {reference.data_hash(self.captions)[:8]} in mixed order"
+        shapes = ", each in the shape of its own picture, squeezed to a square" if self.captions.description.buckets else ""
+        return f"{self.captions.split} captions of data {reference.data_hash(self.captions)[:8]} in mixed order{shapes}"
 
     @cached_property
     def how(self) -> str:

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from flowt2i.data.images import load_square, to_rgb
 from flowt2i.data.sample import IMAGE_SUFFIXES, Dropped
 from flowt2i.errors import UserError
-from flowt2i.evaluation.nets import FeatureNet, fingerprint_tensors
+from flowt2i.evaluation.nets import FeatureNet, fingerprint_tensors, resize
 from flowt2i.pipeline import Pipeline
+from flowt2i.shapes import Shape
 from flowt2i.training.distributed import World
 
 BLOCK = 64  # pictures drawn together; the same ones whatever the number of ranks, so that no picture depends on it
@@ -29,12 +30,16 @@ STRIDE = 1_000_000  # of the seeds: --seed 0 draws with 1,000,000 and on, --seed
 
 @dataclass
 class Drawing:
-    """Pictures of prompts by a model, with settings as in `Pipeline.sample`; picture k has seed (seed + 1) * STRIDE + k."""
+    """Pictures of prompts by a model, with settings as in `Pipeline.sample`; picture k has seed (seed + 1) * STRIDE + k.
+
+    sizes: (width, height) of each, as the pictures have that it is held against; None: the model's own.
+    """
 
     pipeline: Pipeline
     prompts: list[str]
     seed: int
     settings: dict[str, Any]
+    sizes: list[Shape] | None = None
 
     def fingerprint(self) -> str:
         """sha256 of all that the pictures depend on, but their number: weights (a guide's too), settings, seed. Prompts are looked at block by block."""
@@ -56,13 +61,31 @@ class Drawing:
 
     def _block(self, rows: range, folder: Path | None) -> np.ndarray:
         prompts = [self.prompts[k] for k in rows]
-        path = folder / f"{rows.start // BLOCK:06d}-{hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]}.npy" if folder else None
+        sizes = [self.sizes[k] for k in rows] if self.sizes else [self.pipeline.description.home] * len(rows)
+        asked = json.dumps([prompts, sizes] if self.sizes else prompts)
+        path = folder / f"{rows.start // BLOCK:06d}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.npy" if folder else None
         if path and (found := _read(path, len(rows))) is not None:
             return found
-        images = self.pipeline.sample(prompts, seed=(self.seed + 1) * STRIDE + rows.start, batch_size=BLOCK, **self.settings).images
+        images = draw(self.pipeline, prompts, sizes, (self.seed + 1) * STRIDE + rows.start, **self.settings)
         if path:
             _write(path, images)
         return images
+
+
+def draw(pipeline: Pipeline, prompts: list[str], sizes: list[Shape], seed: int, **settings: Any) -> np.ndarray:
+    """A picture of each prompt in its own size (width, height), squeezed to the model's square where it is another: uint8 [N, S, S, 3].
+
+    Picture k has seed `seed + k`.
+    """
+    side = pipeline.description.codec.image_size
+    images = np.zeros((len(prompts), side, side, 3), np.uint8)
+    for size in sorted(set(sizes)):
+        here = [k for k, other in enumerate(sizes) if other == size]
+        drawn = pipeline.sample(
+            [prompts[k] for k in here], seeds=[seed + k for k in here], width=size[0], height=size[1], batch_size=BLOCK, **settings
+        )  # fmt: skip
+        images[here] = resize(drawn.images, side)
+    return images
 
 
 def weights_hash(pipeline: Pipeline) -> str:

@@ -17,17 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flowt2i.codec import Codec, codec_from_spec, stored_to_images
+from flowt2i.codec import Codec, PixelCodec, codec_from_spec, stored_to_images
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import pictures
-from flowt2i.evaluation.nets import RESIZE, FeatureNet
+from flowt2i.evaluation.nets import RESIZE, FeatureNet, resize
 from flowt2i.pipeline import Pipeline
+from flowt2i.shapes import Shape
 from flowt2i.training.distributed import World
 
 MOST = 50_000  # pictures; of more, these many at even distances
 SPLITS = ("heldout", "train")
+SQUEEZED = ", squeezed to squares"
 DIVIDED = ("fingerprint", "train_count", "heldout_count", "heldout_fraction")  # of a description: which pictures, and which of them are held out
 
 
@@ -140,10 +142,11 @@ def _of_split(split: str, net: FeatureNet, resolution: int, data: Path, world: W
     rows = spread(len(dataset))
     identity = Identity(
         net=net.name, net_fingerprint=net.fingerprint, resize=RESIZE, resolution=resolution, count=len(rows), source=split,  # type: ignore[arg-type]
-        source_hash=data_hash(dataset), made="as prepared" if spec.kind == "pixels" else f"decoded by VAE {spec.fingerprint[:12]}",
+        source_hash=data_hash(dataset),
+        made=("as prepared" if spec.kind == "pixels" else f"decoded by VAE {spec.fingerprint[:12]}") + (SQUEEZED if dataset.description.buckets else ""),
     )  # fmt: skip
     if spec.kind == "pixels":
-        originals = lambda part: dataset.fetch(rows[part.start : part.stop]).stored.permute(0, 2, 3, 1).contiguous().numpy()
+        originals = lambda part: real_images(dataset, PixelCodec(spec.image_size), rows[part.start : part.stop])
         return _kept_or_made(identity, originals, net, data / "references", world, progress, originals)
     if (found := _kept(data / "references", identity)) is not None:
         return found
@@ -204,8 +207,23 @@ def same_data(a: DatasetDescription, b: DatasetDescription) -> bool:
 
 
 def real_images(dataset: ImageTextDataset, codec: Codec, rows: np.ndarray) -> np.ndarray:
-    """Pictures `rows` of a prepared dataset as its codec shows them (a VAE's from the mean of their latents, 64 at a time): uint8 [N, S, S, 3]."""
-    return stored_to_images(codec, dataset.fetch(rows).stored)
+    """Pictures `rows` of a prepared dataset as its codec shows them (a VAE's from the mean of their latents, 64 at a time): uint8 [N, S, S, 3].
+
+    Pictures of other shapes are squeezed to the square: feature nets do so anyway, and what is drawn is too (`pictures.draw`).
+    """
+    if not dataset.description.buckets:
+        return stored_to_images(codec, dataset.fetch(rows).stored)
+    rows, side = np.asarray(rows, np.int64), dataset.description.codec.image_size
+    images, bucket = np.zeros((len(rows), side, side, 3), np.uint8), dataset.bucket_of()[rows]
+    for number in np.unique(bucket):
+        here = bucket == number
+        images[here] = resize(stored_to_images(codec, dataset.fetch(rows[here]).stored), side)
+    return images
+
+
+def sizes_of(dataset: ImageTextDataset, rows: np.ndarray) -> list[Shape] | None:
+    """(width, height) of pictures `rows` of a dataset; None where all are squares."""
+    return [dataset.description.sizes[number] for number in dataset.bucket_of()[rows]] if dataset.description.buckets else None
 
 
 def hash_files(files: list[Path], progress: bool = False) -> str:

@@ -1,6 +1,6 @@
 """Validation loss at fixed noise and fixed times, by time bin: comparable between steps, runs and machines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -34,14 +34,14 @@ def heldout_loss(
         return objective(data, draw.noise[:n], t, text_of(batch), batch.mask.to(world.device)).losses
 
     codec = dataset.description.codec
-    return validation_loss(loss, count, min(64, most), codec.shape, codec.kind == "vae", world)
+    shaped = zip(dataset.by_bucket(count), map(codec.latent_shape, dataset.description.sizes))
+    return validation_loss(loss, list(shaped), min(64, most), codec.kind == "vae", world)
 
 
 def validation_loss(
     loss: Callable[[np.ndarray, Tensor, stream.Draw], Tensor],
-    count: int,
+    images: Sequence[tuple[np.ndarray, tuple[int, ...]]],
     batch: int,
-    shape: tuple[int, ...],
     moments: bool,
     world: World,
 ) -> dict[str, float]:
@@ -49,16 +49,21 @@ def validation_loss(
 
     Whole batches are divided over the ranks, as many for each (a sharded model needs every rank at every pass).
 
+    images: the numbers of those of each shape, and the shape of their latents; all numbers together are 0 to their count.
     loss(rows, t, draw) gives the loss per image of held-out images `rows` [b] at times `t` [b] with the noise of the first rows of `draw`.
     """
-    batches = -(-count // batch)
-    share = world.share(batches)
+    batches = [(rows[start : start + batch], shape) for rows, shape in images for start in range(0, len(rows), batch)]
+    count = sum(len(rows) for rows, _ in batches)
+    share = world.share(len(batches))
     mine = np.zeros((len(share), batch))
     for place, number in enumerate(share.tolist()):
-        rows = np.arange(number * batch, min((number + 1) * batch, count))
+        rows, shape = batches[number]
         draw = stream.draw(SEED, number, batch, shape, 0.0, moments, world.device)
         mine[place, : len(rows)] = loss(rows, fixed_times(count)[rows].to(world.device), draw).float().cpu()
-    losses = torch.from_numpy(world.collect(mine, batches).reshape(-1)[:count])
+    found = world.collect(mine, len(batches))
+    losses = torch.zeros(count, dtype=torch.float64)
+    for values, (rows, _) in zip(found, batches):
+        losses[rows] = torch.from_numpy(values[: len(rows)])
     bins = (fixed_times(count) * BINS).long().clamp(0, BINS - 1)
     out = {"loss": losses.mean().item()}
     for number in range(BINS):

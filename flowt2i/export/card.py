@@ -83,6 +83,7 @@ def write_card(
 
     description, config = pipeline.description, pipeline.config
     size, source = description.codec.image_size, told.source or public_source(description)
+    pixels = ", ".join(f"{width}×{height}" for width, height in description.sizes)
     data = ModelCardData(
         license=told.licence or "unknown",
         library_name=format,
@@ -95,7 +96,7 @@ def write_card(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}",
-        f"Draws {size}×{size} pictures from captions: {facts['parameters'] / 1e6:.1f}M parameters, "
+        f"Draws {pixels} pictures from captions: {facts['parameters'] / 1e6:.1f}M parameters, "
         f"trained {'on from another model' if config.origin else 'from scratch'} with flow matching by flowt2i.",
     ]
     if drawn:

@@ -23,7 +23,7 @@ class FlowT2IPipeline(DiffusionPipeline):
     """Caption to picture by flow matching.
 
     text_encoder: None where the transformer has its own, trained along. vae: None where the flow runs on pixels. max_tokens: longest
-    caption read; caption_tokens: captions are padded to this many (a picture must not depend on its neighbours). steps, guidance: defaults.
+    caption read; caption_tokens: captions are padded to this many (a picture must not depend on its neighbours). steps, guidance, width, height: defaults.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
@@ -45,10 +45,12 @@ class FlowT2IPipeline(DiffusionPipeline):
         caption_tokens: int = 128,
         steps: int = 50,
         guidance: float = 3.0,
+        width: int | None = None,
+        height: int | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
-        self.register_to_config(max_tokens=max_tokens, caption_tokens=caption_tokens, steps=steps, guidance=guidance)
+        self.register_to_config(max_tokens=max_tokens, caption_tokens=caption_tokens, steps=steps, guidance=guidance, width=width, height=height)
 
     def encode_prompt(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, T, D] and mask [B, T] of captions."""
@@ -70,13 +72,24 @@ class FlowT2IPipeline(DiffusionPipeline):
         return features.float() * mask.unsqueeze(-1), mask
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents [B, C, H, W] -> pictures [B, 3, S, S] in [0, 1]."""
+        """Normalised latents [B, C, H, W] -> pictures [B, 3, height, width] in [0, 1]."""
         mean, std = (
             torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (self.transformer.config.latent_mean, self.transformer.config.latent_std)
         )
         raw = latents.float() * std + mean
         pixels = raw if self.vae is None else self.vae.decode(raw.to(self.vae.dtype)).sample.float()
         return (pixels.clamp(-1, 1) + 1) / 2
+
+    def latent_shape(self, width: int | None, height: int | None) -> tuple[int, int, int]:
+        """(C, H, W) of a picture of this size in pixels, None: as the transformer was trained. ValueError, naming the nearest, where it cannot be made."""
+        channels, rows, columns = self.transformer.config.shape
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        wide, high = width or columns * factor, height or rows * factor
+        unit = factor * self.transformer.config.model["patch"]
+        if wide % unit or high % unit:
+            near = [max(1, round(side / unit)) * unit for side in (wide, high)]
+            raise ValueError(f"width {wide} and height {high} are not both multiples of {unit}: take {near[0]} and {near[1]}")
+        return channels, high // factor, wide // factor
 
     @torch.no_grad()
     def __call__(
@@ -86,6 +99,8 @@ class FlowT2IPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -94,6 +109,7 @@ class FlowT2IPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures.
 
+        height, width: of the pictures, in pixels (None: the model's own); any that VAE and patches make, best those it was trained at.
         negative_prompt: what guidance leads away from, one for all prompts or one for each (None: the empty caption).
         generator: one, or one a picture (seed s as in flowt2i: `torch.Generator().manual_seed(s)`); latents: the noise [B, C, H, W] itself.
         guidance_scale g: `v = v_negative + g (v - v_negative)` (2207.12598, eq. 6); 1: none. output_type: "pil", "np" ([B, H, W, 3] in [0, 1]),
@@ -113,7 +129,7 @@ class FlowT2IPipeline(DiffusionPipeline):
         prompts, unlike = ([p for p in texts for _ in range(num_images_per_prompt)] for texts in (asked, unlike))
         if not prompts:
             raise ValueError("no prompt: give at least one")
-        shape = (len(prompts), *self.transformer.config.shape)
+        shape = (len(prompts), *self.latent_shape(width or self.config["width"], height or self.config["height"]))
         if latents is not None and latents.shape != shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)}: {len(prompts)} pictures of this model begin at {shape}")
         guided, device = guidance != 1, self._execution_device

@@ -1,6 +1,6 @@
 """The velocity net, and the built-in caption encoder where the model has one, as ONNX graphs that onnxruntime was seen to agree on with torch.
 
-DIR/velocity.onnx        z [B, C, H, W], t [B], text [B, T, D], mask [B, T] -> dz/dt [B, C, H, W]; B and T are free
+DIR/velocity.onnx        z [B, C, H, W], t [B], text [B, T, D], mask [B, T] -> dz/dt [B, C, H, W]; B and T are free, H and W the model's own
     text_encoder.onnx    ids [B, T], mask [B, T] -> [B, T, D]; built-in text encoder only
     sampling.json  tokenizer/    latent statistics, defaults, tokenizer
     sample.py            draws with onnxruntime, numpy and tokenizers alone; pixels and built-in text encoder only
@@ -60,7 +60,9 @@ def write(pipeline: Pipeline, folder: Path, progress: Callable[[str], Any]) -> t
     """
     require_onnx()
     model, text = pipeline.model.cpu().float(), pipeline.description.text
-    longest = min(text.max_tokens, SWITCH - model.rows * model.columns) if model.rows * model.columns < SWITCH else text.max_tokens
+    shape = own_shape(pipeline)
+    patches = shape[1] * shape[2] // model.patch**2
+    longest = min(text.max_tokens, SWITCH - patches) if patches < SWITCH else text.max_tokens
     length = max(2, min(7, longest - 1))
     generator = torch.Generator().manual_seed(0)
     batch, width = torch.export.Dim("batch", min=1, max=1 << 16), torch.export.Dim("tokens", min=1, max=longest)
@@ -70,7 +72,7 @@ def write(pipeline: Pipeline, folder: Path, progress: Callable[[str], Any]) -> t
         features = text.dim if text.kind == "hf" else pipeline.config.model.text_width
         times = torch.linspace(0, 0.9, b) if b > 1 else torch.tensor([0.5])
         return {
-            "z": torch.randn(b, *model.shape, generator=generator), "t": times,
+            "z": torch.randn(b, *shape, generator=generator), "t": times,
             "text": torch.randn(b, t, features, generator=generator), "mask": _mask(b, t),
         }  # fmt: skip
 
@@ -91,6 +93,11 @@ def write(pipeline: Pipeline, folder: Path, progress: Callable[[str], Any]) -> t
             raise UserError(f"{name}.onnx differs from torch by {errors[name]:.1e} of the largest value, more than {TOLERANCE:g}: nothing was exported")
     _write_sampling(pipeline, folder, longest)
     return errors, longest
+
+
+def own_shape(pipeline: Pipeline) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of the pictures that the model draws of its own."""
+    return pipeline.description.codec.latent_shape(pipeline.description.home)
 
 
 def _mask(batch: int, tokens: int) -> Tensor:
@@ -121,7 +128,7 @@ def _write_sampling(pipeline: Pipeline, folder: Path, longest: int) -> None:
     description, own = pipeline.description, pipeline.settings()
     text = description.text
     sampling = {
-        "shape": list(pipeline.model.shape),
+        "shape": list(own_shape(pipeline)),
         "latent_mean": list(description.latent_mean),
         "latent_std": list(description.latent_std),
         "text": text.kind,

@@ -22,10 +22,16 @@ def will_compile(config: TrainConfig, device: torch.device) -> bool:
     return config.compile == "on" or (config.compile == "auto" and device.type in ("cpu", "cuda") and has_compiler() and long_enough)
 
 
-def compile_blocks(model: FlowTransformer) -> None:
-    """Compile each repeated block in place: one compilation serves all. The parameters keep their names; EMA weights stay uncompiled."""
+def compile_blocks(model: FlowTransformer, shapes: int = 1) -> None:
+    """Compile each repeated block in place: one compilation serves all. The parameters keep their names; EMA weights stay uncompiled.
+
+    For pictures of several shapes it is compiled once for each of them: a graph for all shapes would round by which one it met first, and a resumed run
+    meets another one first.
+    """
+    if shapes > 1:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * shapes)  # beside widths of captions
     for block in [*model.blocks, *(model.caption_encoder.blocks if model.caption_encoder is not None else [])]:
-        block.compile()
+        block.compile(dynamic=False if shapes > 1 else None)
 
 
 def text_padding(longest: int, compiled: bool) -> int:

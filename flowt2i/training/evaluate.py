@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from flowt2i.errors import UserError
 from flowt2i.evaluation import on_track
+from flowt2i.evaluation.nets import resize
+from flowt2i.evaluation.reference import real_images
 from flowt2i.evaluation.validation import heldout_loss
 from flowt2i.grid import grid
 from flowt2i.pipeline import Pipeline, Samples
@@ -136,9 +138,8 @@ def side_by_side(trainer: "Trainer", pipeline: Pipeline) -> Any:
     """Training images above, what the model makes of their captions below."""
     shown = min(trainer.count, 32)
     captions = [trainer.dataset.caption(i) for i in range(shown)]
-    batch = trainer.dataset.fetch(np.arange(shown))
-    originals = pipeline.to_images(trainer.latents(batch, None))
-    samples = sample_over_ranks(trainer.world, pipeline, captions, seed=1_000).images
+    originals = real_images(trainer.dataset, pipeline.codec, np.arange(shown))
+    samples = resize(sample_over_ranks(trainer.world, pipeline, captions, seed=1_000).images, originals.shape[1])
     columns, images, labels = 8, [], []
     for start in range(0, shown, columns):
         row = slice(start, min(start + columns, shown))

@@ -24,7 +24,7 @@ class CaptionFeatures:
         self.rows = torch.empty(int(self.starts[-1]), dim, dtype=torch.bfloat16)
         order = np.argsort(lengths, kind="stable")  # batches of equal lengths: little padding
         for start in tqdm(range(0, len(order), 256), desc="encoding captions", unit="batch", disable=not progress, leave=False):
-            batch = dataset.fetch(order[start : start + 256])
+            batch = dataset.fetch(order[start : start + 256], pictures=False)
             features = encoder(batch.ids.to(device), batch.mask.to(device)).to("cpu", torch.bfloat16)
             for i, index in enumerate(batch.index.tolist()):
                 self.rows[self.starts[index] : self.starts[index + 1]] = features[i, : lengths[index]]

@@ -1,5 +1,6 @@
 """Out of memory is met once, before step 0: the micro-batch is halved on all ranks alike until a pass fits, at the same effective batch."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -107,10 +108,12 @@ def _fits_shares(trainer: "Trainer", micro: int, fits: bool) -> bool:
 
 
 def _probe(trainer: "Trainer", micro: int) -> None:
-    """The pass that takes most: over the samples with the longest captions, beside an optimizer's state."""
-    longest = np.argsort(trainer.dataset.token_lengths()[: trainer.count], kind="stable")[-micro:]
+    """The pass that takes most: over the samples with the longest captions, of the shape of most patches, beside an optimizer's state."""
+    largest = max((k for k, rows in enumerate(trainer.buckets) if len(rows)), key=lambda k: math.prod(trainer.shapes[k]))
+    rows = trainer.buckets[largest]
+    longest = rows[np.argsort(trainer.dataset.token_lengths()[rows], kind="stable")[-micro:]]
     batch = trainer.dataset.fetch(np.resize(longest, micro))
-    draw, t = trainer.draw(0)
+    draw, t = trainer.draw(0, trainer.shapes[largest])
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     state = [torch.empty_like(p) for p in trained for _ in range(2)] if not trainer.optimizer.state() else []
     trainer.forward(trainer.objective, batch, draw, t, slice(0, micro))[1].losses.mean().backward()

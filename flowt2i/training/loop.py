@@ -21,12 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flowt2i import flow
+from flowt2i import flow, shapes
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.config import Config, seconds
 from flowt2i.data import feed
@@ -101,6 +102,8 @@ class Trainer:
         self.dataset = ImageTextDataset(self.data, "train", pad_to=pad)
         self.heldout = ImageTextDataset(self.data, "heldout", pad_to=pad) if self.description.heldout_count else self.dataset
         self.count = min(config.data.subset or len(self.dataset), len(self.dataset))
+        self.buckets = self.dataset.by_bucket(self.count)
+        self.shapes = [self.description.codec.latent_shape(size) for size in self.description.sizes]
         self.tokenizer = load_tokenizer(self.description.text, self.data)
         torch.manual_seed(config.train.seed)
         self.model = build_model(config, self.description)
@@ -129,7 +132,7 @@ class Trainer:
         self.codec = codec_from_spec(self.description.codec, codec).to(device)
         self.null, self.text_of, self.heldout_text_of = self._prepare_text()
         if self.compiled:
-            compile_blocks(self.model)
+            compile_blocks(self.model, shapes=len(self.shapes))
         self.wrapped: nn.Module = parallel.replicate(self.objective) if world.size > 1 and not self.sharded else self.objective
         self.kernel_score, self.pace = KernelScore(), Pace(config.train.eval_every, config.train.eval_share, self.progress)
         self.saver = Saver(world, self.run_folder, config.train.keep_recent, config.train.keep_every)
@@ -149,6 +152,16 @@ class Trainer:
                 raise UserError(f"data.{name} asks for {want!r}, but {self.data} was prepared with {have!r}: prepare the data again, or set --data.{name} any")
         if self.description.train_count < 1:
             raise UserError(f"{self.data} has no training samples")
+        model = self.config.model.resolve(self.description.codec.kind, self.description.codec.shape)
+        for size in self.description.sizes:
+            _, height, width = self.description.codec.latent_shape(size)
+            if height % model.patch or width % model.patch:
+                step = model.patch * self.description.codec.factor
+                near = shapes.name((shapes.nearest_multiple(size[0], step), shapes.nearest_multiple(size[1], step)))
+                raise UserError(
+                    f"model.patch {model.patch} does not divide the {shapes.name(size)} pictures of {self.data}: choose a divisor, "
+                    f"or prepare the data again with shapes such as {near} (--bucket-step {step})"
+                )
         if self.config.data.flip and self.description.codec.kind != "pixels":
             raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
 
@@ -319,14 +332,23 @@ class Trainer:
 
     def _fetched(self) -> Iterator[Batch]:
         """The micro-batches of the step at hand, without the loader."""
-        indices = stream.sample_indices(self.config.train.seed, self.step, self.config.data.batch_size, self.count)
+        indices = self.indices(self.step)
         return (self.dataset.fetch(indices[part]) for part in self._rows())
 
-    def draw(self, step: int) -> tuple[stream.Draw, Tensor]:
-        """The randomness of a step's global batch, and its times."""
+    def indices(self, step: int) -> np.ndarray:
+        """Numbers of the samples of a step's global batch."""
+        return stream.global_batch(self.config.train.seed, step, self.config.data.batch_size, self.buckets)
+
+    def shape(self, step: int) -> tuple[int, int, int]:
+        """Shape of the latents of a step's global batch."""
+        bucket, _ = stream.bucket_of(self.config.train.seed, step, self.config.data.batch_size, tuple(map(len, self.buckets)))
+        return self.shapes[bucket]
+
+    def draw(self, step: int, shape: tuple[int, int, int] | None = None) -> tuple[stream.Draw, Tensor]:
+        """The randomness of a step's global batch (for latents of another shape, where one is given), and its times."""
         config, codec = self.config, self.description.codec
         dropout, moments = config.flow.caption_dropout, codec.kind == "vae"
-        draw = stream.draw(config.train.seed, step, config.data.batch_size, codec.shape, dropout, moments, self.world.device)
+        draw = stream.draw(config.train.seed, step, config.data.batch_size, shape or self.shape(step), dropout, moments, self.world.device)
         f = config.flow
         return draw, flow.times(draw.uniform, draw.choice, f.times, f.logit_mean, f.logit_std, f.uniform_share, f.time_shift)
 
@@ -365,7 +387,7 @@ class Trainer:
             marks = torch.zeros(size)
             marks[self.world.rank] = not self._own_gradient_is_finite()
             ranks = self.world.sum(marks.to(self.world.device)).nonzero().flatten().tolist()
-        indices = stream.sample_indices(self.config.train.seed, self.step, batch, self.count)
+        indices = self.indices(self.step)
         ranks = ranks or list(range(size))
         samples = "; ".join(f"rank {rank}: {indices[rank * batch // size : (rank + 1) * batch // size].tolist()}" for rank in ranks)
         advice = "look at these samples"
@@ -412,7 +434,7 @@ class Trainer:
         }  # fmt: skip
 
     def _loader(self) -> Iterator[Batch]:
-        sampler = stream.StepSampler(self.config.train.seed, self.count, self.config.data.batch_size, self.micro, self.world.rank, self.world.size, self.step)
+        sampler = stream.StepSampler(self.config.train.seed, self.buckets, self.config.data.batch_size, self.micro, self.world.rank, self.world.size, self.step)
         workers = self.config.data.workers
         collate: Any = ImageTextDataset.collate  # the batch comes whole from the dataset
         return feed.batches(DataLoader(
@@ -505,9 +527,10 @@ class Trainer:
         lines += [
             f"model: {parts['total'] / 1e6:.1f}M trainable parameters (" + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in parts.items() if k != "total") + ")"
         ]
+        of_shapes = f" of {len(self.shapes)} shapes, a batch of one" if self.description.buckets else ""
         lines.append(
             f"batch: {self.config.data.batch_size} images a step = {self.micro} x {self.accumulate} accumulation x {self.world.size} rank(s); "
-            f"{self.count:,} training images; {self.world.device.type}, {self.config.train.precision}{', compiled' if self.compiled else ''}"
+            f"{self.count:,} training images{of_shapes}; {self.world.device.type}, {self.config.train.precision}{', compiled' if self.compiled else ''}"
             f"{', ' + ('fsdp' if self.sharded else 'ddp') if self.world.size > 1 else ''}"
         )
         return "\n".join(lines)

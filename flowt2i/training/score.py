@@ -23,6 +23,7 @@ class KernelScore:
     """Kernel distance on EfficientNet-lite0 between `train.score_images` pictures of held-out captions (the averaged weights) and held-out images.
 
     Watch its course: so few pictures tell models apart only where they differ much. `flowt2i evaluate --metrics kid --num 2048` is for figures.
+    Of data of several shapes it looks at one, the model's own (`description.home`).
     """
 
     def __init__(self) -> None:
@@ -41,8 +42,8 @@ class KernelScore:
         if self.net is None or self.real is None:
             self.net = self._load_net(trainer)
             self.real = self._features_of_real(self.net, trainer, pipeline)
-        captions = trainer.heldout.captions()
-        rows = reference.captioned(captions)
+        captions, home = trainer.heldout.captions(), _of_home(trainer)
+        rows = [row for row in reference.captioned(captions) if home[row]]
         asked = [captions[rows[k % len(rows)]] for k in range(count)] if len(rows) else []
         if len(asked) < 3 or len(self.real) < 3:
             return {}
@@ -63,7 +64,8 @@ class KernelScore:
 
     def _features_of_real(self, net: nets.FeatureNet, trainer: "Trainer", pipeline: Pipeline) -> torch.Tensor:
         """Of up to MOST_REAL held-out images, as the codec shows them: [N, dim], over all ranks, the same on each."""
-        rows = reference.spread(len(trainer.heldout))[:MOST_REAL]
+        rows = reference.spread(len(trainer.heldout))
+        rows = rows[_of_home(trainer)[rows]][:MOST_REAL]
 
         def work(part: range) -> np.ndarray:
             return net(pipeline.to_images(trainer.latents(trainer.heldout.fetch(rows[part.start : part.stop]), None))).numpy()
@@ -81,3 +83,9 @@ class KernelScore:
 
         found = pictures.over_ranks(trainer.world, len(asked), work, (net.dim,), np.float32, False, "", TOGETHER)
         return torch.from_numpy(found)
+
+
+def _of_home(trainer: "Trainer") -> np.ndarray:
+    """Which held-out pictures have the shape that the model draws of its own. bool [N]."""
+    description = trainer.description
+    return trainer.heldout.bucket_of() == description.sizes.index(description.home)

@@ -2,10 +2,16 @@
 
 Nothing here has state, so a resume seeks at once, and any number of ranks sees the same global batch: each draws the whole
 batch's randomness from the step's own generator and keeps its rows.
+
+Where pictures have several shapes (aspect buckets), a global batch is of one of them. Each bucket has an endless sequence of batches of its own: its
+samples in an order drawn anew for each epoch, epochs following on each other without a gap. Bucket b of n_b samples has had `floor(e n_b / batch)` of them
+by the end of epoch e, so that it is visited in proportion to its samples, however few, and each of its samples as often as any other. Within an epoch
+the batches of all buckets are shuffled. A dataset of one shape is the case of one bucket.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,34 +20,77 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 
-@lru_cache(maxsize=2)  # a global batch straddles two epochs, or many tiny ones
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of an epoch: [count] int64, drawn from (seed, epoch) alone."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1, epoch]))).permutation(count)
+@cache
+def permutations(bucket: int) -> Callable[[int, int, int], np.ndarray]:
+    """permutation(seed, epoch, count) of a bucket: the last two are kept, for a global batch straddles two epochs (or many tiny ones)."""
+
+    def drawn(seed: int, epoch: int, count: int) -> np.ndarray:
+        words = [seed, 1, epoch, *([bucket] if bucket else [])]  # of the first as where there is but one
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(words))).permutation(count)
+
+    return lru_cache(maxsize=2)(drawn)
 
 
-def sample_indices(seed: int, step: int, batch: int, count: int) -> np.ndarray:
-    """Dataset indices [batch] of a step's global batch: epochs follow on each other without a gap or a short batch."""
-    positions = np.arange(step * batch, (step + 1) * batch)
+def permutation(seed: int, epoch: int, count: int, bucket: int = 0) -> np.ndarray:
+    """The order of an epoch of a bucket: [count] int64, drawn from (seed, epoch, bucket) alone."""
+    return permutations(bucket)(seed, epoch, count)
+
+
+def sample_indices(seed: int, number: int, batch: int, count: int, bucket: int = 0) -> np.ndarray:
+    """Places [batch] in a bucket of its batch of this number: epochs follow on each other without a gap or a short batch."""
+    positions = np.arange(number * batch, (number + 1) * batch)
     epochs, offsets = positions // count, positions % count
     out = np.empty(batch, np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        out[here] = permutation(seed, int(epoch), count)[offsets[here]]
+        out[here] = permutation(seed, int(epoch), count, bucket)[offsets[here]]
     return out
 
 
-class StepSampler(Sampler[list[int]]):
-    """Batches of dataset indices for a DataLoader: this rank's micro-batches, from `first_step` on, without end unless `last_step` is set."""
+@lru_cache(maxsize=2)
+def epoch_buckets(seed: int, epoch: int, batch: int, counts: tuple[int, ...]) -> np.ndarray:
+    """The bucket of each step of an epoch, [steps] int64. counts: samples of each bucket."""
+    batches = [(epoch + 1) * count // batch - epoch * count // batch for count in counts]
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 3, epoch])))
+    return generator.permutation(np.repeat(np.arange(len(counts)), batches))
 
-    def __init__(self, seed: int, count: int, batch: int, micro: int, rank: int, world: int, first_step: int, last_step: int = 0):
-        self.seed, self.count, self.batch, self.micro, self.rank, self.world = seed, count, batch, micro, rank, world
+
+def bucket_of(seed: int, step: int, batch: int, counts: tuple[int, ...]) -> tuple[int, int]:
+    """Which bucket a step's global batch is of, and which number the batch has among that bucket's own."""
+    if len(counts) == 1:
+        return 0, step
+    ends = lambda epoch: sum(epoch * count // batch for count in counts)  # steps before this epoch
+    most = (step + len(counts)) * batch // sum(counts) + 2  # `ends` falls short of the unrounded sum by less than one a bucket
+    epoch = bisect.bisect_right(range(most), step, key=ends) - 1
+    order = epoch_buckets(seed, epoch, batch, counts)
+    offset = step - ends(epoch)
+    bucket = int(order[offset])
+    return bucket, epoch * counts[bucket] // batch + int((order[:offset] == bucket).sum())
+
+
+def global_batch(seed: int, step: int, batch: int, buckets: Sequence[np.ndarray]) -> np.ndarray:
+    """Dataset indices [batch] of a step's global batch. buckets: the indices of the samples of each shape."""
+    bucket, number = bucket_of(seed, step, batch, tuple(map(len, buckets)))
+    return buckets[bucket][sample_indices(seed, number, batch, len(buckets[bucket]), bucket)]
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of dataset indices for a DataLoader: this rank's micro-batches, from `first_step` on, without end unless `last_step` is set.
+
+    samples: how many there are, or of several shapes the indices of each.
+    """
+
+    def __init__(
+        self, seed: int, samples: int | Sequence[np.ndarray], batch: int, micro: int, rank: int, world: int, first_step: int, last_step: int = 0
+    ):  # fmt: skip
+        self.buckets = [np.arange(samples)] if isinstance(samples, int) else samples
+        self.seed, self.batch, self.micro, self.rank, self.world = seed, batch, micro, rank, world
         self.first_step, self.last_step = first_step, last_step
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.first_step
         while not self.last_step or step < self.last_step:
-            indices = sample_indices(self.seed, step, self.batch, self.count)
+            indices = global_batch(self.seed, step, self.batch, self.buckets)
             for rows in micro_rows(self.batch, self.micro, self.rank, self.world):
                 yield indices[rows].tolist()
             step += 1
