@@ -4,13 +4,15 @@
     python benchmarks/cost_table.py --out docs/cost.md
 
 Operations by formula (`flowt2i.flops`); memory by counting what autograd keeps of small forward passes (`flowt2i.bench.footprint`), with the attention that a
-GPU runs, with and without `train.checkpoint_activations`. Nothing is timed, so that it may run beside other work: some minutes on a core.
+GPU runs, with and without `train.checkpoint_activations`. Nothing is timed, so that it may run beside other work: some minutes on a core, up to 5 GiB of memory.
 `python benchmarks/scale.py` measures seconds and peaks of memory, `python benchmarks/attention.py --image-tokens N` the kernels.
 """
 
 import argparse
 import json
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +119,9 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     models = json.loads(args.models) if args.models else MODELS
     cases = [Case(path, tokens, *size) for size in models.values() for path in ("pixels", "latents") for tokens in args.tokens]
-    rows = [compute(case) for case in tqdm(cases, desc="counting", unit="case", leave=False)]
+    # A process each: what one case leaves behind in memory would add up over all.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as apart:
+        rows = list(tqdm(apart.map(compute, cases), total=len(cases), desc="counting", unit="case", leave=False))
     said = (
         "Computed, not measured: `python benchmarks/cost_table.py --out docs/cost.md`. Preset `stability`, bf16, AdamW, average kept, blocks not compiled, "
         "captions as long as those of the emoji data. An image costs its forward and backward pass; checkpointing (`--train.checkpoint_activations true`) adds "
