@@ -4,7 +4,7 @@
     python benchmarks/cost_table.py --out docs/cost.md
 
 Operations by formula (`flowt2i.flops`); memory by counting what autograd keeps of small forward passes (`flowt2i.bench.footprint`), with the attention that a
-GPU runs, with and without `train.checkpoint_activations`. Nothing is timed, so that it may run beside other work: some minutes on a core, up to 5 GiB of memory.
+GPU runs, with and without `train.checkpoint_activations`. Nothing is timed, so it may run beside other work: two minutes on a core, up to 5 GiB of memory.
 `python benchmarks/scale.py` measures seconds and peaks of memory, `python benchmarks/attention.py --image-tokens N` the kernels.
 """
 

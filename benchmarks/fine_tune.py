@@ -29,7 +29,6 @@ import machine
 import numpy as np
 from growing import seconds_by_step
 
-from flowt2i.codec import stored_to_images
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.prepare import prepare
@@ -91,7 +90,7 @@ def heldout_pictures(data: Path, pipeline: Pipeline, count: int) -> tuple[np.nda
     dataset = ImageTextDataset(data, "heldout")
     captions = dataset.captions()
     rows = reference.captioned(captions)[:count]
-    return stored_to_images(pipeline.codec, dataset.fetch(rows).stored), [captions[row] for row in rows]
+    return reference.real_images(dataset, pipeline.codec, rows), [captions[row] for row in rows]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+import ending
 from sampling import benchmark_prompts, distances
 
 from flowt2i import Pipeline
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending.told(main)())

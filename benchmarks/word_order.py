@@ -19,9 +19,8 @@ import torch
 from flowt2i.data import scenes
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.evaluation.intervals import wilson
+from flowt2i.evaluation.scenes import OPPOSITE
 from flowt2i.pipeline import Pipeline
-
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 def exchanged(caption: str) -> str:

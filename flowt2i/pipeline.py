@@ -127,6 +127,8 @@ class Pipeline:
         if seeds is not None:
             if len(seeds) != len(starts) or num != 1:
                 raise UserError(f"{len(seeds)} seeds for {len(starts)} pictures: give one for each prompt, and leave num out")
+            if any(type(own) is not int or not 0 <= own < editing.LARGEST_SEED for own in seeds):
+                raise UserError("seeds must be whole numbers between 0 and 2^62")
             starts = [replace(start, seed=own) for start, own in zip(starts, seeds)]
         if batch_size < 1 or preview_every < 1:
             raise UserError("batch_size and preview_every must be at least 1")
@@ -144,7 +146,7 @@ class Pipeline:
                 progress(len(images[-1]))
         side = self.description.codec.image_size
         told = dict(chosen)
-        if drawn != (side, side) or self.description.home != drawn:
+        if drawn != (side, side) or self.description.home != drawn or (drawing.given and self.description.buckets):  # or the picture begun from would decide
             told |= {"width": drawn[0], "height": drawn[1]}
         if drawing.given:
             told |= {"init": name_of(init), "init_pixels": editing.fingerprint(drawing.given.original), "strength": drawing.given.strength}

@@ -12,7 +12,7 @@ from flowt2i.errors import UserError
 
 Shape = tuple[int, int]  # width, height
 
-STEPS = 16  # sides of derived buckets are multiples of this part of the square's side at least: 7 to 13 buckets at every size, not hundreds
+STEPS = 16  # sides of derived buckets are multiples of this part of the square's side at least: 7 to 15 buckets from 56 pixels on, not hundreds
 AREA = 1.5  # buckets are at most so many times larger or smaller than the square: beyond it the noise would mean something else
 MOST = 64  # buckets of a list that is given; each costs a graph where blocks are compiled
 

@@ -92,6 +92,7 @@ def test_a_training_takes_the_same_course(scenes_data, tiny, tmp_path):
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
+@pytest.mark.slow
 def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
     """Computed at two depths, it is what a model of the asked depth takes; checkpointing lets more fit."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))

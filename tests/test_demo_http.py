@@ -180,7 +180,7 @@ def test_api_sends_one_png_that_tells_how_it_was_made(served: Served) -> None:
 
 def test_the_shapes_that_a_model_was_trained_at_are_offered_and_no_others(tmp_path: Path) -> None:
     buckets = tuple(Bucket(width=w, height=h, train=n, heldout=0) for w, h, n in ((24, 40, 1), (32, 32, 5), (40, 24, 2)))
-    library = Library([write_model(tmp_path / "wide", buckets=buckets)], device="cpu")
+    library = Library([write_model(tmp_path / "wide", buckets=buckets), write_model(tmp_path / "tall", buckets=buckets[:1])], device="cpu")
     assert library.card("wide").shapes == ["32x32", "24x40", "40x24"] and "32×32 pixels and 2 other shapes" in library.card("wide").facts
     with serving(library) as served:
         listed = httpx.get(f"{served.url}/api/models").json()["models"][0]
@@ -194,6 +194,8 @@ def test_the_shapes_that_a_model_was_trained_at_are_offered_and_no_others(tmp_pa
         for shape in ("4096x4096", "wide", 7):
             answer = generate(served, model="wide", shape=shape)
             assert answer.status_code == 422 and ("choose one of these shapes" in answer.json()["error"] or "text" in answer.json()["error"])
+        html, error = visit(served, "own-shapes", "on_compare", model="wide", model_b="tall", shape="32x32", num=1)
+        assert not error and all(f"&quot;shape&quot;: &quot;{own}&quot;" in html[-1] for own in ("32x32", "24x40")), "each draws its own"
 
 
 def test_api_uses_the_models_own_settings_where_none_are_given(served: Served) -> None:

@@ -53,7 +53,7 @@ def finish(
     for settled in units:
         _settle_parts(folder, settled, options)
     _remove_strangers(folder, units)
-    found = _survey_shapes(folder, units, codec, buckets) if buckets else ()
+    found = _survey_shapes(folder, units, buckets) if buckets else ()
     report = _report(folder, units, options) | (_told_shapes(folder, units, codec, buckets, found) if buckets else {})
     lines = (json.dumps(drop.model_dump(exclude={"at"} if drop.detail else {"at", "detail"}), ensure_ascii=False) for unit in units for drop in unit.dropped)
     write_text(folder / "dropped.jsonl", "".join(line + "\n" for line in lines))
@@ -216,7 +216,7 @@ def _survey(folder: Path, units: list[Settled]) -> tuple[str, tuple[str, ...], i
     return digest.hexdigest(), prompts, longest
 
 
-def _survey_shapes(folder: Path, units: list[Settled], codec: CodecSpec, buckets: tuple[Shape, ...]) -> tuple[Bucket, ...]:
+def _survey_shapes(folder: Path, units: list[Settled], buckets: tuple[Shape, ...]) -> tuple[Bucket, ...]:
     """The buckets that pictures fell into, and how many; one that none did is left out."""
     counts = {split: Counter(size for sizes, _ in _shapes(folder, units, split) for size in sizes) for split in SPLITS}
     found = (Bucket(width=w, height=h, train=counts["train"][w, h], heldout=counts["heldout"][w, h]) for w, h in buckets)

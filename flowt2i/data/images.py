@@ -71,7 +71,8 @@ def _check_size(image: Image.Image, min_side: int, max_aspect: float) -> None:
 
 
 def _fitted(image: Image.Image, shapes: Sequence[Shape]) -> tuple[NDArray[np.uint8], Shape]:
-    orientation, seen = _orientation(image), upright_size(image)
+    orientation = _orientation(image)
+    seen = (image.height, image.width) if _is_sideways(orientation) else image.size  # as it is seen
     shape = fitting(*seen, shapes)
     lying = (shape[1], shape[0]) if _is_sideways(orientation) else shape  # as the file has it
     if image.format in ("JPEG", "MPO"):
@@ -83,11 +84,6 @@ def _fitted(image: Image.Image, shapes: Sequence[Shape]) -> tuple[NDArray[np.uin
     if orientation is not None:  # what is in the middle stays there, so turning the small picture is enough
         rgb = rgb.transpose(orientation)
     return np.asarray(rgb), seen
-
-
-def upright_size(image: Image.Image) -> Shape:
-    """(width, height) as the picture is seen, its EXIF orientation applied."""
-    return (image.height, image.width) if _is_sideways(_orientation(image)) else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

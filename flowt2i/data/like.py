@@ -36,7 +36,7 @@ def liken(fields: dict[str, Any]) -> dict[str, Any]:
     if "vocab_size" in fields and description.text.kind == "builtin":
         raise UserError(f"--vocab-size says how to learn a tokenizer, and --like {like} has one: leave one of them out")
     size = description.codec.image_size
-    if description.buckets and int(fields.get("image_size", size)) == size:
+    if description.buckets and int(fields.get("image_size", size)) == size and not fields.get("bucket_step"):
         taken["buckets"] = ",".join(map(shapes.name, description.sizes)) if "buckets" not in fields else fields["buckets"]
     return {"image_size": size, **fields, **taken}
 

@@ -43,7 +43,7 @@ def merge(folders: list[Path], out: Path, progress: bool = True) -> dict[str, An
     for other in parts[1:]:
         _check_same(first, other)
     home = _homes(parts)
-    options = PrepareOptions.of(**first.options, out=out)
+    options = PrepareOptions.model_validate(first.options | {"out": out})
     missing = Settling(options, len(first.plan.groups))
     missing.advance(lambda group, piece: home[group, piece].units[group, piece] if (group, piece) in home else None)
     if missing.next is not None:
@@ -76,7 +76,7 @@ def _read(folder: Path) -> _Part:
     plan = Plan.load(folder)
     try:
         options = json.loads((folder / "options.json").read_text())
-        PrepareOptions.of(**options, out=folder)
+        PrepareOptions.model_validate({**options, "out": folder})
     except (ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{folder / 'options.json'} is broken: prepare {folder} again") from error
     load_tokenizer(plan.text, folder)  # is it the one of the plan?

@@ -162,10 +162,11 @@ def buckets_of(options: PrepareOptions, codec: CodecSpec) -> tuple[Shape, ...]:
         raise UserError("the built-in scenes are squares: leave --buckets out")
     if options.bucket_step and options.buckets != "auto":
         raise UserError("--buckets lists the shapes, and --bucket-step says how to derive them: leave one of them out")
-    if options.bucket_step % codec.factor:
-        raise UserError(f"--bucket-step {options.bucket_step} is not a multiple of {codec.factor}, by which codec {codec.id!r} downsamples: take one")
     patch = patch_of(options.like) if options.like else 0
     unit = codec.factor * (patch or 1)
+    if options.bucket_step % unit:
+        near = shapes.nearest_multiple(options.bucket_step, unit)
+        raise UserError(f"--bucket-step {options.bucket_step} is not a multiple of {unit}, which codec and patch make: take {near}")
     if options.buckets == "auto":
         usual = math.gcd(PATCH, options.image_size) if codec.kind == "pixels" and not patch else 1
         unit = options.bucket_step or unit * usual

@@ -190,7 +190,10 @@ def page(library: Library) -> gr.Blocks:
         @spoken
         def on_compare(prompt, *rest):
             a, b, common = rest[:4], rest[4:8], rest[8:]
-            yield from compare(library, [(name, check(prompt, *own, *common, drawings=2)) for name, *own in (a, b)])
+            asked = [(name, check(prompt, *own, *common, drawings=2)) for name, *own in (a, b)]
+            if asked[0][1].shape == library.card(a[0]).shapes[0]:  # A's own: B draws its own, which may be another
+                asked = [(name, request._replace(shape="")) for name, request in asked]
+            yield from compare(library, asked)
 
         @spoken
         def on_sweep(model, prompt, guidance, solver, *common):

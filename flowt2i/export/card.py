@@ -82,7 +82,7 @@ def write_card(
     from huggingface_hub import ModelCardData
 
     description, config = pipeline.description, pipeline.config
-    size, source = description.codec.image_size, told.source or public_source(description)
+    source = told.source or public_source(description)
     pixels = ", ".join(f"{width}×{height}" for width, height in description.sizes)
     data = ModelCardData(
         license=told.licence or "unknown",
@@ -113,7 +113,7 @@ def write_card(
         parts.append("Every setting is in `config.json`, which travels with the weights.")
     if scores := [*(_measured(told.measured) if told.measured else []), *filter(None, [_scores(facts["scores"])])]:
         parts += ["## Scores", *scores]
-    parts += ["## Limits", _limits(size, description.is_scenes), "## Licence", _licence(pipeline, told.licence, source)]
+    parts += ["## Limits", _limits(pixels, description.is_scenes), "## Licence", _licence(pipeline, told.licence, source)]
     if told.notes.strip():
         parts.append(told.notes.strip())
     (folder / "README.md").write_text("\n\n".join(parts) + "\n")
@@ -192,11 +192,11 @@ def _scores(scores: dict[str, Any]) -> str:
     return f"At step {scores['step']:,}, as the run recorded them:\n\n| score | value | |\n|---|---|---|\n" + "\n".join(rows)
 
 
-def _limits(size: int, scenes: bool) -> str:
+def _limits(pixels: str, scenes: bool) -> str:
     nothing_else = (
         "It knows coloured shapes and nothing else." if scenes else "It knows what its training pictures show, and reads captions as theirs are written."
     )
-    return f"{nothing_else} Pictures are {size}×{size} pixels. What it draws may resemble its training pictures, and carries over what is one-sided in them."
+    return f"{nothing_else} Pictures are {pixels} pixels. What it draws may resemble its training pictures, and carries over what is one-sided in them."
 
 
 def _licence(pipeline: Pipeline, licence: str, source: str) -> str:

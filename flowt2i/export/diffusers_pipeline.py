@@ -86,9 +86,9 @@ class FlowT2IPipeline(DiffusionPipeline):
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         wide, high = width or columns * factor, height or rows * factor
         unit = factor * self.transformer.config.model["patch"]
-        if wide % unit or high % unit:
+        if wide % unit or high % unit or min(wide, high) < 1:
             near = [max(1, round(side / unit)) * unit for side in (wide, high)]
-            raise ValueError(f"width {wide} and height {high} are not both multiples of {unit}: take {near[0]} and {near[1]}")
+            raise ValueError(f"width {wide} and height {high} are not both positive multiples of {unit}: take {near[0]} and {near[1]}")
         return channels, high // factor, wide // factor
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ def export(
     nets: bool = False, force: bool = False, push: str = "", private: bool = False, codec: str | None = None, text: str | None = None,
     device: str | None = None, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write `to` from a run, a checkpoint, an export of ours or a hub id, and send it to the hub as `push`. Returns what was done.
+    """Write `to` from a run, a checkpoint, an export of ours, a packaged model or a hub id, and send it to the hub as `push`. Returns what was done.
 
     told: licence, names and scores for the card. nets: take VAE and text encoder along where the hub has them too. codec, text: where they are, if they
     moved. UserError in one line for what the user can mend; `to` is then as it was (a push that fails leaves it complete).
