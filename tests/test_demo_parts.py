@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("gradio")
 from demoing import PROMPTS, write_model
 
+from flowt2i import box
 from flowt2i.cli import main
 from flowt2i.demo import Library, board, drawing, found, parse_auth, serve
 from flowt2i.demo.guard import HERE, Guard, allowed
@@ -139,6 +140,7 @@ def test_scenes_models_get_prompts_of_scenes(run: Path) -> None:
 
 def test_no_model_a_missing_and_a_foreign_one_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(box, "BOX", tmp_path / "nothing")  # no model came with this installation
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "pytorch_model.bin").write_bytes(b"\x80\x04")
     for words, says in ((["demo"], "make quickstart"), (["demo", "--model", "nowhere"], "no model at nowhere"), (["demo", "--model", "foreign"], "foreign")):
