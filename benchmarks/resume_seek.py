@@ -11,6 +11,8 @@ import json
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from flowt2i.training import stream
 
 
@@ -21,7 +23,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def first_batches(step: int, samples: int, batch: int) -> Iterator[list[int]]:
-    return iter(stream.StepSampler(0, samples, batch, batch, 0, 1, first_step=step))
+    return iter(stream.StepSampler(0, [np.arange(samples)], batch, batch, 0, 1, first_step=step))
 
 
 def main() -> None:

@@ -36,17 +36,12 @@ def check(context: Context, name: str) -> None:
 
 def metric(context: Context) -> Scores:
     """`scenes`: prompts whose pairs of colour and shape were in training (or, with `context.heldout_pairs`, were not)."""
-    return _metric(context, context.heldout_pairs)
+    return heldout_metric(context) if context.heldout_pairs else _asked(context, "prompts", scenes.prompts(context.seed, context.num))
 
 
 def heldout_metric(context: Context) -> Scores:
     """`scenes-heldout`: each prompt names a pair of colour and shape that training never showed."""
-    return _metric(context, True)
-
-
-def _metric(context: Context, heldout: bool) -> Scores:
-    """--seed is that of the prompts; picture k has the noise of seed `FIRST_SEED + k` in any case."""
-    return _asked(context, "heldout-pairs" if heldout else "prompts", scenes.prompts(context.seed, context.num, heldout=heldout))
+    return _asked(context, "heldout-pairs", scenes.prompts(context.seed, context.num, heldout=True))
 
 
 def counts_metric(context: Context) -> Scores:
@@ -70,6 +65,7 @@ def prompts_of_kind(which: str, seed: int, count: int) -> list[str]:
 
 
 def _asked(context: Context, which: str, prompts: list[str]) -> Scores:
+    """--seed is that of the prompts; picture k has the noise of seed `FIRST_SEED + k` in any case."""
     pipeline = context.need_pipeline("scenes")
     found = score_images(context.images(prompts, seed=0), prompts)
     title = f"scenes-{which}-{context.num}@{pipeline.description.codec.image_size}"

@@ -1,5 +1,6 @@
 """The model card: README.md with the hub's YAML in front, written from what the run recorded and from pictures it draws now."""
 
+import json
 import math
 import re
 import shlex
@@ -35,7 +36,7 @@ USE = {
     "flowt2i": """```python
 from flowt2i import Pipeline
 
-pictures = Pipeline.from_pretrained("{name}")([{prompt!r}], seed=0)
+pictures = Pipeline.from_pretrained("{name}")([{literal}], seed=0)
 pictures[0].save("picture.png")
 ```
 
@@ -45,7 +46,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
-pipeline([{prompt!r}], generator=torch.Generator().manual_seed(0)).images[0].save("picture.png")
+pipeline([{literal}], generator=torch.Generator().manual_seed(0)).images[0].save("picture.png")
 ```
 
 A folder works in place of the name. The code that runs is `pipeline.py` and `transformer/flowt2i_transformer.py` in this folder: read them
@@ -104,7 +105,7 @@ def write_card(
             f"![{len(prompts)} pictures under their captions](samples.png)\n\n*{_which(config, description.is_scenes)}, seeds 0 to {len(prompts) - 1}, "
             f"not picked. Drawn by {describe(drawn)}.*"
         )
-    shown = {"name": name, "prompt": example, "quoted": shlex.quote(example), "longest": longest, "encoder": ""}
+    shown = {"name": name, "literal": json.dumps(example, ensure_ascii=False), "quoted": shlex.quote(example), "longest": longest, "encoder": ""}
     if format == "onnx":
         shown["encoder"] = _onnx_use(description.text.kind, description.codec.kind)
     parts += ["## Use", USE[format].format(**shown), "## Data", _data(pipeline, source, longest), "## Training", _training(pipeline, facts, dtype)]

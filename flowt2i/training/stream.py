@@ -77,14 +77,11 @@ def global_batch(seed: int, step: int, batch: int, buckets: Sequence[np.ndarray]
 class StepSampler(Sampler[list[int]]):
     """Batches of dataset indices for a DataLoader: this rank's micro-batches, from `first_step` on, without end unless `last_step` is set.
 
-    samples: how many there are, or of several shapes the indices of each.
+    buckets: the indices of the samples of each shape.
     """
 
-    def __init__(
-        self, seed: int, samples: int | Sequence[np.ndarray], batch: int, micro: int, rank: int, world: int, first_step: int, last_step: int = 0
-    ):  # fmt: skip
-        self.buckets = [np.arange(samples)] if isinstance(samples, int) else samples
-        self.seed, self.batch, self.micro, self.rank, self.world = seed, batch, micro, rank, world
+    def __init__(self, seed: int, buckets: Sequence[np.ndarray], batch: int, micro: int, rank: int, world: int, first_step: int, last_step: int = 0):
+        self.seed, self.buckets, self.batch, self.micro, self.rank, self.world = seed, buckets, batch, micro, rank, world
         self.first_step, self.last_step = first_step, last_step
 
     def __iter__(self) -> Iterator[list[int]]:
