@@ -10,30 +10,24 @@ GPU runs, with and without `train.checkpoint_activations`. Nothing is timed, so 
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from ending import told
-from scale import CONTEXT_GIB, fused_attention
+from scale import CONTEXT_GIB, apart, deep_footprint
 from tqdm import tqdm
 
 from flowt2i.bench.captions import EMOJI_T5
-from flowt2i.bench.footprint import Footprint, footprint
-from flowt2i.bench.step import FEATURES, BareStep, describe
+from flowt2i.bench.step import FEATURES, describe
 from flowt2i.config import resolve
 from flowt2i.data.finish import write_text
 from flowt2i.description import CodecSpec
 from flowt2i.flops import training_flop
-from flowt2i.model import count_parameters
 
 MODELS = {"preset": (768, 12), "large": (1024, 24)}  # width, depth
 CARDS = (24, 80)  # GB
 TOKENS = (64, 256, 1024)
-DEPTHS = (2, 3)  # that are looked at: deep models would need the memory that is computed
 
 
 class Case(NamedTuple):
@@ -57,31 +51,20 @@ def compute(case: Case) -> dict[str, Any]:
         kind="pixels", image_size=case.side, shape=(3, case.side, case.side)
     )  # fmt: skip
     description = describe(latents, max(EMOJI_T5)).model_copy(update={"codec": codec})
-    words = ["--model.width", case.width, "--model.heads", case.width // 64]
-    made, parameters = {}, {}
+    words = ["--model.width", case.width, "--model.depth", case.depth, "--model.heads", case.width // 64]
+    made = {}
     for again in (False, True):
-        found = {}
-        for depth in DEPTHS:
-            config = resolve("stability", [*map(str, words), "--model.depth", str(depth), "--train.checkpoint_activations", str(again).lower()])
-            with fused_attention():
-                step = BareStep(config, description, EMOJI_T5, torch.device("cpu"))
-                found[depth] = footprint(step)
-            parameters[depth] = count_parameters(step.model)["total"]
-        made[again] = Footprint(*(at(case.depth, [float(found[depth][k]) for depth in DEPTHS]) for k in range(3)))  # type: ignore[arg-type]
-    model = config.model.resolve(codec.kind, codec.shape).model_copy(update={"depth": case.depth})
+        config = resolve("stability", [*map(str, words), "--train.checkpoint_activations", str(again).lower()])
+        made[again], parameters = deep_footprint(config, description)
+    model = config.model.resolve(codec.kind, codec.shape)
     lengths = [length for length, count in EMOJI_T5.items() for _ in range(count)]
     total = training_flop(model, codec.shape, lengths, FEATURES if latents else 0)["total"]
     keys = case.tokens + sum(lengths) / len(lengths)
     scores = 3 * case.depth * 4 * case.tokens * keys * case.width  # scores and sums over values, forward and twice backward
-    row: dict[str, Any] = case._asdict() | {"side": case.side, "parameters": round(at(case.depth, [parameters[depth] for depth in DEPTHS]))}
+    row: dict[str, Any] = case._asdict() | {"side": case.side, "parameters": parameters}
     row |= {"gflop": total / 1e9, "attention": scores / total}
     row |= {"state_gib": made[False].state / 2**30, "mib": made[False].slope / 2**20, "mib_again": made[True].slope / 2**20}
     return row | {f"{card}{'_again' * again}": made[again].largest((card - CONTEXT_GIB) * 2**30) for card in CARDS for again in (False, True)}
-
-
-def at(depth: int, values: Sequence[float]) -> float:
-    """What at DEPTHS is `values`, at another depth: all blocks are alike, so that memory and parameters grow by the same amount with each."""
-    return values[0] + (values[1] - values[0]) * (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -119,9 +102,8 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     models = json.loads(args.models) if args.models else MODELS
     cases = [Case(path, tokens, *size) for size in models.values() for path in ("pixels", "latents") for tokens in args.tokens]
-    # A process each: what one case leaves behind in memory would add up over all.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as apart:
-        rows = list(tqdm(apart.map(compute, cases), total=len(cases), desc="counting", unit="case", leave=False))
+    with apart() as processes:
+        rows = list(tqdm(processes.map(compute, cases), total=len(cases), desc="counting", unit="case", leave=False))
     said = (
         "Computed, not measured: `python benchmarks/cost_table.py --out docs/cost.md`. Preset `stability`, bf16, AdamW, average kept, blocks not compiled, "
         "captions as long as those of the emoji data. An image costs its forward and backward pass; checkpointing (`--train.checkpoint_activations true`) adds "

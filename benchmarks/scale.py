@@ -9,15 +9,18 @@ measured anew on each axis: how far these differ is the noise. Latents of 4 chan
 the emoji data's, bf16, AdamW, EMA, eager (compiled takes less memory, and other time).
 
 Beside what was measured stands what `flowt2i.bench.footprint` computes. From the same computation comes the table of the largest micro-batch that fits on
-cards of 8, 12, 24 and 80 GB: computed, not measured. Run it on an idle machine; about ten minutes on two cores, three on a GPU.
+cards of 8, 12, 24 and 80 GB: computed, not measured. Run it on an idle machine: three minutes of measuring on two cores, which are written down before
+what fits is computed.
 """
 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,11 @@ from tqdm import tqdm
 from flowt2i import model as model_module
 from flowt2i.bench.captions import EMOJI_T5
 from flowt2i.bench.ceiling import matrix_ceilings
-from flowt2i.bench.footprint import footprint
+from flowt2i.bench.footprint import Footprint, footprint
 from flowt2i.bench.step import FEATURES, BareStep, describe
 from flowt2i.bench.timing import device_name, machine
 from flowt2i.config import Config, resolve
+from flowt2i.data.finish import write_text
 from flowt2i.description import DatasetDescription
 from flowt2i.flops import training_flop
 from flowt2i.memory import is_out_of_memory
@@ -47,6 +51,7 @@ AXES: dict[str, dict[str, list[int]]] = {
 MODELS = {"seed size": (768, 12), "24 x 1024": (1024, 24), "28 x 1152": (1152, 28)}  # of the table of what fits
 CARDS = (8, 12, 24, 80)  # GB
 CONTEXT_GIB = 0.6  # what CUDA itself takes of a card
+DEPTHS = (2, 3)  # that are looked at for what fits: deep models would need the memory that is computed
 
 
 def prepare(point: Point) -> tuple[Config, DatasetDescription]:
@@ -62,7 +67,8 @@ def measure(point: Point) -> dict[str, Any]:
     """Seconds of a step, its peak of memory, and what both are computed to be. Asked of a process of its own."""
     device = best_device()
     config, description = prepare(point)
-    computed = _footprint(config, description, fused=device.type == "cuda").bytes(point["batch"])
+    with fused_attention() if device.type == "cuda" else contextlib.nullcontext():
+        computed = footprint(BareStep(config, description, EMOJI_T5, torch.device("cpu"))).bytes(point["batch"])
     before = reset_peak(device)
     step = BareStep(config, description, EMOJI_T5, device)
     lengths = [length for length, count in EMOJI_T5.items() for _ in range(count)]
@@ -108,21 +114,36 @@ def fused_attention() -> Iterator[None]:
         model_module.attend = written_out
 
 
-def _footprint(config: Config, description: DatasetDescription, fused: bool) -> Any:
-    with fused_attention() if fused else contextlib.nullcontext():
-        return footprint(BareStep(config, description, EMOJI_T5, torch.device("cpu")))
+def deep_footprint(config: Config, description: DatasetDescription) -> tuple[Footprint, int]:
+    """Memory of a training with a GPU's attention, and the number of parameters: from two shallow models, for all blocks are alike."""
+    found = []
+    for depth in DEPTHS:
+        model = config.model.model_copy(update={"depth": depth})
+        with fused_attention():
+            step = BareStep(config.model_copy(update={"model": model}), description, EMOJI_T5, torch.device("cpu"))
+            found.append((*map(float, footprint(step)), count_parameters(step.model)["total"]))
+    first, second = found
+    state, fixed, slope, parameters = (a + (b - a) * (config.model.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]) for a, b in zip(first, second))
+    return Footprint(round(state), fixed, slope), round(parameters)
 
 
 def fits(tokens: list[int]) -> list[dict[str, Any]]:
     """The largest micro-batch, computed, of each model and number of tokens on each card; 0: the model itself is too large."""
-    rows = []
-    for name, (width, depth) in tqdm(MODELS.items(), desc="what fits", leave=False):
-        for count in tokens:
-            config, description = prepare({"width": width, "depth": depth, "tokens": count, "batch": 1})
-            made = _footprint(config, description, fused=True)
-            row = {"model": name, "tokens": count, "state_gib": round(made.state / 2**30, 2), "mib_an_image": round(made.slope / 2**20, 1)}
-            rows.append(row | {f"{card} GB": made.largest((card - CONTEXT_GIB) * 2**30) for card in CARDS})
-    return rows
+    cases = [(name, *MODELS[name], count) for name in MODELS for count in tokens]
+    with apart() as processes:
+        return list(tqdm(processes.map(fits_on_cards, *zip(*cases)), total=len(cases), desc="what fits", unit="case", leave=False))
+
+
+def fits_on_cards(name: str, width: int, depth: int, tokens: int) -> dict[str, Any]:
+    """One line of `fits`."""
+    made, _ = deep_footprint(*prepare({"width": width, "depth": depth, "tokens": tokens, "batch": 1}))
+    row = {"model": name, "tokens": tokens, "state_gib": round(made.state / 2**30, 2), "mib_an_image": round(made.slope / 2**20, 1)}
+    return row | {f"{card} GB": made.largest((card - CONTEXT_GIB) * 2**30) for card in CARDS}
+
+
+def apart() -> ProcessPoolExecutor:
+    """A process for each case, one after another: what one leaves behind in memory would add up over all."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
 
 
 def in_its_own_process(point: Point) -> dict[str, Any]:
@@ -138,15 +159,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (cost, memory) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    for axis, rows in result["axes"].items():
-        rows = sorted((row for row in rows if "seconds" in row), key=lambda row: row[axis])
+    for name, rows in result["axes"].items():
+        rows = sorted((row for row in rows if "seconds" in row), key=lambda row: row[name])
         cost.plot(
-            [row["tflop"] for row in rows], [row["seconds"] for row in rows], "o-", label=f"{axis} {', '.join(str(row[axis]) for row in rows)}", markersize=4
+            [row["tflop"] for row in rows], [row["seconds"] for row in rows], "o-", label=f"{name} {', '.join(str(row[name]) for row in rows)}", markersize=4
         )
-        memory.plot([row["computed_gib"] for row in rows], [row["measured_gib"] for row in rows], "o-", label=axis, markersize=4)
+        memory.plot([row["computed_gib"] for row in rows], [row["measured_gib"] for row in rows], "o-", label=name, markersize=4)
     ends = cost.get_xlim()
     cost.plot(ends, [end / result["ceiling_tflops"] for end in ends], "--", color="0.6", label=f"bare matrix products, {result['ceiling_tflops']:.3g} TFLOP/s")
     cost.set(xscale="log", yscale="log", xlabel="counted operations of a step, TFLOP", ylabel="seconds a step")
@@ -154,6 +175,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     memory.plot([min(both), max(both)], [min(both), max(both)], "--", color="0.6", label="equal")
     memory.set(xscale="log", yscale="log", xlabel="computed memory, GiB", ylabel="measured peak, GiB")
     for panel in (cost, memory):
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
         panel.legend(fontsize=8, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     base = result["base"]
@@ -189,12 +214,12 @@ def main() -> None:
         result["ceiling_tflops"] = max(v for k, v in matrix_ceilings("bf16", resolved, base["tokens"] * base["batch"], device).items() if k.startswith("bf16"))
         with tqdm(total=sum(map(len, axes.values())), unit="point", leave=False) as bar:
             result["axes"] = {axis: [_told(bar, base | {axis: value}) for value in values] for axis, values in axes.items()}
-    if not args.no_fits:
-        result["fits"] = fits([64, 256, 1024])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(args.out, json.dumps(result, indent=1) + "\n")
     if args.plot and "axes" in result:
         plot(result, args.plot)
+    if not args.no_fits:
+        result["fits"] = fits([64, 256, 1024])
+        write_text(args.out, json.dumps(result, indent=1) + "\n")
     print(json.dumps({"out": str(args.out), "plot": str(args.plot) if args.plot else None}))
 
 

@@ -103,7 +103,7 @@ def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
     assert all(row["mib_again"] < row["mib"] and row["24_again"] > row["24"] > 0 and row["80"] > row["24"] for row in rows)
     assert rows[1]["gflop"] > rows[0]["gflop"] and rows[1]["attention"] > rows[0]["attention"]
     words = ["--model.width", "64", "--model.depth", "5", "--model.heads", "1"]
-    with cost_table.fused_attention():
+    with importlib.import_module("scale").fused_attention():
         step = BareStep(resolve("stability", words), describe(True, max(cost_table.EMOJI_T5)), cost_table.EMOJI_T5, torch.device("cpu"))
         whole = footprint(step)
     assert rows[3]["mib"] == pytest.approx(whole.slope / 2**20, rel=1e-6) and rows[3]["state_gib"] == pytest.approx(whole.state / 2**30, rel=1e-6)

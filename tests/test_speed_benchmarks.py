@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def scale(script, monkeypatch):
     module = script("scale")
     monkeypatch.setattr(module, "MODELS", {"small": (64, 1), "larger": (64, 2)})
     monkeypatch.setattr(module.BareStep, "step_seconds", lambda self, images, accumulate, seconds: self.step(images, accumulate) or 1.0)
+    monkeypatch.setattr(module, "apart", lambda: ThreadPoolExecutor(1))  # what is patched here is not patched in a fresh process
     monkeypatch.setattr(module, "matrix_ceilings", lambda *rest: {"bf16 8x8x8": 2.0})
     return module
 
@@ -47,9 +49,11 @@ def test_what_fits(scale):
 
 def test_fused_attention_keeps_no_scores(scale):
     config, description = scale.prepare({"width": 64, "depth": 1, "tokens": 256, "batch": 1})
-    slope = lambda fused: scale._footprint(config, description, fused).slope
-    before = scale.model_module.attend
-    assert slope(True) < slope(False) and scale.model_module.attend is before
+    slope = lambda: scale.footprint(scale.BareStep(config, description, scale.EMOJI_T5, torch.device("cpu"))).slope
+    before, plain = scale.model_module.attend, slope()
+    with scale.fused_attention():
+        assert slope() < plain
+    assert scale.model_module.attend is before
 
 
 def test_the_whole_script_and_the_tables(scale, script, monkeypatch, tmp_path, capsys):
@@ -99,3 +103,14 @@ def test_the_page_is_up_to_date(script):
     table = script("speed_table")
     page = (ROOT / "docs" / "speed.md").read_text()
     assert table.fill(page, ROOT / "benchmarks" / "results") == page, "run python benchmarks/speed_table.py"
+
+
+def test_projection_grows_with_images_and_shrinks_with_the_machine(script, capsys):
+    projection = script("projection")
+    few, many = (projection.project(preset, 128, [0.2, 0.4]) for preset in ("stability", "full_scale"))
+    assert many["images"] == 10 * few["images"] and many["flop_per_image"] == few["flop_per_image"]
+    slow, fast = few["seconds"]["1 × H100"]
+    assert slow == 2 * fast and few["seconds"]["8 × H100"][0] == slow / 8
+    assert slow == few["images"] * few["flop_per_image"] / (989.4e12 * 0.2)
+    assert projection.main(["--shares", "0.4"]) == 0 and "| `full_scale` | 172.8M |" in capsys.readouterr().out
+    assert projection.main(["--shares", "2"]) == 2
