@@ -68,24 +68,27 @@ def decode(data: bytes, image_size: int) -> None:
         image.convert("RGB")
 
 
-def decode_share(pictures: list[bytes], count: int, image_size: int, started: Any) -> None:
-    started.wait()  # until every process is there: starting them is not decoding
+def decode_share(pictures: list[bytes], count: int, image_size: int, together: Any) -> None:
+    together.wait()  # until every process is there: starting them is not decoding
     for key in range(count):
         decode(pictures[key % len(pictures)], image_size)
+    together.wait()  # until every process is done: ending them is not decoding either
 
 
 def decoder_alone(pictures: list[bytes], count: int, image_size: int, cores: int) -> float:
     """Images a second of all cores."""
     context = multiprocessing.get_context("spawn")
-    started = context.Barrier(cores + 1)
-    workers = [context.Process(target=decode_share, args=(pictures, count // cores, image_size, started)) for _ in range(cores)]
+    together = context.Barrier(cores + 1, timeout=3600)  # a process that died is an error in the end, no wait for ever
+    workers = [context.Process(target=decode_share, args=(pictures, count // cores, image_size, together)) for _ in range(cores)]
     for worker in workers:
         worker.start()
-    started.wait()
+    together.wait()
     begun = time.perf_counter()
+    together.wait()
+    seconds = time.perf_counter() - begun
     for worker in workers:
         worker.join()
-    return count // cores * cores / (time.perf_counter() - begun)
+    return count // cores * cores / seconds
 
 
 def prepared(folder: Path, out: Path, image_size: int) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def prepared(folder: Path, out: Path, image_size: int) -> dict[str, Any]:
     words = ["prepare", str(folder), "--out", str(out), "--image-size", str(image_size), "--json"]
     done = subprocess.run([sys.executable, "-m", "flowt2i", *words], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"flowt2i prepare failed: {done.stderr.strip().splitlines()[-1]}")
+        last = (done.stderr.strip().splitlines() or ["killed: too little memory?"])[-1]
+        raise UserError(f"flowt2i prepare failed: {last}")
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report | {"wall_s": time.perf_counter() - begun}
 
@@ -111,6 +115,8 @@ def main(words: list[str] | None = None) -> None:
     if min(args.count, args.rounds) < 1 or args.side < 64 or args.image_size < 8:
         raise UserError("--count and --rounds are 1 or more, --side 64 or more, --image-size 8 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if args.count < cores:
+        raise UserError(f"--count is {cores} or more here: a picture for each core")
     pictures = files(args.side)
     alone, reports = [], []
     with tempfile.TemporaryDirectory(prefix="flowt2i-prepare-") as scratch:

@@ -15,6 +15,7 @@ what fits is computed.
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import subprocess
@@ -199,6 +200,8 @@ def main() -> None:
     if args.point:
         print(json.dumps(measure(json.loads(args.point))))
         return
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[dev]'")
     device = best_device()
     kind = "cuda" if device.type == "cuda" else "cpu"
     base, axes = json.loads(args.base) if args.base else BASE[kind], json.loads(args.axes) if args.axes else AXES[kind]
@@ -212,8 +215,11 @@ def main() -> None:
         config, description = prepare(base)
         resolved = config.model.resolve("vae", description.codec.shape)
         result["ceiling_tflops"] = max(v for k, v in matrix_ceilings("bf16", resolved, base["tokens"] * base["batch"], device).items() if k.startswith("bf16"))
+        result["axes"] = {}
         with tqdm(total=sum(map(len, axes.values())), unit="point", leave=False) as bar:
-            result["axes"] = {axis: [_told(bar, base | {axis: value}) for value in values] for axis, values in axes.items()}
+            for axis, values in axes.items():
+                result["axes"][axis] = [_told(bar, base | {axis: value}) for value in values]
+                write_text(args.out, json.dumps(result, indent=1) + "\n")
     write_text(args.out, json.dumps(result, indent=1) + "\n")
     if args.plot and "axes" in result:
         plot(result, args.plot)
