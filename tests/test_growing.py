@@ -75,7 +75,8 @@ def test_enlarged_patches_are_seen_and_drawn_as_before(old, new):
 
 def test_with_the_same_data_it_predicts_as_before(tiny_run, scenes_data, tmp_path):
     config, folder = begin(tiny_run, scenes_data, SHORT)
-    assert (config.flow.time_shift, config.sample.shift, config.preset) == (1, 5, "quickstart")
+    assert (config.flow.time_shift, config.sample.shift, config.preset) == (1, 3, "quickstart")
+    assert (config.sample.guidance_from, config.sample.guidance_until) == (0, 0.3)
     trainer = Trainer(config, scenes_data, tmp_path / "run", progress=False, init=folder)
     trainer.close()
     assert trainer.step == 0 and not trainer.optimizer.state()
@@ -92,7 +93,7 @@ def test_grown_trained_resumed_and_drawn(tiny_run, larger, tmp_path, capsys):
     assert main([*command, "--optim.lr", "1e-3"]) == 0
     told = json.loads((run / "config.json").read_text())
     assert told["origin"]["image_size"] == 64 and told["origin"]["step"] == 4 and told["origin"]["weights"] == "ema"
-    assert told["flow"]["time_shift"] == 2 and told["sample"]["shift"] == 10
+    assert told["flow"]["time_shift"] == 2 and told["sample"]["shift"] == 6
     assert "begins from" in capsys.readouterr().err
     before = DatasetDescription.load(start.find(model).folder)
     shutil.rmtree(model)
@@ -112,9 +113,11 @@ def test_grown_trained_resumed_and_drawn(tiny_run, larger, tmp_path, capsys):
 
 def test_a_model_shrinks_too(tiny_run, larger, scenes_data, tmp_path):
     config, folder = begin(tiny_run, larger, SHORT)
+    assert config.sample.guidance_until == pytest.approx(0.3 / (0.3 + 2 * 0.7)), "it moves with the solver's times"
     train(config, larger, tmp_path / "large", progress=False, init=folder)
     config, folder = begin(tmp_path / "large", scenes_data, SHORT)
-    assert config.flow.time_shift == 1 and config.sample.shift == 5 and config.origin is not None and config.origin.image_size == 128
+    assert config.sample.guidance_until == pytest.approx(0.3)
+    assert config.flow.time_shift == 1 and config.sample.shift == 3 and config.origin is not None and config.origin.image_size == 128
     small = Trainer(config, scenes_data, tmp_path / "small", progress=False, init=folder)
     small.close()
     saved = load_file(folder / "ema.safetensors")

@@ -86,7 +86,7 @@ def test_a_report_of_a_run(runs, scenes_data, tmp_path, capsys):
     assert {s["name"] for s in report["scores"]} >= {"scenes-prompts-12@64/all", "scenes-heldout-pairs-12@64/all"}
     assert all(s["protocol"] and "euler 2 steps, guidance 3" in s["protocol"] and "EMA weights" in s["protocol"] for s in report["scores"])
     assert [p["x"] for p in report["curves"]["evaluations"]] == [1, 2, 4, 8, 16, 50] and report["curves"]["n"] == 3
-    assert [p["evaluations"] for p in report["curves"]["evaluations"]] == [2, 4, 8, 16, 32, 100]  # guided: two passes a step
+    assert [p["evaluations"] for p in report["curves"]["evaluations"]] == [2, 4, 7, 13, 25, 79]  # guided, two passes a step, until t = 0.3
     assert [p["evaluations"] for p in report["curves"]["guidance"]][:2] == [2, 4]  # guidance 1 needs one pass
     assert [x for x, _ in report["training"]["validation"]] == [16, 32] and len(report["training"]["loss"]) == 4
     kinds = {name.partition(",")[0] for name in report["memorisation"]}
@@ -298,7 +298,7 @@ def test_the_curves_are_written_by_one_command(tmp_path, scenes_data, tiny):
     found = json.loads((tmp_path / "curves.json").read_text())
     (run,) = found["runs"]
     assert run["seed"] == 1 and [images for images, _ in run["validation"]] == [images for images, _ in run["score"]] == [16, 32] and len(run["loss"]) == 4
-    assert [(way["steps"], way["shift"]) for way in found["samples"]] == [(2, 5.0), (8, 5.0)] and found["samples_alike"] == "measured"
+    assert [(way["steps"], way["shift"]) for way in found["samples"]] == [(2, 3.0), (8, 5.0)] and found["samples_alike"] == "measured"
     assert found.keys() - {"samples_alike"} == on_track.load("quickstart").keys() - {"samples_alike"}
 
 

@@ -34,7 +34,7 @@ def script(monkeypatch):
 def few(script, monkeypatch):
     """Only some settings of each group, of few steps."""
     settings = script("sampling_settings")
-    first, second = settings.DEFAULT | {"steps": 1}, settings.DEFAULT | {"steps": 2}
+    first, second = settings.BASE | {"steps": 1}, settings.BASE | {"steps": 2}
     panels = lambda **more: {"a panel": {"one": [first, second], "other": [second | more]}}
     kinds = {"solvers": panels(solver="ab2"), "schedules": panels(shift=3.0)}
     guided = lambda guides: panels(guidance=1.0) | {"away from": {name: [second | {"guidance": 2.0, "guide": str(path)}] for name, path in guides.items()}}

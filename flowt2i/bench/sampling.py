@@ -12,7 +12,8 @@ from flowt2i.description import DatasetDescription
 from flowt2i.model import FlowTransformer
 from flowt2i.pipeline import Pipeline
 
-PLAIN: dict[str, Any] = {"steps": 50, "solver": "euler", "schedule": "uniform", "shift": 1.0}  # what most trainers draw with; guidance as the preset's
+# What most trainers draw with: guided at all times, at the preset's scale.
+PLAIN: dict[str, Any] = {"steps": 50, "solver": "euler", "schedule": "uniform", "shift": 1.0, "guidance_from": 0.0, "guidance_until": 1.0}
 
 
 class StandInPipeline(Pipeline):

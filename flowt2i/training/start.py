@@ -55,6 +55,8 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
     ratio = grow.time_shift(start.description.codec.shape, data.codec.shape)
     config.flow.time_shift *= ratio
     config.sample.shift = min(max(config.sample.shift * ratio, SHIFTS[0]), SHIFTS[1])
+    moved = lambda t: t / (t + ratio * (1 - t))  # as the solver's times move (`schedules.shift_times`): guided are the same steps
+    config.sample.guidance_from, config.sample.guidance_until = moved(config.sample.guidance_from), moved(config.sample.guidance_until)
     asked = dict(parse_overrides(words))
     if asked.get("train.lora", "0") != "0":
         config.optim.name = "adamw"  # adapters are thin: there is nothing for Muon to make orthogonal
