@@ -33,7 +33,7 @@ def encode(prompts: list[str], settings: dict[str, Any], folder: Path) -> tuple[
 
 
 def draw(prompts: list[str], noise: np.ndarray, folder: Path = HERE, steps: int = 0, guidance: float | None = None) -> np.ndarray:
-    """Pictures [B, H, W, 3] in [0, 1] from noise [B, C, H, W], in Euler steps with classifier-free guidance (2207.12598, eq. 6)."""
+    """Pictures [B, H, W, 3] in [0, 1] from noise [B, C, H, W], in Euler steps with classifier-free guidance (2207.12598, eq. 6) on an interval of times."""
     settings = json.loads((folder / "sampling.json").read_text())
     steps, scale = steps or settings["steps"], settings["guidance"] if guidance is None else guidance
     text, mask = encode([*prompts, *[""] * len(prompts)], settings, folder)
@@ -41,9 +41,12 @@ def draw(prompts: list[str], noise: np.ndarray, folder: Path = HERE, steps: int 
     even = np.linspace(0, 1, steps + 1, dtype=np.float32)
     times = even / (even + settings["shift"] * (1 - even))
     z = noise.astype(np.float32)
+    first, last = settings["guidance_interval"]
     for t, after in zip(times[:-1], times[1:]):
-        both = {"z": np.concatenate([z, z]), "t": np.full(2 * len(z), t, np.float32), "text": text, "mask": mask}
-        wanted, unwanted = np.split(net.run(None, both)[0], 2)
+        guided = first <= round(float(t), 6) < last
+        both = np.concatenate([z, z]) if guided else z
+        velocity = net.run(None, {"z": both, "t": np.full(len(both), t, np.float32), "text": text[: len(both)], "mask": mask[: len(both)]})[0]
+        wanted, unwanted = np.split(velocity, 2) if guided else (velocity, velocity)
         z = z + (after - t) * (unwanted + scale * (wanted - unwanted))
     mean, std = (np.array(settings[name], np.float32).reshape(1, -1, 1, 1) for name in ("latent_mean", "latent_std"))
     return (np.clip(z * std + mean, -1, 1).transpose(0, 2, 3, 1) + 1) / 2
