@@ -100,8 +100,9 @@ def main() -> None:
     # The times at the large size are the same for both arms: a growing model is given them, the other one is told.
     from flowt2i.config import resolve
 
-    drawn = resolve(args.config, [*RECIPE, *words]).sample.shift
-    large = ["--flow.time_shift", str(shift), "--sample.shift", str(drawn * shift), *evaluated]
+    drawn = resolve(args.config, [*RECIPE, *words]).sample
+    until = drawn.guidance_until / (drawn.guidance_until + shift * (1 - drawn.guidance_until))  # as `--init` moves it
+    large = ["--flow.time_shift", str(shift), "--sample.shift", str(drawn.shift * shift), "--sample.guidance_until", str(until), *evaluated]
     train(small, args.small, [*common, "--train.minutes", str(args.minutes * args.share)])
     offset = seconds_by_step(small)[-1][1]
     train(grown, args.large, ["--init", str(small), *common, *large, "--train.minutes", str(args.minutes * (1 - args.share))])

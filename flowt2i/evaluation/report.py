@@ -165,7 +165,7 @@ def _curves(report: Report) -> str:
     if not shown:
         return ""
     note = f"{found['measure']}, of {found['n']} prompts at each point, the same prompts and noise throughout; bands are 95% intervals."
-    cost_note = " A step takes one pass of the net with Euler and guidance 1, two passes with other guidance; Heun takes twice as many."
+    cost_note = " A step takes one pass of the net with Euler and guidance 1, two where it is guided; Heun takes twice as many."
     return page.section("What sampling costs and gains", page.paragraph(note[0].upper() + note[1:] + cost_note), page.charts(shown))
 
 

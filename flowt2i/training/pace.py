@@ -12,12 +12,15 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from flowt2i.config import Config, SampleConfig
 from flowt2i.description import DatasetDescription
 from flowt2i.human import duration
-from flowt2i.solvers import EVALUATIONS
+from flowt2i.schedules import make_times
+from flowt2i.solvers import SOLVERS
 from flowt2i.training.distributed import World
 
 FREE = 60.0  # seconds of evaluations that are not held against the share
@@ -92,6 +95,14 @@ def passes(config: Config, description: DatasetDescription) -> int:
 
 
 def of_a_picture(sample: SampleConfig, steps: int) -> int:
-    """Passes of the network that a picture takes."""
-    evaluations = EVALUATIONS.get(sample.solver, EVALUATIONS["rk4"])  # dopri5, which chooses its steps: as rk4
-    return evaluations(steps) * (2 if sample.guidance != 1 else 1)
+    """Passes of the network that a picture takes: its solver follows a single number, with two passes a velocity where that is guided."""
+    solver = {"dopri5": "rk4", "sde": "euler"}.get(sample.solver, sample.solver)  # the one chooses its steps, the other draws noise
+    passes: list[int] = []
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        guided = sample.guidance != 1 and sample.guidance_from <= round(float(t), 6) < sample.guidance_until  # as `guidance.on_interval`
+        passes.append(2 if guided else 1)
+        return torch.zeros_like(z)
+
+    SOLVERS[solver](velocity, torch.zeros(1, 1, 1, 1), make_times(sample.schedule, steps, sample.shift))
+    return sum(passes)
