@@ -59,11 +59,7 @@ class Optimizer:
             torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
         ]
         if matrices:
-            self.parts.append(
-                torch.optim.Muon(
-                    matrices, lr=config.muon_lr, momentum=0.95, weight_decay=config.weight_decay, ns_steps=config.muon_steps, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+            self.parts.append(torch.optim.Muon(matrices, lr=config.muon_lr, momentum=0.95, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.maximum = [config.lr, config.muon_lr]
 
     def step(self, factor: float) -> None:

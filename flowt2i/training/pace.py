@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from flowt2i.config import Config, SampleConfig
 from flowt2i.description import DatasetDescription
+from flowt2i.guidance import on_interval
 from flowt2i.human import duration
 from flowt2i.schedules import make_times
-from flowt2i.solvers import SOLVERS
+from flowt2i.solvers import SOLVERS, Velocity
 from flowt2i.training.distributed import World
 
 FREE = 60.0  # seconds of evaluations that are not held against the share
@@ -99,10 +99,9 @@ def of_a_picture(sample: SampleConfig, steps: int) -> int:
     solver = {"dopri5": "rk4", "sde": "euler"}.get(sample.solver, sample.solver)  # the one chooses its steps, the other draws noise
     passes: list[int] = []
 
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
-        guided = sample.guidance != 1 and sample.guidance_from <= round(float(t), 6) < sample.guidance_until  # as `guidance.on_interval`
-        passes.append(2 if guided else 1)
-        return torch.zeros_like(z)
+    def counting(each: int) -> Velocity:
+        return lambda z, t: passes.append(each) or torch.zeros_like(z)  # type: ignore[func-returns-value]
 
+    velocity = on_interval(counting(2), counting(1), sample.guidance_from, sample.guidance_until) if sample.guidance != 1 else counting(1)
     SOLVERS[solver](velocity, torch.zeros(1, 1, 1, 1), make_times(sample.schedule, steps, sample.shift))
     return sum(passes)
