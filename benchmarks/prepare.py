@@ -117,6 +117,8 @@ def main(words: list[str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if args.count < cores:
         raise UserError(f"--count is {cores} or more here: a picture for each core")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # before the measuring, not after it
     pictures = files(args.side)
     alone, reports = [], []
     with tempfile.TemporaryDirectory(prefix="flowt2i-prepare-") as scratch:

@@ -202,6 +202,7 @@ def main() -> None:
         return
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[dev]'")
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # before the measuring, not after it
     device = best_device()
     kind = "cuda" if device.type == "cuda" else "cpu"
     base, axes = json.loads(args.base) if args.base else BASE[kind], json.loads(args.axes) if args.axes else AXES[kind]

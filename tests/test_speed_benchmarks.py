@@ -118,8 +118,8 @@ def test_projection_grows_with_images_and_shrinks_with_the_machine(script, capsy
 
 def test_preparation_beside_the_decoder(script, tmp_path, capsys):
     prepare = script("prepare")
-    assert prepare.main(["--count", "60", "--side", "96", "--image-size", "32", "--rounds", "1", "--out", str(tmp_path / "prepare.json")]) == 0
-    found = json.loads((tmp_path / "prepare.json").read_text())
+    assert prepare.main(["--count", "60", "--side", "96", "--image-size", "32", "--rounds", "1", "--out", str(tmp_path / "new" / "prepare.json")]) == 0
+    found = json.loads((tmp_path / "new" / "prepare.json").read_text())
     assert found == json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["decoder_images_per_s"] > 0 and found["of_decoder"] == pytest.approx(found["prepare_images_per_s"] / found["decoder_images_per_s"], abs=1e-3)
     assert prepare.main(["--count", "0"]) == 2
