@@ -10,7 +10,8 @@ the time (`--share`, 0.5) at the small size, then goes on at the large one (`tra
 the large size, learning rates end at zero in each stage, and the normalisation is each one's own. Evaluations at the large size (validation loss of the
 averaged weights; kernel distance against held-out pictures, where EfficientNet-lite0 is installed) are told by seconds spent in steps since the arm began,
 the small stage counted in. Writes OUT/growing.json and OUT/growing.png, and prints how much sooner the grown arm is as good as the other one at its best.
-A second call goes on where the first was stopped.
+A second call goes on where the first was stopped. On a machine of several cores or GPUs the arms can run beside each other, on equal parts of it: call it with
+`--only grown` and `--only scratch` at once, and then without.
 """
 
 import argparse
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="training time of an arm (default 60)")
     parser.add_argument("--share", type=float, default=0.5, help="of it at the small size, for the grown arm (default 0.5)")
     parser.add_argument("--every", type=int, default=100, help="steps between evaluations (default 100)")
+    parser.add_argument("--only", choices=("grown", "scratch"), help="train this arm and compare nothing")
     parser.add_argument("--config", default="quickstart")
     args, words = parser.parse_known_args()
 
@@ -103,11 +105,16 @@ def main() -> None:
     drawn = resolve(args.config, [*RECIPE, *words]).sample
     until = drawn.guidance_until / (drawn.guidance_until + shift * (1 - drawn.guidance_until))  # as `--init` moves it
     large = ["--flow.time_shift", str(shift), "--sample.shift", str(drawn.shift * shift), "--sample.guidance_until", str(until), *evaluated]
-    train(small, args.small, [*common, "--train.minutes", str(args.minutes * args.share)])
-    offset = seconds_by_step(small)[-1][1]
-    train(grown, args.large, ["--init", str(small), *common, *large, "--train.minutes", str(args.minutes * (1 - args.share))])
-    train(scratch, args.large, [*common, *large, "--train.minutes", str(args.minutes)])
+    if args.only != "scratch":
+        train(small, args.small, [*common, "--train.minutes", str(args.minutes * args.share)])
+        train(grown, args.large, ["--init", str(small), *common, *large, "--train.minutes", str(args.minutes * (1 - args.share))])
+    if args.only != "grown":
+        train(scratch, args.large, [*common, *large, "--train.minutes", str(args.minutes)])
+    if args.only:
+        print(f"trained: {args.only}. The same command without --only compares, when both arms are there")
+        return
 
+    offset = seconds_by_step(small)[-1][1]
     curves = {f"grown from {shapes[0][1]}": curve(grown, offset), "from scratch": curve(scratch, 0.0)}
     ours, theirs = curves.values()
     savings = {}

@@ -1,0 +1,95 @@
+"""The benchmark of subjects in styles that were not seen with them: its parts by themselves, and the whole on a tiny model."""
+
+import colorsys
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowt2i.evaluation.nets import has_efficientnet
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def combinations(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("combinations")
+
+
+def test_subject_and_style_part_at_the_last_comma(combinations):
+    assert combinations.parted("family: woman, boy, boy, twitter emoji style") == ("family: woman, boy, boy", "twitter emoji style")
+
+
+def test_the_classifier_parts_what_a_line_parts(combinations):
+    torch.manual_seed(0)
+    labels = torch.arange(90) % 3
+    x = torch.randn(90, 8, dtype=torch.float64) / 10 + torch.eye(3, 8, dtype=torch.float64)[labels]
+    weight, bias = combinations.classifier(x, labels, 3)
+    assert ((x @ weight + bias).argmax(1) == labels).all() and weight.shape == (8, 3) and bias.shape == (3,)
+    # the least of a convex function: the gradient of the penalised loss is nil there
+    weight.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(x @ weight + bias, labels) + combinations.RIDGE * weight.square().sum()
+    assert torch.autograd.grad(loss, weight)[0].abs().max() < 1e-4
+
+
+def test_a_picture_is_looked_for_among_those_of_its_style_only(combinations):
+    pictures = torch.eye(4, dtype=torch.float64)
+    queries = torch.tensor([[1.0, 0, 3, 0], [1.0, 2, 0, 0], [0, 0, 0.1, 0], [5.0, 0, 0, 1]], dtype=torch.float64)
+    assert combinations.found_first(queries, pictures, [0, 1, 2, 3], ["a", "a", "b", "b"]) == [True, True, True, True]
+    assert combinations.found_first(queries, pictures, [0, 1, 2, 3], ["a", "a", "a", "a"]) == [False, True, True, False]
+
+
+def test_blur_keeps_the_mean_and_takes_the_edges(combinations):
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    image[:, :, 32:] = 200
+    soft = combinations.blurred(image)
+    assert soft.shape == image.shape and abs(float(soft.mean()) - 100) < 1 and np.abs(np.diff(soft[0, 32, :, 0].astype(int))).max() < 60
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A dataset of 48 subjects in two styles: a disc of some colour and place, whole or a ring."""
+    from PIL import Image, ImageDraw
+
+    from flowt2i.data.options import PrepareOptions
+    from flowt2i.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("pairs")
+    for subject in range(48):
+        colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(subject / 48, 0.8, 0.9))
+        x, y = 12 + 5 * (subject % 6), 12 + 5 * (subject // 8)
+        for style in ("whole", "ring"):
+            image = Image.new("RGB", (64, 64), "white")
+            ImageDraw.Draw(image).ellipse((x - 10, y - 10, x + 10, y + 10), fill=colour if style == "whole" else None, outline=colour, width=3)
+            image.save(folder / f"{subject}-{style}.png")
+            (folder / f"{subject}-{style}.txt").write_text(f"disc, number {subject}, {style} style")
+    out = tmp_path_factory.mktemp("data") / "pairs"
+    prepare(PrepareOptions(sources=[str(folder)], out=out, heldout=0.45, workers=1), progress=False)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_efficientnet(), reason="EfficientNet-lite0 is not installed")
+def test_the_whole_on_a_tiny_model(combinations, trained, pairs, tmp_path, capsys):
+    run = trained(pairs, "--train.steps", "4")
+    words = ["--model", str(run), "--data", str(pairs), "--name", "t", "--no-copies", "--results", str(tmp_path)]
+    combinations.main(words)
+    told = json.loads((tmp_path / "combinations-t.json").read_text())
+    assert told["n"] >= 32 and told["frechet"]["drawn"] > told["frechet"]["floor"] > 0 and "heldout captions" in told["protocol"]
+    # real pictures can be told by their style; these drawings, noise after four steps, by nothing
+    assert told["style"]["real"]["accuracy"] > 0.9 and told["subject"]["real, blurred"]["accuracy"] > 2 * told["subject"]["drawn"]["accuracy"]
+    assert (tmp_path / "combinations-t.png").exists() and "subject found first" in (tmp_path / "combinations-t.md").read_text()
+    assert "kernel distance" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not has_efficientnet(), reason="EfficientNet-lite0 is not installed")
+def test_what_cannot_be_measured_is_one_line(combinations, tiny_run, scenes_data, pairs, tmp_path, one_line):
+    told = importlib.import_module("ending").told(combinations.main)
+    ask = lambda data, *more: told(["--model", str(tiny_run), "--data", str(data), "--results", str(tmp_path), *more])
+    assert ask(scenes_data) == 2 and "100 at least (--heldout)" in one_line()
+    assert ask(scenes_data, "--no-copies") == 2 and "a few styles" in one_line()
+    assert ask(pairs) == 2 and "was trained on" in one_line()
