@@ -21,6 +21,7 @@ from demoing import OTHERS, Served, join, serving, write_model
 from playwright import sync_api
 
 from flowt2i.demo import Library, drawing
+from flowt2i.description import Bucket
 from flowt2i.errors import UserError
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -287,3 +288,32 @@ def test_a_phone_in_light_and_dark(browser: Any, served: Served, scheme: str, tm
     page.wait_for_selector("#go")
     page.wait_for_function(f"{dark} === {json.dumps(scheme == 'light')}")  # the choice is remembered
     visitor.close()
+
+
+def test_a_shape_is_chosen_drawn_and_used_again(browser: Any, tmp_path: Path) -> None:
+    buckets = tuple(Bucket(width=w, height=h, train=n, heldout=0) for w, h, n in ((24, 40, 1), (32, 32, 5), (40, 24, 2)))
+    library = Library([write_model(tmp_path / "square"), write_model(tmp_path / "wide", buckets=buckets)], device="cpu")
+    sizes = "images => images.map(image => [image.naturalWidth, image.naturalHeight])"
+    with serving(library) as served:
+        visitor = Visitor(browser, served)
+        page, shape = visitor.page, visitor.page.locator("#shape input")
+        assert not shape.is_visible()  # a model of one shape has nothing to choose
+        choose(page, "model", "wide")
+        shape.wait_for(state="visible")
+        assert shape.input_value() == "32x32"
+        choose(page, "shape", "40x24")
+        visitor.set("num", 2)
+        visitor.draw()
+        assert page.locator("#drawn img").evaluate_all(sizes) == [[40, 24]] * 2
+        choose(page, "shape", "24x40")
+        visitor.draw()
+        assert page.locator("#drawn img").evaluate_all(sizes) == [[24, 40]] * 2
+        page.locator("#gallery .cells figure").last.get_by_text("Use", exact=True).click()  # of the first drawing
+        page.wait_for_function("document.querySelector('#shape input').value === '40x24'")
+        visitor.close()
+
+
+def choose(page: Any, name: str, value: str) -> None:
+    """Take `value` from a list."""
+    page.click(f"#{name} input")
+    page.get_by_role("option", name=value, exact=True).click()
