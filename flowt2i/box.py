@@ -5,6 +5,7 @@
 What a model's manifest says of its files is proved when it is loaded, as of every exported model; listing the models reads no weights.
 """
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def hidden_by(path: Path) -> str:
     """What to add where a path that is no model bears the name of a packaged one; "" elsewhere."""
     hidden = str(path) == path.name and any(folder.name == path.name for folder in folders())
     return f" (it hides the packaged model {path.name!r}: rename it, or work elsewhere)" if hidden else ""
+
+
+def nearly(path: Path) -> str:
+    """What to add where a bare name is no model but nearly the name of a packaged one; "" elsewhere."""
+    close = difflib.get_close_matches(str(path), [folder.name for folder in folders()], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def default() -> Path | None:

@@ -215,6 +215,11 @@ def test_without_any_model_it_is_said_what_to_do(boxed, one_line, capsys):
     assert main(["models"]) == 0 and "no model came with this installation" in capsys.readouterr().out
 
 
+def test_a_name_that_is_nearly_one_is_told(boxed, one_line):
+    assert main(["generate", "a red circle", "--model", "scens"]) == 2 and "no model at scens (did you mean 'scenes'?): give" in one_line()
+    assert main(["generate", "a red circle", "--model", "faces"]) == 2 and "did you mean" not in one_line()
+
+
 # ---- damaged ----------------------------------------------------------------------------------------------------------
 
 

@@ -211,7 +211,8 @@ def find(path: Path) -> Path:
     """The checkpoint or model folder meant by a path: itself, or the newest good one of a run. UserError otherwise."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no model at {path}: give a run folder, a checkpoint, an exported model or the name of a packaged one (see `flowt2i models`)")
+        ways = "give a run folder, a checkpoint, an exported model or the name of a packaged one (see `flowt2i models`)"
+        raise UserError(f"no model at {path}{box.nearly(path)}: {ways}")
     if path.is_file():
         raise UserError(f"{path} is a file: give a run folder, a checkpoint or an exported model (pickled .pt files are never loaded)")
     format = exported.format_of(path)
