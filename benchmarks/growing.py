@@ -60,7 +60,8 @@ def reached(points: list[dict[str, Any]], name: str, goal: float) -> float | Non
     return next((point["seconds"] for point in points if name in point and point[name] <= goal), None)
 
 
-def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw(curves: dict[str, list[dict[str, Any]]], small: float, path: Path) -> None:
+    """A panel for each measure; a line where the small stage, of `small` seconds, ends."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,6 +74,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for arm, points in curves.items():
             errors = [point.get("kid_error", 0.0) if name == "kid" else 0.0 for point in points]
             axis.errorbar([point["seconds"] / 60 for point in points], [point[name] for point in points], errors, marker="o", ms=3, capsize=2, label=arm)
+        axis.axvline(small / 60, color="0.5", ls="--", lw=1, label="the small stage ends")
         axis.set(xlabel="minutes of training", ylabel=label, yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend()
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/growing"))
     parser.add_argument("--minutes", type=float, default=60, help="training time of an arm (default 60)")
     parser.add_argument("--share", type=float, default=0.5, help="of it at the small size, for the grown arm (default 0.5)")
-    parser.add_argument("--every", type=int, default=100, help="steps between evaluations (default 100)")
+    parser.add_argument("--every", type=int, default=50, help="steps between evaluations, which do not count as training time (default 50)")
     parser.add_argument("--only", choices=("grown", "scratch"), help="train this arm and compare nothing")
     parser.add_argument("--config", default="quickstart")
     args, words = parser.parse_known_args()
@@ -98,7 +100,7 @@ def main() -> None:
     shift = time_shift(*shapes)
     common = ["--config", args.config, *RECIPE, *words]
     small, grown, scratch = (args.out / name for name in ("small", "grown", "scratch"))
-    evaluated = ["--train.eval_every", str(args.every)]
+    evaluated = ["--train.eval_every", str(args.every), "--train.eval_share", "1"]
     # The times at the large size are the same for both arms: a growing model is given them, the other one is told.
     from flowt2i.config import resolve
 
@@ -128,11 +130,12 @@ def main() -> None:
         "large": shapes[1],
         "minutes": args.minutes,
         "share": args.share,
+        "small_seconds": round(offset, 1),
         "curves": curves,
         "saving": savings,
     }
     (args.out / "growing.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(curves, args.out / "growing.png")
+    draw(curves, offset, args.out / "growing.png")
     for name, found in savings.items():
         sooner = f"at {found['grown_seconds'] / found['scratch_seconds']:.0%} of the time" if found["grown_seconds"] else "not within its time"
         end = f"from scratch {found['scratch_best']:.4g} after {found['scratch_seconds'] / 60:.1f} min"

@@ -11,7 +11,7 @@
 3. WORK/final/NAME       with scores and samples of seeds 0 to 15; NAME.md under benchmarks/notes/ ends the card (`--notes` names another file)
 4. flowt2i/models/NAME   the same, put in place whole or not at all
 
-Nothing is put in place where all packaged models together would be larger than the limit, or where a file names a folder of this machine.
+Nothing is put in place where the weights of all packaged models together would be larger than the limit, or where a file names a folder of this machine.
 """
 
 import argparse
@@ -54,12 +54,12 @@ def measure(model: Path, work: Path, num: int, metrics: tuple[str, ...], data: P
 
 
 def check_size(folder: Path, target: Path) -> None:
-    """UserError where the packaged models would be larger than the limit with this one in the place of `target`."""
-    others = sum(total_bytes(other) for other in target.parent.glob("[!._]*/") if other.name != target.name)
-    together = others + total_bytes(folder)
+    """UserError where the weights of the packaged models would be larger than the limit with this one in the place of `target`."""
+    others = sum(box.weight_bytes(other) for other in target.parent.glob("[!._]*/") if other.name != target.name)
+    together = others + box.weight_bytes(folder)
     if together > box.LIMIT:
         raise UserError(
-            f"{target.name} makes the packaged models {together / 1e6:.1f} MB together, and {box.LIMIT / 1e6:.0f} MB is the limit: train a smaller one"
+            f"{target.name} makes the packaged weights {together / 1e6:.1f} MB together, and {box.LIMIT / 1e6:.0f} MB is the limit: train a smaller one"
         )
 
 

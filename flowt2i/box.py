@@ -15,7 +15,7 @@ from flowt2i.score import Score
 
 BOX = Path(__file__).with_name("models")
 FIRST = "scenes"  # taken before the others where none is named
-LIMIT = 25_000_000  # bytes of all together: what everyone downloads with the package
+LIMIT = 25_000_000  # bytes of the weights of all together: nearly all of what everyone downloads with the package
 AGAIN = "install flowt2i again (in a checkout: git checkout flowt2i/models)"
 
 
@@ -53,6 +53,11 @@ def hidden_by(path: Path) -> str:
     """What to add where a path that is no model bears the name of a packaged one; "" elsewhere."""
     hidden = str(path) == path.name and any(folder.name == path.name for folder in folders())
     return f" (it hides the packaged model {path.name!r}: rename it, or work elsewhere)" if hidden else ""
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of a model's weights."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def nearly(path: Path) -> str:

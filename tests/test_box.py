@@ -67,7 +67,7 @@ def boxed(packed, tmp_path, monkeypatch):
 
 def test_a_model_of_scenes_comes_with_the_package_and_all_are_small_enough():
     assert PACKAGED[:1] and box.default() == box.BOX / "scenes"
-    assert sum(checkpoint.total_bytes(folder) for folder in box.folders()) <= box.LIMIT
+    assert sum(map(box.weight_bytes, box.folders())) <= box.LIMIT
 
 
 @pytest.mark.parametrize("name", PACKAGED)
