@@ -105,6 +105,11 @@ def main(words: list[str] | None = None) -> None:
     with apart() as processes:
         rows = list(tqdm(processes.map(compute, cases), total=len(cases), desc="counting", unit="case", leave=False))
     said = (
+        "# What sizes cost, and what fits\n\n"
+        "64, 256 and 1,024 image tokens are pictures of 64, 128 and 256 pixels, with patches of 8 pixels or with a VAE of factor 8. Look up the model and the "
+        "tokens, and take for `--train.micro_batch` a quarter less than the second table says: no line of it was tried on a card, and peaks measured on a CPU "
+        "lie up to 29% over what is computed, most at 1,024 tokens ([speed.md](speed.md), where both paths are measured, with checkpointing and without). A "
+        "VAE or a text encoder on the same card is not counted.\n\n"
         "Computed, not measured: `python benchmarks/cost_table.py --out docs/cost.md`. Preset `stability`, bf16, AdamW, average kept, blocks not compiled, "
         "captions as long as those of the emoji data. An image costs its forward and backward pass; checkpointing (`--train.checkpoint_activations true`) adds "
         "about a third of the operations, which is not counted. MiB an image is what autograd keeps; the second table is the largest micro-batch when a tenth "

@@ -2,7 +2,8 @@
 """How the cost of a training step grows with width, depth, image tokens and batch: seconds and memory, beside the counted operations.
 
     python benchmarks/scale.py --out benchmarks/results/scale-cpu.json --plot docs/images/scale-cpu.png
-    python benchmarks/scale.py --fits-only --out benchmarks/results/scale-fits.json
+    python benchmarks/scale.py --paths --out benchmarks/results/scale-paths-cpu.json       # 64, 256 and 1,024 tokens of latents and of pixels, with and without
+    python benchmarks/scale.py --fits-only --out benchmarks/results/scale-fits.json        # activation checkpointing
 
 One quantity is varied at a time round a base model; every point is a process of its own, so that its peak of memory is its own, and the base is
 measured anew on each axis: how far these differ is the noise. Latents of 4 channels with patches of 1, features of a frozen encoder for captions as long as
@@ -37,18 +38,19 @@ from flowt2i.bench.step import FEATURES, BareStep, describe
 from flowt2i.bench.timing import device_name, machine
 from flowt2i.config import Config, resolve
 from flowt2i.data.finish import write_text
-from flowt2i.description import DatasetDescription
+from flowt2i.description import CodecSpec, DatasetDescription
 from flowt2i.flops import training_flop
 from flowt2i.memory import is_out_of_memory
 from flowt2i.model import count_parameters
 from flowt2i.training.distributed import best_device, peak_memory
 
-Point = dict[str, int]  # width, depth, tokens, batch
+Point = dict[str, int]  # width, depth, tokens, batch; pixels: patches of 8 pixels instead of cells of a latent; checkpointing: of activations
 BASE: dict[str, Point] = {"cpu": {"width": 384, "depth": 6, "tokens": 64, "batch": 16}, "cuda": {"width": 768, "depth": 12, "tokens": 64, "batch": 96}}
 AXES: dict[str, dict[str, list[int]]] = {
     "cpu": {"width": [192, 384, 768], "depth": [3, 6, 12], "tokens": [64, 256, 1024], "batch": [4, 16, 64]},
     "cuda": {"width": [384, 768, 1152, 1536], "depth": [6, 12, 24], "tokens": [64, 256, 1024], "batch": [24, 96, 192, 384]},
 }
+PATHS = {"cpu": {"width": 384, "depth": 6, "batch": 4}, "cuda": {"width": 768, "depth": 12, "batch": 24}}
 MODELS = {"seed size": (768, 12), "24 x 1024": (1024, 24), "28 x 1152": (1152, 28)}  # of the table of what fits
 CARDS = (8, 12, 24, 80)  # GB
 CONTEXT_GIB = 0.6  # what CUDA itself takes of a card
@@ -58,9 +60,13 @@ DEPTHS = (2, 3)  # that are looked at for what fits: deep models would need the 
 def prepare(point: Point) -> tuple[Config, DatasetDescription]:
     side = round(point["tokens"] ** 0.5)
     words = ["--model.width", point["width"], "--model.depth", point["depth"], "--model.heads", max(1, point["width"] // 64)]
+    words += ["--train.checkpoint_activations", bool(point.get("checkpointing"))]
     config = resolve("stability", list(map(str, words)))
     description = describe(True, max(EMOJI_T5))
     codec = description.codec.model_copy(update={"shape": (4, side, side)})
+    if point.get("pixels"):
+        codec = CodecSpec(kind="pixels", image_size=8 * side, shape=(3, 8 * side, 8 * side))
+        description = description.model_copy(update={"latent_mean": (0.0,) * 3, "latent_std": (1.0,) * 3})
     return config, description.model_copy(update={"codec": codec})
 
 
@@ -193,6 +199,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to draw them")
     parser.add_argument("--base", help="another base model, as JSON: width, depth, tokens, batch")
     parser.add_argument("--axes", help="other points, as JSON: {quantity: [values]}")
+    parser.add_argument("--paths", action="store_true", help="measure both paths, with and without checkpointing, and nothing else")
     parser.add_argument("--fits-only", action="store_true", help="only compute the table of what fits")
     parser.add_argument("--no-fits", action="store_true", help="leave that table out")
     parser.add_argument("--point", help=argparse.SUPPRESS)
@@ -212,7 +219,11 @@ def main() -> None:
         "base": base,
         "command": " ".join(["python", "benchmarks/scale.py", *sys.argv[1:]]),
     }
-    if not args.fits_only:
+    if args.paths:
+        cases = [PATHS[kind] | {"tokens": n, "pixels": p, "checkpointing": c} for n in (64, 256, 1024) for p in (0, 1) for c in (0, 1)]
+        with tqdm(total=len(cases), unit="point", leave=False) as bar:
+            result = {name: value for name, value in result.items() if name != "base"} | {"paths": [_told(bar, case) for case in cases]}
+    elif not args.fits_only:
         config, description = prepare(base)
         resolved = config.model.resolve("vae", description.codec.shape)
         result["ceiling_tflops"] = max(v for k, v in matrix_ceilings("bf16", resolved, base["tokens"] * base["batch"], device).items() if k.startswith("bf16"))
@@ -224,7 +235,7 @@ def main() -> None:
     write_text(args.out, json.dumps(result, indent=1) + "\n")
     if args.plot and "axes" in result:
         plot(result, args.plot)
-    if not args.no_fits:
+    if not args.no_fits and not args.paths:
         result["fits"] = fits([64, 256, 1024])
         write_text(args.out, json.dumps(result, indent=1) + "\n")
     print(json.dumps({"out": str(args.out), "plot": str(args.plot) if args.plot else None}))

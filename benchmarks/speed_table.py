@@ -99,9 +99,22 @@ def fits(results: Results) -> str:
     return table(["model", "image tokens", "weights, gradients, AdamW, EMA", "an image", *(f"{card} (computed)" for card in cards)], lines)
 
 
+def paths(results: Results) -> str:
+    rows = []
+    for r in results:
+        found = {(p["tokens"], p["pixels"], p["checkpointing"]): p for p in r.get("paths", []) if "seconds" in p}
+        for (tokens, pixels, checkpointing), p in found.items():
+            plain = found.get((tokens, pixels, 0), p)
+            model = f"{p['depth']} × {p['width']}, {'pixels' if pixels else 'latents'}, batch {p['batch']}"
+            memory = [f"{p['measured_gib']:.2f} GiB", f"{p['computed_gib']:.2f} GiB"]
+            how = f"checkpointing: {p['seconds'] / plain['seconds']:.2f} × the seconds" if checkpointing else ""
+            rows.append([where(r), model, tokens, how, f"{p['tflop']:.3g}", f"{p['seconds']:.3g} s", *memory])
+    return table(["machine", "model", "image tokens", "", "TFLOP a step", "a step", "peak, measured", "computed"], rows) if rows else ""
+
+
 TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "training": ("bench", training), "step": ("bench", step), "sampling": ("bench", sampling), "peers": ("bench", peers), "scale": ("scale", scale),
-    "fits": ("scale", fits),
+    "paths": ("scale", paths), "fits": ("scale", fits),
 }  # fmt: skip
 
 

@@ -89,6 +89,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"flowt2i {args.command}: stopped", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        from flowt2i.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        what = str(error).splitlines()[0][:200] if str(error) else "main memory"
+        print(f"flowt2i {args.command}: error: out of memory ({what}): ask for less at a time (fewer or smaller pictures), or free some", file=sys.stderr)
+        return 2
 
 
 def run(words: Sequence[str] | None = None) -> NoReturn:

@@ -67,7 +67,10 @@ class ModelConfig(_Section):
         pixels = codec_kind == "pixels"
         patch = self.patch or (8 if pixels else 1)
         if shape[1] % patch or shape[2] % patch:
-            raise UserError(f"model.patch {patch} does not divide the {shape[1]}x{shape[2]} latents: choose a divisor")
+            divisor = max(d for d in range(1, patch + 1) if shape[1] % d == shape[2] % d == 0)
+            whole = "x".join(str(max(1, round(side / patch)) * patch) for side in shape[:0:-1])
+            what = "pictures" if pixels else "latents"
+            raise UserError(f"model.patch {patch} does not divide the {shape[2]}x{shape[1]} {what}: choose {divisor}, or prepare data that give {whole} {what}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise UserError(f"model.heads {self.heads} must divide model.width {self.width} into heads of even width")
         if self.width % 4 or (self.positions == "rope" and (self.width // self.heads) % 4):

@@ -164,7 +164,8 @@ class Pipeline:
         UserError where it cannot be made, naming the nearest that can.
         """
         if type(width) is not int or type(height) is not int:
-            raise UserError(f"width {width} and height {height}: give both, in pixels, or neither")
+            given = " and ".join(f"{name} {value}" for name, value in (("width", width), ("height", height)) if value is not None)
+            raise UserError(f"{given}: give width and height, both in whole pixels, or neither")
         shapes.require(width, height, self.description.codec.factor * self.model.patch, f"a picture of {width}x{height} pixels", "this model makes")
         if max(width, height) > LARGEST_SIDE:
             raise UserError(f"a picture of {width}x{height} pixels is too large: {LARGEST_SIDE} a side at most")

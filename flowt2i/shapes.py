@@ -40,7 +40,7 @@ def derived(image_size: int, unit: int, max_aspect: float) -> list[Shape]:
     """Buckets round the square of this side, in order: sides are multiples of a step, the longer at most `max_aspect` times the shorter.
 
     The step is `unit`, what codec and patch can make, or the next multiple of it above a sixteenth of the square's side. For each shorter side there is one
-    longer one, that of the area nearest to the square's. UserError where the unit does not divide the square's own side.
+    longer one, that of the area nearest to the square's. UserError where the unit does not divide the square's own side, or makes nothing but it.
     """
     if image_size % unit:
         near = nearest_multiple(image_size, unit)
@@ -51,6 +51,11 @@ def derived(image_size: int, unit: int, max_aspect: float) -> list[Shape]:
         long = nearest_multiple(image_size**2 / short, step)
         if image_size <= long <= max_aspect * short and _fits(short * long, image_size):
             found |= {(long, short), (short, long)}
+    if len(found) == 1:
+        raise UserError(
+            f"--buckets auto: sides that are multiples of {step} make no shape but the square near {image_size} pixels: take a larger --image-size, "
+            "or leave --buckets out"
+        )
     return sorted(found)
 
 

@@ -235,8 +235,8 @@ def test_a_model_draws_in_its_shapes_and_others(model):
         ((4, 4), "such as 8x8"),
         ((0, 64), "such as 8x64"),
         ((8192, 64), "4096 a side at most"),
-        ((64, None), "give both"),
-        ((64.0, 64), "give both"),
+        ((64, None), "^width 64: give width and height, both"),
+        ((64.0, 64), "both in whole pixels"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(model, size, told):

@@ -340,3 +340,16 @@ def test_half_a_copy_in_the_hub_cache_is_not_used(vae, tmp_path):
     (repo / "refs" / "main").write_text("a" * 40)
     (snapshot / "config.json").write_bytes((vae / "config.json").read_bytes())
     one_line(run_offline(NEEDS["vae"][0], tmp_path, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE", "pass the folder")
+
+
+def test_a_batch_is_decoded_so_many_pixels_at_a_time(vae):
+    codec = load_codec(str(vae), 64)
+    latents = torch.randn(5, *codec.spec.shape, generator=torch.Generator().manual_seed(0))
+    whole, calls = codec.decode(latents), []
+    hook = codec.net.decoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    codec.pixels_at_once = 2 * 64 * 64 + 1
+    parted = codec.decode(latents)
+    codec.pixels_at_once = 1  # a picture at least
+    assert len(codec.decode(latents[:2])) == 2
+    hook.remove()
+    assert calls == [2, 2, 1, 1, 1] and torch.allclose(parted, whole, atol=1e-5)

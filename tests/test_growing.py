@@ -191,6 +191,7 @@ def test_adapters_alone_are_trained_and_load_anywhere(tiny_run, scenes_data, tmp
     "words, told",
     [
         (["--model.width", "128"], "has model.width 64, not 128: leave out --model.width"),
+        (["--image-size", "0"], "is too small for a picture"),
         (["--image-size", "128"], "was prepared at 64 pixels: run `flowt2i prepare SOURCE --image-size 128 --like"),
         (["--resume", "elsewhere"], "--init and --resume PATH both say what to begin from"),
         (["--model.patch", "5"], "model.patch 5 does not divide"),
@@ -201,6 +202,12 @@ def test_what_does_not_fit_is_told_in_one_line(words, told, tiny_run, scenes_dat
     assert main(["train", "--init", str(tiny_run), "--data", str(scenes_data), "--out", str(tmp_path / "run"), *SHORT, *words]) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert told in err[-1] and len([line for line in err if "error" in line]) == 1
+
+
+def test_data_that_a_models_patch_cannot_make_are_not_prepared(tiny_run, tmp_path, capsys):
+    words = ["prepare", "scenes", "--count", "4", "--like", str(tiny_run), "--image-size", "100", "--out", str(tmp_path / "data")]
+    assert main(words) == 2 and "its sides are multiples of 8; take 96" in capsys.readouterr().err
+    assert not (tmp_path / "data" / "train").exists()
 
 
 def test_another_tokenizer_is_refused_with_the_way_out(tiny_run, tmp_path, capsys):
@@ -284,3 +291,17 @@ def test_the_benchmark_tells_what_growing_saves(tiny, scenes_data, larger, tmp_p
     assert len(grown) >= 3 and len(scratch) >= 3 and grown[0]["seconds"] > scratch[0]["seconds"] > 0 and told["saving"]["loss"]["scratch_best"] > 0
     assert (tmp_path / "growing.png").exists() and "loss: from scratch" in capsys.readouterr().out
     assert load_config(tmp_path / "grown" / "config.json").flow == load_config(tmp_path / "scratch" / "config.json").flow
+
+
+@pytest.mark.slow
+def test_a_model_grows_twice_and_draws_at_every_size_it_came_from(grown, tmp_path):
+    data = tmp_path / "scenes256"
+    prepare(PrepareOptions.of(sources=["scenes"], out=data, count=16, seed=6, heldout=0.2, workers=1, like=str(grown), image_size=256), progress=False)
+    config, folder = begin(grown, data, SHORT)
+    assert config.flow.time_shift == pytest.approx(2 * load_config(grown / "config.json").flow.time_shift)
+    train(config, data, tmp_path / "run", progress=False, init=folder)
+    pipeline = Pipeline.from_pretrained(tmp_path / "run", device="cpu")
+    for side in (256, 128, 64):
+        images = pipeline.sample("a red circle", steps=1, width=side, height=side).images
+        assert images.shape == (1, side, side, 3) and images.std() > 1
+    assert pipeline.sample("a red circle", steps=1).images.shape == (1, 256, 256, 3)

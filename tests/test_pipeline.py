@@ -202,3 +202,13 @@ def test_wilson_interval():
 def test_training_losses_are_recorded_in_full_precision(run):
     line = json.loads((run / "log.jsonl").read_text().splitlines()[0])
     assert torch.tensor(line["loss"], dtype=torch.float32).item() == line["loss"]
+
+
+def test_running_out_of_memory_while_drawing_is_one_line(run, monkeypatch, capsys):
+    def full(*rest, **more):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 805306368 bytes\nat")
+
+    monkeypatch.setattr(Pipeline, "sample", full)
+    assert main(["generate", "a red circle", "--model", str(run), "--out", "never.png"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert "out of memory ([enforce fail" in told[-1] and "fewer or smaller pictures" in told[-1] and sum("error" in line for line in told) == 1

@@ -264,3 +264,18 @@ def test_mistakes_are_told_in_one_line(source, tmp_path, words, told, one_line):
 def test_scenes_are_squares(tmp_path, one_line):
     assert main(["prepare", "scenes", "--count", "50", "--out", str(tmp_path / "d"), "--buckets"]) == 2
     assert "scenes are squares" in one_line()
+
+
+def test_where_only_the_square_can_be_made_it_is_said():
+    with pytest.raises(UserError, match="no shape but the square near 64 pixels: take a larger --image-size"):
+        shapes.derived(64, 32, 3.0)
+    assert len(shapes.derived(128, 32, 3.0)) == 3
+
+
+def test_a_patch_that_does_not_divide_names_one_that_does_and_a_size():
+    from flowt2i.config import ModelConfig
+
+    with pytest.raises(UserError, match="model.patch 8 does not divide the 100x60 pictures: choose 5, or prepare data that give 96x64 pictures"):
+        ModelConfig().resolve("pixels", (3, 60, 100))
+    with pytest.raises(UserError, match="model.patch 3 does not divide the 8x8 latents: choose 2, or prepare data that give 9x9 latents"):
+        ModelConfig(patch=3).resolve("vae", (4, 8, 8))

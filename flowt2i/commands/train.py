@@ -121,6 +121,8 @@ def _require_size(size: int, data: Path, init: str | None) -> None:
     from flowt2i.description import DatasetDescription
 
     have = DatasetDescription.load(data).codec.image_size
+    if size < 8:
+        raise UserError(f"--image-size {size} is too small for a picture: {data} has {have} pixels")
     if have != size:
         like = f" --like {init}" if init else ""
         raise UserError(f"--image-size {size}: {data} was prepared at {have} pixels: run `flowt2i prepare SOURCE --image-size {size}{like} --out DIR` first")

@@ -154,6 +154,11 @@ def buckets_of(options: PrepareOptions, codec: CodecSpec) -> tuple[Shape, ...]:
     """The shapes that pictures may have, as `--buckets` asks for them. UserError where it asks for what cannot be."""
     from flowt2i.data.like import patch_of
 
+    patch = patch_of(options.like) if options.like else 0
+    unit = codec.factor * (patch or 1)
+    if options.image_size % unit:
+        near = shapes.nearest_multiple(options.image_size, unit)
+        raise UserError(f"--image-size {options.image_size} cannot be made by {options.like}: its sides are multiples of {unit}; take {near}")
     if not options.buckets:
         if options.bucket_step:
             raise UserError("--bucket-step says how to derive buckets: add --buckets auto, or leave it out")
@@ -162,8 +167,6 @@ def buckets_of(options: PrepareOptions, codec: CodecSpec) -> tuple[Shape, ...]:
         raise UserError("the built-in scenes are squares: leave --buckets out")
     if options.bucket_step and options.buckets != "auto":
         raise UserError("--buckets lists the shapes, and --bucket-step says how to derive them: leave one of them out")
-    patch = patch_of(options.like) if options.like else 0
-    unit = codec.factor * (patch or 1)
     if options.bucket_step % unit:
         near = shapes.nearest_multiple(options.bucket_step, unit)
         raise UserError(f"--bucket-step {options.bucket_step} is not a multiple of {unit}, which codec and patch make: take {near}")
