@@ -9,7 +9,8 @@ Two arms of `--minutes` each, one after the other on the whole machine: `scratch
 the time (`--share`, 0.5) at the small size, then goes on at the large one (`train --init`). Model, batch, optimizer, times and way of drawing are the same at
 the large size, learning rates end at zero in each stage, and the normalisation is each one's own. Evaluations at the large size (validation loss of the
 averaged weights; kernel distance against held-out pictures, where EfficientNet-lite0 is installed) are told by seconds spent in steps since the arm began,
-the small stage counted in. Writes OUT/growing.json and OUT/growing.png, and prints how much sooner the grown arm is as good as the other one at its best.
+the small stage counted in. Writes OUT/growing.json and OUT/growing.png, and prints at what share of the time, and of the operations by formula, the grown
+arm is as good as the other one at its best.
 A second call goes on where the first was stopped. On a machine of several cores or GPUs the arms can run beside each other, on equal parts of it: call it with
 `--only grown` and `--only scratch` at once, and then without.
 """
@@ -24,6 +25,7 @@ import ending
 import learning_runs
 import machine
 
+from flowt2i.config import load_config
 from flowt2i.training.distributed import best_device
 
 RECIPE = ["--data.batch_size", "64", "--flow.logit_mean", "-0.8", "--flow.floor", "0.2", "--train.ema", "0.998", "--sample.steps", "16"]
@@ -44,20 +46,27 @@ def seconds_by_step(run: Path) -> list[tuple[int, float]]:
     return found
 
 
-def curve(run: Path, offset: float) -> list[dict[str, Any]]:
-    """The evaluations of a run: seconds since its arm began, step, validation loss, kernel distance and its error (where it was measured)."""
-    times = seconds_by_step(run)
+def flops_of(run: Path, data: Path) -> float:
+    """Operations of an image's forward and backward pass in a run, by formula."""
+    return learning_runs.training_flops(load_config(run / "config.json"), data)
+
+
+def curve(run: Path, data: Path, seconds: float = 0.0, pflop: float = 0.0) -> list[dict[str, Any]]:
+    """The evaluations of a run: seconds and 10^15 operations since its arm began (those before the run are given), step, images of this run, validation
+    loss, kernel distance and its error (where it was measured)."""
+    times, each = seconds_by_step(run), flops_of(run, data)
     points = []
     for line in map(json.loads, (run / "eval.jsonl").read_text().splitlines()):
-        spent = max(seconds for step, seconds in times if step <= line["step"])
+        spent = max(until for step, until in times if step <= line["step"])
         loss = line.get("validation_ema", line["validation"])["loss"]
-        points.append({"seconds": round(offset + spent, 1), "step": line["step"], "loss": loss} | {k: line[k] for k in ("kid", "kid_error") if k in line})
+        cost = {"seconds": round(seconds + spent, 1), "pflop": round(pflop + each * line["images_seen"] / 1e15, 3)}
+        points.append(cost | {"step": line["step"], "images": line["images_seen"], "loss": loss} | {k: line[k] for k in ("kid", "kid_error") if k in line})
     return points
 
 
-def reached(points: list[dict[str, Any]], name: str, goal: float) -> float | None:
-    """When a falling curve first stands at the goal or under it, seconds."""
-    return next((point["seconds"] for point in points if name in point and point[name] <= goal), None)
+def reached(points: list[dict[str, Any]], name: str, goal: float) -> dict[str, Any] | None:
+    """Where a falling curve first stands at the goal or under it."""
+    return next((point for point in points if name in point and point[name] <= goal), None)
 
 
 def draw(curves: dict[str, list[dict[str, Any]]], small: float, path: Path) -> None:
@@ -116,29 +125,31 @@ def main() -> None:
         print(f"trained: {args.only}. The same command without --only compares, when both arms are there")
         return
 
-    offset = seconds_by_step(small)[-1][1]
-    curves = {f"grown from {shapes[0][1]}": curve(grown, offset), "from scratch": curve(scratch, 0.0)}
+    last, offset = seconds_by_step(small)[-1]
+    small_pflop = last * load_config(small / "config.json").data.batch_size * flops_of(small, args.small) / 1e15
+    curves = {f"grown from {shapes[0][1]}": curve(grown, args.large, offset, small_pflop), "from scratch": curve(scratch, args.large)}
     ours, theirs = curves.values()
     savings = {}
     for name in ("loss", "kid"):
         if name in theirs[-1]:
             best = min(theirs, key=lambda point: point[name])
-            soon = reached(ours, name, best[name])
-            savings[name] = {"scratch_best": best[name], "scratch_seconds": best["seconds"], "grown_best": min(p[name] for p in ours), "grown_seconds": soon}
+            savings[name] = {"scratch": best, "grown": reached(ours, name, best[name]), "grown_best": min(p[name] for p in ours)}
     result = machine.facts(best_device()) | {
         "small": shapes[0],
         "large": shapes[1],
         "minutes": args.minutes,
         "share": args.share,
         "small_seconds": round(offset, 1),
+        "small_pflop": round(small_pflop, 3),
         "curves": curves,
         "saving": savings,
     }
     (args.out / "growing.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(curves, offset, args.out / "growing.png")
     for name, found in savings.items():
-        sooner = f"at {found['grown_seconds'] / found['scratch_seconds']:.0%} of the time" if found["grown_seconds"] else "not within its time"
-        end = f"from scratch {found['scratch_best']:.4g} after {found['scratch_seconds'] / 60:.1f} min"
+        one, other = found["scratch"], found["grown"]
+        sooner = f"at {other['seconds'] / one['seconds']:.0%} of the time, {other['pflop'] / one['pflop']:.0%} of the operations" if other else "not reached"
+        end = f"from scratch {one[name]:.4g} after {one['seconds'] / 60:.1f} min, {one['pflop']:.3g} PFLOP"
         print(f"{name}: {end}; grown is as good {sooner}, and its best is {found['grown_best']:.4g}")
 
 

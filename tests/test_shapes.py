@@ -275,7 +275,7 @@ def test_where_only_the_square_can_be_made_it_is_said():
 def test_a_patch_that_does_not_divide_names_one_that_does_and_a_size():
     from flowt2i.config import ModelConfig
 
-    with pytest.raises(UserError, match="model.patch 8 does not divide the 100x60 pictures: choose 5, or prepare data that give 96x64 pictures"):
+    with pytest.raises(UserError, match=r"model\.patch 8 does not divide the 100x60 pictures: choose 5, or prepare data that give 96x64 pictures"):
         ModelConfig().resolve("pixels", (3, 60, 100))
-    with pytest.raises(UserError, match="model.patch 3 does not divide the 8x8 latents: choose 2, or prepare data that give 9x9 latents"):
+    with pytest.raises(UserError, match=r"model\.patch 3 does not divide the 8x8 latents: choose 2, or prepare data that give 9x9 latents"):
         ModelConfig(patch=3).resolve("vae", (4, 8, 8))
