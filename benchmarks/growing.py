@@ -46,6 +46,14 @@ def seconds_by_step(run: Path) -> list[tuple[int, float]]:
     return found
 
 
+def seconds_at(step: int, times: list[tuple[int, float]]) -> float:
+    """Seconds spent until a step; the few after the last line of the log took as long as those before it."""
+    (before, earlier), (until, spent) = times[-2:]
+    if step > until:
+        return spent + (step - until) * (spent - earlier) / (until - before)
+    return max(spent for other, spent in times if other <= step)
+
+
 def flops_of(run: Path, data: Path) -> float:
     """Operations of an image's forward and backward pass in a run, by formula."""
     return learning_runs.training_flops(load_config(run / "config.json"), data)
@@ -57,9 +65,9 @@ def curve(run: Path, data: Path, seconds: float = 0.0, pflop: float = 0.0) -> li
     times, each = seconds_by_step(run), flops_of(run, data)
     points = []
     for line in map(json.loads, (run / "eval.jsonl").read_text().splitlines()):
-        spent = max(until for step, until in times if step <= line["step"])
+        spent = seconds_at(line["step"], times)
         loss = line.get("validation_ema", line["validation"])["loss"]
-        cost = {"seconds": round(seconds + spent, 1), "pflop": round(pflop + each * line["images_seen"] / 1e15, 3)}
+        cost = {"seconds": round(seconds + spent, 2), "pflop": float(f"{pflop + each * line['images_seen'] / 1e15:.4g}")}
         points.append(cost | {"step": line["step"], "images": line["images_seen"], "loss": loss} | {k: line[k] for k in ("kid", "kid_error") if k in line})
     return points
 
@@ -97,7 +105,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/growing"))
     parser.add_argument("--minutes", type=float, default=60, help="training time of an arm (default 60)")
     parser.add_argument("--share", type=float, default=0.5, help="of it at the small size, for the grown arm (default 0.5)")
-    parser.add_argument("--every", type=int, default=50, help="steps between evaluations, which do not count as training time (default 50)")
+    every = "steps between evaluations, which may take a twentieth of the time: one that would take more is put off (default 50)"
+    parser.add_argument("--every", type=int, default=50, help=every)
     parser.add_argument("--only", choices=("grown", "scratch"), help="train this arm and compare nothing")
     parser.add_argument("--config", default="quickstart")
     args, words = parser.parse_known_args()
@@ -109,7 +118,7 @@ def main() -> None:
     shift = time_shift(*shapes)
     common = ["--config", args.config, *RECIPE, *words]
     small, grown, scratch = (args.out / name for name in ("small", "grown", "scratch"))
-    evaluated = ["--train.eval_every", str(args.every), "--train.eval_share", "1"]
+    evaluated = ["--train.eval_every", str(args.every)]
     # The times at the large size are the same for both arms: a growing model is given them, the other one is told.
     from flowt2i.config import resolve
 
@@ -125,8 +134,8 @@ def main() -> None:
         print(f"trained: {args.only}. The same command without --only compares, when both arms are there")
         return
 
-    last, offset = seconds_by_step(small)[-1]
-    small_pflop = last * load_config(small / "config.json").data.batch_size * flops_of(small, args.small) / 1e15
+    end = json.loads((small / "eval.jsonl").read_text().splitlines()[-1])  # of the small stage: its last evaluation is after its last step
+    offset, small_pflop = seconds_at(end["step"], seconds_by_step(small)), end["images_seen"] * flops_of(small, args.small) / 1e15
     curves = {f"grown from {shapes[0][1]}": curve(grown, args.large, offset, small_pflop), "from scratch": curve(scratch, args.large)}
     ours, theirs = curves.values()
     savings = {}
@@ -140,7 +149,7 @@ def main() -> None:
         "minutes": args.minutes,
         "share": args.share,
         "small_seconds": round(offset, 1),
-        "small_pflop": round(small_pflop, 3),
+        "small_pflop": float(f"{small_pflop:.4g}"),
         "curves": curves,
         "saving": savings,
     }

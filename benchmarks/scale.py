@@ -2,8 +2,8 @@
 """How the cost of a training step grows with width, depth, image tokens and batch: seconds and memory, beside the counted operations.
 
     python benchmarks/scale.py --out benchmarks/results/scale-cpu.json --plot docs/images/scale-cpu.png
-    python benchmarks/scale.py --paths --out benchmarks/results/scale-paths-cpu.json       # 64, 256 and 1,024 tokens of latents and of pixels, with and without
-    python benchmarks/scale.py --fits-only --out benchmarks/results/scale-fits.json        # activation checkpointing
+    python benchmarks/scale.py --paths --out benchmarks/results/scale-paths-cpu.json       # latents and pixels, with and without checkpointing
+    python benchmarks/scale.py --fits-only --out benchmarks/results/scale-fits.json
 
 One quantity is varied at a time round a base model; every point is a process of its own, so that its peak of memory is its own, and the base is
 measured anew on each axis: how far these differ is the noise. Latents of 4 channels with patches of 1, features of a frozen encoder for captions as long as

@@ -104,10 +104,10 @@ def paths(results: Results) -> str:
     for r in results:
         found = {(p["tokens"], p["pixels"], p["checkpointing"]): p for p in r.get("paths", []) if "seconds" in p}
         for (tokens, pixels, checkpointing), p in found.items():
-            plain = found.get((tokens, pixels, 0), p)
+            plain = found.get((tokens, pixels, 0))
             model = f"{p['depth']} × {p['width']}, {'pixels' if pixels else 'latents'}, batch {p['batch']}"
             memory = [f"{p['measured_gib']:.2f} GiB", f"{p['computed_gib']:.2f} GiB"]
-            how = f"checkpointing: {p['seconds'] / plain['seconds']:.2f} × the seconds" if checkpointing else ""
+            how = "checkpointing" * checkpointing + (f": {p['seconds'] / plain['seconds']:.2f} × the seconds" if checkpointing and plain else "")
             rows.append([where(r), model, tokens, how, f"{p['tflop']:.3g}", f"{p['seconds']:.3g} s", *memory])
     return table(["machine", "model", "image tokens", "", "TFLOP a step", "a step", "peak, measured", "computed"], rows) if rows else ""
 

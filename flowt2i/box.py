@@ -62,7 +62,7 @@ def weight_bytes(folder: Path) -> int:
 
 def nearly(path: Path) -> str:
     """What to add where a bare name is no model but nearly the name of a packaged one; "" elsewhere."""
-    close = difflib.get_close_matches(str(path), [folder.name for folder in folders()], n=1)
+    close = difflib.get_close_matches(str(path), [folder.name for folder in folders()], n=1) if str(path) == path.name else []
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -90,12 +90,12 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"flowt2i {args.command}: stopped", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
-        from flowt2i.memory import is_out_of_memory
+        from flowt2i.memory import is_out_of_memory, told
 
         if not is_out_of_memory(error):
             raise
-        what = str(error).splitlines()[0][:200] if str(error) else "main memory"
-        print(f"flowt2i {args.command}: error: out of memory ({what}): ask for less at a time (fewer or smaller pictures), or free some", file=sys.stderr)
+        what = f"out of memory ({told(error)})"
+        print(f"flowt2i {args.command}: error: {what}: ask for less at a time (smaller pictures, fewer of them), or free some", file=sys.stderr)
         return 2
 
 

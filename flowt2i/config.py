@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from flowt2i import shapes
 from flowt2i.errors import UserError, nearest
 from flowt2i.schedules import check_schedule
 
@@ -68,9 +69,10 @@ class ModelConfig(_Section):
         patch = self.patch or (8 if pixels else 1)
         if shape[1] % patch or shape[2] % patch:
             divisor = max(d for d in range(1, patch + 1) if shape[1] % d == shape[2] % d == 0)
-            whole = "x".join(str(max(1, round(side / patch)) * patch) for side in shape[:0:-1])
-            what = "pictures" if pixels else "latents"
-            raise UserError(f"model.patch {patch} does not divide the {shape[2]}x{shape[1]} {what}: choose {divisor}, or prepare data that give {whole} {what}")
+            choose = f"choose {divisor}, or " if 2 * divisor >= patch else ""  # a smaller one would cost many times as much
+            near = lambda side: shapes.nearest_multiple(side, patch)
+            whole, what = shapes.name((near(shape[2]), near(shape[1]))), "pictures" if pixels else "latents"
+            raise UserError(f"model.patch {patch} does not divide the {shape[2]}x{shape[1]} {what}: {choose}prepare data that give {whole} {what}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise UserError(f"model.heads {self.heads} must divide model.width {self.width} into heads of even width")
         if self.width % 4 or (self.positions == "rope" and (self.width // self.heads) % 4):

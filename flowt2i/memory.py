@@ -9,3 +9,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     signs = ("out of memory", "not enough memory", "t allocate memory", "cannot allocate", "bad_alloc", "alloc_failed")
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def told(error: BaseException) -> str:
+    """The first line of what an allocator said."""
+    return str(error).splitlines()[0][:200] if str(error) else "main memory"

@@ -53,8 +53,8 @@ def derived(image_size: int, unit: int, max_aspect: float) -> list[Shape]:
             found |= {(long, short), (short, long)}
     if len(found) == 1:
         raise UserError(
-            f"--buckets auto: sides that are multiples of {step} make no shape but the square near {image_size} pixels: take a larger --image-size, "
-            "or leave --buckets out"
+            f"--buckets auto: sides that are multiples of {step}, the longer one at most {max_aspect:g} times the shorter, make no shape but the square of "
+            f"{image_size}: take a larger --image-size or --max-aspect, or leave --buckets out"
         )
     return sorted(found)
 

@@ -217,7 +217,8 @@ def test_without_any_model_it_is_said_what_to_do(boxed, one_line, capsys):
 
 def test_a_name_that_is_nearly_one_is_told(boxed, one_line):
     assert main(["generate", "a red circle", "--model", "scens"]) == 2 and "no model at scens (did you mean 'scenes'?): give" in one_line()
-    assert main(["generate", "a red circle", "--model", "faces"]) == 2 and "did you mean" not in one_line()
+    for other in ("faces", "runs/scenes"):
+        assert main(["generate", "a red circle", "--model", other]) == 2 and "did you mean" not in one_line()
 
 
 # ---- damaged ----------------------------------------------------------------------------------------------------------
@@ -419,8 +420,11 @@ def test_data_of_another_codec_or_size_are_one_line(data, words, told, misfits, 
     assert main(command) == 2 and told in one_line() and not (tmp_path / "run").exists()
 
 
-def test_a_size_that_the_patches_do_not_divide_is_one_line(own_pictures, tiny_run, tmp_path, one_line):
-    prepare(PrepareOptions.of(sources=[str(own_pictures)], out=tmp_path / "60", like=str(tiny_run), image_size=60, workers=1), progress=False)
+def test_a_size_that_the_patches_do_not_divide_is_one_line(own_pictures, tiny_run, scenes_data, tmp_path, one_line):
+    of = lambda like: PrepareOptions.of(sources=[str(own_pictures)], out=tmp_path / "60", like=str(like), image_size=60, workers=1)
+    with pytest.raises(UserError, match="multiples of 8; take 64, or give its data for --like"):
+        prepare(of(tiny_run), progress=False)
+    prepare(of(scenes_data), progress=False)
     assert main(["train", "--init", str(tiny_run), "--data", str(tmp_path / "60"), "--out", str(tmp_path / "run")]) == 2
     assert "60" in one_line() and not (tmp_path / "run").exists()
 

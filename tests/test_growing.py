@@ -282,7 +282,7 @@ def test_the_benchmark_tells_what_growing_saves(tiny, scenes_data, larger, tmp_p
     words = [word for pair in zip(tiny[::2], tiny[1::2]) if pair[0] not in small for word in pair]
     words += ["--train.eval_images", "4", "--train.score_prompts", "0", "--sample.steps", "1", "--sample.images", "1", "--train.dry_run", "false"]
     asked = ["--small", str(scenes_data), "--large", str(larger), "--out", str(tmp_path), "--minutes", "0.02", "--every", "10"]
-    for arm in (["--only", "scratch"], []):  # an arm by itself, and then what is left
+    for arm in (["--only", "scratch"], ["--only", "grown"], []):  # an arm by itself, and then what is left
         monkeypatch.setattr("sys.argv", ["growing.py", *asked, *arm, *words])
         growing.main()
         assert (tmp_path / "growing.json").exists() == (not arm)

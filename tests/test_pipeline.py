@@ -211,4 +211,4 @@ def test_running_out_of_memory_while_drawing_is_one_line(run, monkeypatch, capsy
     monkeypatch.setattr(Pipeline, "sample", full)
     assert main(["generate", "a red circle", "--model", str(run), "--out", "never.png"]) == 2
     told = capsys.readouterr().err.strip().splitlines()
-    assert "out of memory ([enforce fail" in told[-1] and "fewer or smaller pictures" in told[-1] and sum("error" in line for line in told) == 1
+    assert "out of memory ([enforce fail" in told[-1] and "ask for less at a time" in told[-1] and sum("error" in line for line in told) == 1

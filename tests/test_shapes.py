@@ -267,7 +267,7 @@ def test_scenes_are_squares(tmp_path, one_line):
 
 
 def test_where_only_the_square_can_be_made_it_is_said():
-    with pytest.raises(UserError, match="no shape but the square near 64 pixels: take a larger --image-size"):
+    with pytest.raises(UserError, match="no shape but the square of 64: take a larger --image-size or --max-aspect"):
         shapes.derived(64, 32, 3.0)
     assert len(shapes.derived(128, 32, 3.0)) == 3
 

@@ -10,7 +10,7 @@ from typing import Any
 from flowt2i.commands.common import add_json, add_moved, add_size, configuration, only_dataset
 from flowt2i.config import PRESETS, Config, describe_fields
 from flowt2i.errors import INTERRUPTED, UserError, first_of_node, told_elsewhere
-from flowt2i.memory import is_out_of_memory
+from flowt2i.memory import is_out_of_memory, told
 
 
 def add(commands: Any) -> None:
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, MemoryError) as error:  # later than the start, where the micro-batch is fitted
         if not is_out_of_memory(error):
             raise
-        what = str(error).splitlines()[0] if str(error) else "main memory"
-        raise UserError(f"out of memory ({what}): free some, or run again with --resume latest and a smaller --train.micro_batch") from error
+        raise UserError(f"out of memory ({told(error)}): free some, or run again with --resume latest and a smaller --train.micro_batch") from error
     if not main_rank:
         return 0
     if args.json:

@@ -158,7 +158,8 @@ def buckets_of(options: PrepareOptions, codec: CodecSpec) -> tuple[Shape, ...]:
     unit = codec.factor * (patch or 1)
     if options.image_size % unit:
         near = shapes.nearest_multiple(options.image_size, unit)
-        raise UserError(f"--image-size {options.image_size} cannot be made by {options.like}: its sides are multiples of {unit}; take {near}")
+        ways = f"its sides are multiples of {unit}; take {near}, or give its data for --like"
+        raise UserError(f"--image-size {options.image_size} cannot be made by {options.like}: {ways}")
     if not options.buckets:
         if options.bucket_step:
             raise UserError("--bucket-step says how to derive buckets: add --buckets auto, or leave it out")
