@@ -108,4 +108,4 @@ def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
         whole = footprint(step)
     assert rows[3]["mib"] == pytest.approx(whole.slope / 2**20, rel=1e-6) and rows[3]["state_gib"] == pytest.approx(whole.state / 2**30, rel=1e-6)
     told = (tmp_path / "cost.md").read_text()
-    assert told.startswith("Computed, not measured") and "| 5 × 64 " in told and told.count("\n|") == 12
+    assert told.startswith("# What sizes cost") and "Computed, not measured" in told and "| 5 × 64 " in told and told.count("\n|") == 12
