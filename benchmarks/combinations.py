@@ -45,16 +45,17 @@ from flowt2i.evaluation.pictures import features as features_of
 from flowt2i.evaluation.reference import real_images, same_data, spread
 from flowt2i.grid import grid
 from flowt2i.pipeline import Pipeline, save_png
-from flowt2i.training import start
+from flowt2i.training import checkpoint, start
 from flowt2i.training.distributed import World
 
+Caption = tuple[str, str]  # subject and style
 SHOWN = 24  # held-out captions in the picture
 BLUR = 2.0  # pixels at 64, of the blurred yardstick
 LEAST = 32  # pictures to compare
 RIDGE = 1e-2  # of the classifier's weights, chosen before any model was looked at
 
 
-def parted(caption: str) -> tuple[str, str]:
+def parted(caption: str) -> Caption:
     """Subject and style: what is before and behind the last comma."""
     subject, _, style = caption.rpartition(", ")
     return subject, style
@@ -90,6 +91,32 @@ def blurred(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius))) for image in images])
 
 
+def styles_seen(known: Tensor, shown: list[Caption], pictures: dict[str, Tensor], asked: list[Caption]) -> dict[str, Any]:
+    """How often the classifier, trained on features known [n, d] of pictures under captions `shown`, sees the asked style in each set of pictures [m, d]."""
+    index = {style: k for k, style in enumerate(sorted({style for _, style in shown}))}
+    labels = lambda captions: torch.tensor([index[style] for _, style in captions])
+    mean, width = known.mean(0), known.std(0).clamp_min(1e-6)
+    scaled = lambda x: (x - mean) / width / x.shape[1] ** 0.5
+    weight, bias = classifier(scaled(known), labels(shown), len(index))
+    hits = {name: (scaled(x) @ weight + bias).argmax(1) == labels(asked) for name, x in pictures.items()}
+    return {name: tally(int(hit.sum()), len(hit)) for name, hit in hits.items()}
+
+
+def subjects_found(known: Tensor, shown: list[Caption], drawn: Tensor, real: Tensor, soft: Tensor, asked: list[Caption]) -> dict[str, Any]:
+    """How often the real picture [m, d] of a caption is the nearest of its style: to the drawn one, to yardsticks in its place (`soft`: blurred), by chance."""
+    groups, mean = [style for _, style in asked], known.mean(0)
+    first = lambda x, of: tally(sum(found_first(x - mean, real - mean, of, groups)), len(of))
+    elsewhere = {subject: row for row, (subject, _) in enumerate(shown)}  # in another style: no caption is in both parts
+    everywhere, also = list(range(len(asked))), [k for k, (subject, _) in enumerate(asked) if subject in elsewhere]
+    return {
+        "chance": sum(1 / groups.count(style) for style in groups) / len(groups),
+        "drawn": first(drawn, everywhere),
+        "drawn, subject seen in another style": first(drawn[also], also),
+        "real, in another style": first(known[torch.tensor([elsewhere[asked[k][0]] for k in also], dtype=torch.int64)], also),
+        "real, blurred": first(soft, everywhere),
+    }
+
+
 def measure(context: Context, data: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Scores; the real pictures and the drawn ones, uint8 [N, S, S, 3], in the order of `context.prompts`."""
     pipeline, net = context.need_pipeline("combinations"), context.net()
@@ -97,7 +124,7 @@ def measure(context: Context, data: Path) -> tuple[dict[str, Any], np.ndarray, n
     trained = min(pipeline.config.data.subset or len(train), len(train))
     real = real_images(heldout, pipeline.codec, context.rows)
     shown, asked = [parted(caption) for caption in train.captions()[:trained]], [parted(caption) for caption in context.prompts]
-    styles = sorted({style for _, style in shown})
+    styles = {style for _, style in shown}
     if len(styles) < 2 or len(styles) > 50 or any(style not in styles for _, style in asked):
         raise UserError(f"the captions of {data} do not end in a few styles (`SUBJECT, STYLE`): there is nothing to compare")
     if both := set(shown) & set(asked):
@@ -109,36 +136,13 @@ def measure(context: Context, data: Path) -> tuple[dict[str, Any], np.ndarray, n
     truth, drawn = net(real).double(), context.features().double()
     images = context.images()
 
-    # style
-    mean, width = known.mean(0), known.std(0).clamp_min(1e-6)
-    scaled = lambda x: (x - mean) / width / x.shape[1] ** 0.5
-    index = {style: k for k, style in enumerate(styles)}
-    weight, bias = classifier(scaled(known), torch.tensor([index[style] for _, style in shown]), len(styles))
-    wanted = torch.tensor([index[style] for _, style in asked])
-    seen = lambda x: tally(int(((scaled(x) @ weight + bias).argmax(1) == wanted).sum()), len(x))
-    style = {"drawn": seen(drawn), "real": seen(truth)}
-
-    # subject: an own picture is one of the real ones, in the order of the prompts
-    groups, places = [s for _, s in asked], list(range(len(asked)))
-    first = lambda x, of: tally(sum(found_first(x - mean, truth - mean, of, groups)), len(of))
-    elsewhere = {subject: row for row, (subject, _) in enumerate(shown)}  # in another style: no caption is in both parts
-    also = [k for k in places if asked[k][0] in elsewhere]
-    others = torch.tensor([elsewhere[asked[k][0]] for k in also], dtype=torch.int64)
-    subject = {
-        "chance": sum(1 / groups.count(style) for style in groups) / len(groups),
-        "drawn": first(drawn, places),
-        "drawn, subject seen in another style": first(drawn[also], also),
-        "real, in another style": first(known[others], also),
-        "real, blurred": first(net(blurred(real)).double(), places),
-    }
-
     of_train, sides = Moments.of(known), {"drawn": drawn, "floor": truth}
     found: dict[str, Any] = {
         "n": len(asked),
         "frechet": {name: frechet_distance(Moments.of(x), of_train) for name, x in sides.items()},
         "kid": {name: kernel_distance(x, known)._asdict() for name, x in sides.items()},
-        "style": style,
-        "subject": subject,
+        "style": styles_seen(known, shown, {"drawn": drawn, "real": truth}, asked),
+        "subject": subjects_found(known, shown, drawn, truth, net(blurred(real)).double(), asked),
         "protocol": f"{net.name}, {context.asked}, {context.protocol()}",
     }
     return found, real, images
@@ -193,8 +197,8 @@ def main(words: list[str] | None = None) -> None:
     if num < LEAST:
         raise UserError(f"{num} held-out pictures with captions are too few to compare: {LEAST} are the least; prepare with a larger --heldout, or raise --num")
     args.results.mkdir(parents=True, exist_ok=True)
-    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
-    kept = None if box.holds(folder) or not Path(args.model).exists() else run  # neither the package nor the hub's cache is a place for pictures
+    ours = Path(args.model).exists() and not box.holds(folder)  # neither the package nor the hub's cache is a place for pictures
+    kept = checkpoint.home(folder) if ours else None
     context = Context(World(0, 1, pipeline.device), num, pipeline, args.data, run=kept, source=folder)
     if not same_data(DatasetDescription.load(args.data), pipeline.description):
         raise UserError(f"{args.data} is not what {args.model} was trained on: it may have seen the pictures that are held out there; give its own data")

@@ -25,7 +25,8 @@ import ending
 import learning_runs
 import machine
 
-from flowt2i.config import load_config
+from flowt2i.config import load_config, resolve
+from flowt2i.schedules import shift_times
 from flowt2i.training.distributed import best_device
 
 RECIPE = ["--data.batch_size", "64", "--flow.logit_mean", "-0.8", "--flow.floor", "0.2", "--train.ema", "0.998", "--sample.steps", "16"]
@@ -120,10 +121,8 @@ def main() -> None:
     small, grown, scratch = (args.out / name for name in ("small", "grown", "scratch"))
     evaluated = ["--train.eval_every", str(args.every)]
     # The times at the large size are the same for both arms: a growing model is given them, the other one is told.
-    from flowt2i.config import resolve
-
     drawn = resolve(args.config, [*RECIPE, *words]).sample
-    until = drawn.guidance_until / (drawn.guidance_until + shift * (1 - drawn.guidance_until))  # as `--init` moves it
+    until = shift_times(drawn.guidance_until, shift)  # as `--init` moves it
     large = ["--flow.time_shift", str(shift), "--sample.shift", str(drawn.shift * shift), "--sample.guidance_until", str(until), *evaluated]
     if args.only != "scratch":
         train(small, args.small, [*common, "--train.minutes", str(args.minutes * args.share)])

@@ -4,13 +4,14 @@ import functools
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from flowt2i.errors import UserError, nearest
 
 if TYPE_CHECKING:  # the configuration needs this module for its names alone, and `flowt2i --help` must not wait for torch
     from torch import Tensor
 
+Times = TypeVar("Times", "Tensor", float)
 SHORTEST = 1e-6  # interval that may be written out: times are fp32 (6e-8 next to the data), and equal where they agree so far
 SEARCHED = Path(__file__).with_name("schedules.json")  # {name: {number of steps: times}}, written by benchmarks/search_schedule.py
 
@@ -22,7 +23,7 @@ def uniform_times(steps: int) -> "Tensor":
     return torch.linspace(0, 1, steps + 1)
 
 
-def shift_times(times: "Tensor", shift: float) -> "Tensor":
+def shift_times(times: Times, shift: float) -> Times:
     """Move times in [0, 1] towards the noise: `t / (t + shift (1 - t))` (Esser et al. 2403.03206, eq. 23, written for our direction of t).
 
     The larger the picture for what it says, the more of it is decided next to the noise: a flat background shows through all but the

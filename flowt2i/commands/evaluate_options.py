@@ -108,7 +108,7 @@ def build_context(args: argparse.Namespace, world: "World", names: list[str]) ->
     pipeline._guide(args.guide)  # before the work
     scenes = pipeline.description.is_scenes and (not names or any(name.startswith("scenes") for name in names))
     num = args.num or (2048 if {"fid", "frechet"} & set(names) else PUBLISHED if scenes else 500)
-    run: Path | None = source.parents[1] if source.parent.name == "checkpoints" else source
+    run: Path | None = checkpoint.home(source)
     if folder != model or box.holds(source):
         run = None  # neither the hub's cache nor the package is a place for pictures
     return Context(

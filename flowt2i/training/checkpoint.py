@@ -207,6 +207,11 @@ def set_aside(run: Path, step: int) -> list[Path]:
     return moved
 
 
+def home(found: Path) -> Path:
+    """The run of a checkpoint, or the folder of an exported model itself: where what belongs to it is kept."""
+    return found.parents[1] if found.parent.name == "checkpoints" else found
+
+
 def find(path: Path) -> Path:
     """The checkpoint or model folder meant by a path: itself, or the newest good one of a run. UserError otherwise."""
     path = Path(path)

@@ -12,6 +12,7 @@ from flowt2i.config import Config, ModelConfig, Origin, load_config, parse_overr
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.model import FlowTransformer
+from flowt2i.schedules import shift_times
 from flowt2i.training import checkpoint, grow
 from flowt2i.training.lora import merged
 
@@ -55,8 +56,8 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
     ratio = grow.time_shift(start.description.codec.shape, data.codec.shape)
     config.flow.time_shift *= ratio
     config.sample.shift = min(max(config.sample.shift * ratio, SHIFTS[0]), SHIFTS[1])
-    moved = lambda t: t / (t + ratio * (1 - t))  # as the solver's times move (`schedules.shift_times`): guided are the same steps
-    config.sample.guidance_from, config.sample.guidance_until = moved(config.sample.guidance_from), moved(config.sample.guidance_until)
+    sample = config.sample  # the interval moves as the solver's times do: guided are the same steps
+    sample.guidance_from, sample.guidance_until = shift_times(sample.guidance_from, ratio), shift_times(sample.guidance_until, ratio)
     asked = dict(parse_overrides(words))
     if asked.get("train.lora", "0") != "0":
         config.optim.name = "adamw"  # adapters are thin: there is nothing for Muon to make orthogonal
