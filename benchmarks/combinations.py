@@ -4,13 +4,13 @@
     flowt2i prepare EMOJI_TARS --heldout 0.1 --out data/emoji10
     python benchmarks/combinations.py --model runs/emoji --data data/emoji10 --name emoji          # some minutes
 
-Measured in the features of EfficientNet-lite0, of the drawn pictures and, as yardsticks, of real ones in their place:
+Measured (but for the style) in the features of EfficientNet-lite0, of the drawn pictures and, as yardsticks, of real ones in their place:
 
     Fréchet distance      n drawn pictures against the training pictures; floor: the n held-out pictures themselves against the training
                           pictures. At some hundreds both are far above what 2,048 pictures would have (a bias of about 1/n in both, which
                           draws their ratio towards 1): compare at equal n only
     kernel distance       between the same, with its standard error (no bias at any n)
-    style                 how often a linear classifier, trained on the training pictures, sees the style that was asked for
+    style                 how often a small convolutional network, trained on the training pictures, sees the style that was asked for
     subject               how often, of all held-out pictures of the style, the one that shows the subject is nearest (cosine of features less their mean)
     near copies           as in `flowt2i evaluate --metrics memorisation`, and the nearest training pictures shown
 
@@ -28,6 +28,7 @@ from typing import Any
 import ending
 import machine
 import numpy as np
+import style_judge
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -52,28 +53,12 @@ Caption = tuple[str, str]  # subject and style
 SHOWN = 24  # held-out captions in the picture
 BLUR = 2.0  # pixels at 64, of the blurred yardstick
 LEAST = 32  # pictures to compare
-RIDGE = 1e-2  # of the classifier's weights, chosen before any model was looked at
 
 
 def parted(caption: str) -> Caption:
     """Subject and style: what is before and behind the last comma."""
     subject, _, style = caption.rpartition(", ")
     return subject, style
-
-
-def classifier(x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Weights [d, classes] and bias [classes] of the logistic regression of labels [n] on features x [n, d], standardised by the caller; squared penalty."""
-    weight, bias = (torch.zeros(shape, dtype=x.dtype, requires_grad=True) for shape in ((x.shape[1], classes), (classes,)))
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(x @ weight + bias, labels) + RIDGE * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weight.detach(), bias.detach()
 
 
 def found_first(queries: Tensor, pictures: Tensor, own: Sequence[int], groups: Sequence[str]) -> list[bool]:
@@ -91,14 +76,12 @@ def blurred(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius))) for image in images])
 
 
-def styles_seen(known: Tensor, shown: list[Caption], pictures: dict[str, Tensor], asked: list[Caption]) -> dict[str, Any]:
-    """How often the classifier, trained on features known [n, d] of pictures under captions `shown`, sees the asked style in each set of pictures [m, d]."""
+def styles_seen(known: np.ndarray, shown: list[Caption], pictures: dict[str, np.ndarray], asked: list[Caption], progress: bool) -> dict[str, Any]:
+    """How often a network trained on the pictures `known` under captions `shown` sees the asked style in each set of pictures; uint8 [n, S, S, 3] all."""
     index = {style: k for k, style in enumerate(sorted({style for _, style in shown}))}
     labels = lambda captions: torch.tensor([index[style] for _, style in captions])
-    mean, width = known.mean(0), known.std(0).clamp_min(1e-6)
-    scaled = lambda x: (x - mean) / width / x.shape[1] ** 0.5
-    weight, bias = classifier(scaled(known), labels(shown), len(index))
-    hits = {name: (scaled(x) @ weight + bias).argmax(1) == labels(asked) for name, x in pictures.items()}
+    judge = style_judge.trained(known, labels(shown), len(index), progress)
+    hits = {name: style_judge.seen(judge, images) == labels(asked) for name, images in pictures.items()}
     return {name: tally(int(hit.sum()), len(hit)) for name, hit in hits.items()}
 
 
@@ -141,7 +124,7 @@ def measure(context: Context, data: Path) -> tuple[dict[str, Any], np.ndarray, n
         "n": len(asked),
         "frechet": {name: frechet_distance(Moments.of(x), of_train) for name, x in sides.items()},
         "kid": {name: kernel_distance(x, known)._asdict() for name, x in sides.items()},
-        "style": styles_seen(known, shown, {"drawn": drawn, "real": truth}, asked),
+        "style": styles_seen(everything, shown, {"drawn": images, "real": real}, asked, context.progress),
         "subject": subjects_found(known, shown, drawn, truth, net(blurred(real)).double(), asked),
         "protocol": f"{net.name}, {context.asked}, {context.protocol()}",
     }
@@ -170,7 +153,7 @@ def table(found: dict[str, Any]) -> str:
     rows = [
         ("Fréchet distance", f"{frechet['drawn']:.1f}", f"{frechet['floor']:.1f} (ratio {frechet['drawn'] / frechet['floor']:.2f})"),
         ("kernel distance × 1000", kernel["drawn"], kernel["floor"]),
-        ("style seen by the classifier", share(style["drawn"]), share(style["real"])),
+        ("style seen by a small network", share(style["drawn"]), share(style["real"])),
         ("subject found first in its style", share(subject["drawn"]), yardsticks),
         ("the same, subjects that training shows in another style", share(subject["drawn, subject seen in another style"]), ""),
         *((f"near copies: {name}", share(j["near_copies"]), f"{j['expected']:.1%}") for name, j in found.get("copies", {}).items()),

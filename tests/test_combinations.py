@@ -24,16 +24,18 @@ def test_subject_and_style_part_at_the_last_comma(combinations):
     assert combinations.parted("family: woman, boy, boy, twitter emoji style") == ("family: woman, boy, boy", "twitter emoji style")
 
 
-def test_the_classifier_parts_what_a_line_parts(combinations):
-    torch.manual_seed(0)
-    labels = torch.arange(90) % 3
-    x = torch.randn(90, 8, dtype=torch.float64) / 10 + torch.eye(3, 8, dtype=torch.float64)[labels]
-    weight, bias = combinations.classifier(x, labels, 3)
-    assert ((x @ weight + bias).argmax(1) == labels).all() and weight.shape == (8, 3) and bias.shape == (3,)
-    # the least of a convex function: the gradient of the penalised loss is nil there
-    weight.requires_grad_()
-    loss = torch.nn.functional.cross_entropy(x @ weight + bias, labels) + combinations.RIDGE * weight.square().sum()
-    assert torch.autograd.grad(loss, weight)[0].abs().max() < 1e-4
+def test_the_judge_of_styles_learns_what_parts_them_and_is_the_same_each_time(combinations, monkeypatch):
+    judge = importlib.import_module("style_judge")
+    monkeypatch.setattr(judge, "STEPS", 40)
+    random = np.random.default_rng(0)
+    labels = torch.arange(96) % 2
+    images = random.integers(0, 256, (96, 32, 32, 3), np.uint8)
+    images[1::2] = images[1::2].mean((1, 2), keepdims=True).astype(np.uint8)  # one style is noise, the other flat
+    net = judge.trained(images[:64], labels[:64], 2)
+    assert (judge.seen(net, images[64:]) == labels[64:]).float().mean() > 0.9
+    torch.rand(1)  # what was drawn before does not matter
+    again = judge.trained(images[:64], labels[:64], 2)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
 
 
 def test_a_picture_is_looked_for_among_those_of_its_style_only(combinations):
