@@ -121,9 +121,11 @@ def main() -> None:
     small, grown, scratch = (args.out / name for name in ("small", "grown", "scratch"))
     evaluated = ["--train.eval_every", str(args.every)]
     # The times at the large size are the same for both arms: a growing model is given them, the other one is told.
-    drawn = resolve(args.config, [*RECIPE, *words]).sample
-    until = shift_times(drawn.guidance_until, shift)  # as `--init` moves it
-    large = ["--flow.time_shift", str(shift), "--sample.shift", str(drawn.shift * shift), "--sample.guidance_until", str(until), *evaluated]
+    config = resolve(args.config, [*RECIPE, *words])
+    moved = {"flow.perceptual_from": config.flow.perceptual_from, "sample.guidance_until": config.sample.guidance_until}
+    large = ["--flow.time_shift", str(shift), "--sample.shift", str(config.sample.shift * shift), *evaluated]
+    for name, time in moved.items():  # as `--init` moves them
+        large += [f"--{name}", str(shift_times(time, shift))]
     if args.only != "scratch":
         train(small, args.small, [*common, "--train.minutes", str(args.minutes * args.share)])
         train(grown, args.large, ["--init", str(small), *common, *large, "--train.minutes", str(args.minutes * (1 - args.share))])

@@ -135,6 +135,8 @@ def training_flops(config: Config, data: Path) -> float:
 
 def open_plan(folder: Path, name: str, seed: int, budget: Budget, points: int, config: Config, data: Path) -> Plan:
     """The plan of a run: the one in its folder, where it is of the same budget and recipe (UserError where not), or a new one."""
+    if config.flow.perceptual and budget.equal == "flops":
+        raise UserError(f"{name} has a perceptual loss, whose network the formula does not count: compare at --equal time or data")
     fingerprint, cost = DatasetDescription.load(data).fingerprint, training_flops(config, data)
     config = config.model_copy(deep=True)
     config.train.seed = seed

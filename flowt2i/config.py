@@ -35,10 +35,6 @@ class DataConfig(_Section):
     )
     subset: int = Field(0, ge=0, description="train on the first N training samples only (0: all); `overfit` uses it")
     flip: bool = Field(False, description="mirror images at random; wrong for captions that say left or right. Pixel codec only")
-    augment: float = Field(
-        0.0, ge=0, le=0.5,
-        description="share of images that are mirrored, scaled, turned and shifted (each), the model being told: for small sets. Pixel codec only",
-    )  # fmt: skip
     codec: str = Field("any", description="refuse data prepared with another codec than this id; any: obey the data")
     text: str = Field("any", description="refuse data prepared with another text encoder than this id; any: obey the data")
 
@@ -59,7 +55,6 @@ class ModelConfig(_Section):
     positions: Literal["rope", "sincos", "learned"] = Field(
         "rope", description="image positions: fixed 2D sin-cos, with rotary ones in the attention besides (rope), or learned from scratch"
     )
-    augmented: bool = Field(False, description="an input for what was done to a training picture; data.augment turns it on")
     prediction: Literal["auto", "v", "x"] = Field("auto", description="what the network puts out: velocity or clean data; auto: v for latents, x for pixels")
 
     @property
@@ -99,6 +94,9 @@ class FlowConfig(_Section):
         1.0, gt=0, description="training times: above 1 nearer the noise, as larger pictures want them; `train --init` sets it where a model grows"
     )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions replaced by the empty one, for guidance")
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the words that a caption is shown without, so that each is learned by itself (not its end token)"
+    )
     floor: float = Field(0.05, gt=0, lt=1, description="x-prediction: the loss divides by 1 - t, kept above this")
     perceptual: float = Field(
         0.0, ge=0, description="weight of a perceptual loss of the predicted picture (EfficientNet-lite1) beside the flow's; 0: none. Pixel codec only"
@@ -294,10 +292,6 @@ def resolve(preset: str | None, overrides: Sequence[str] = (), base: Config | No
     for key, value in pairs:
         set_field(config, key, value)
     asked = {key for key, _ in pairs}
-    if config.data.augment and not config.model.augmented:
-        if "model.augmented" in asked:
-            raise UserError("data.augment needs the input that --model.augmented false leaves out: drop one of the two")
-        config.model.augmented = True
     if "train.steps" in asked and "train.minutes" not in asked:
         config.train.minutes = 0.0  # a number of steps was asked for, so the preset's time no longer decides
     return config

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowt2i import augment
 from flowt2i.config import ModelConfig
 from flowt2i.positions import resize_table, rotation_2d, sincos_1d, sincos_2d
 
@@ -278,7 +277,6 @@ class FlowTransformer(nn.Module):
             self.shared_adaln = nn.Linear(config.time_width, 6 * d)
             self.blocks = nn.ModuleList(ModernBlock(config) for _ in range(config.depth))
             self.final_norm = RMSNorm(d, elementwise_affine=False)
-        self.augmented = nn.Linear(augment.LABELS, config.time_width, bias=False) if config.augmented else None
         self.final_adaln = nn.Linear(config.time_width, 2 * d)
         self.unembed = nn.Linear(d, values)
         self._initialise()
@@ -286,8 +284,6 @@ class FlowTransformer(nn.Module):
     def _initialise(self) -> None:
         """Every residual branch starts at zero, so that the untrained network is its input and output layers alone."""
         zero = [self.unembed, self.final_adaln]
-        if self.augmented is not None:
-            zero.append(self.augmented)
         for block in self.blocks:
             if isinstance(block, SeedBlock):
                 zero += [block.adaln, block.cross.out]
@@ -333,19 +329,13 @@ class FlowTransformer(nn.Module):
         b, c, p = x.shape[0], self.shape[0], self.patch
         return x.view(b, height // p, width // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
 
-    def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor, labels: Tensor | None = None) -> Tensor:
-        """z [B, C, H, W], t [B] in [0, 1], text [B, T, D], mask [B, T] (True: a real token) -> [B, C, H, W].
-
-        labels [B, augment.LABELS]: what augmentation did to the pictures; None: nothing. Only for a model with `ModelConfig.augmented`.
-        """
+    def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """z [B, C, H, W], t [B] in [0, 1], text [B, T, D], mask [B, T] (True: a real token) -> [B, C, H, W]."""
         height, width = z.shape[2:]
         positions, rotation = self.tables(height // self.patch, width // self.patch, z.device)
         x = self.embed(self.patchify(z))
         x = x + positions.to(x.dtype)
         time = self.time(time_features(t))
-        if labels is not None:
-            assert self.augmented is not None, "this model has no input for what augmentation did"
-            time = time + self.augmented(labels)
         bias = mask_bias(mask)
         if self.seed:
             modulation = time
@@ -371,7 +361,6 @@ def count_parameters(model: FlowTransformer) -> dict[str, int]:
         "attention": "self-attention", "cross": "cross-attention", "mlp": "image MLP", "text_mlp": "text MLP", "adaln": "AdaLN", "table": "AdaLN",
         "shared_adaln": "AdaLN", "final_adaln": "AdaLN", "time": "time embedding", "pooled": "time embedding", "caption_encoder": "caption encoder",
         "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "text_embed": "text embedding",
-        "augmented": "time embedding",
     }  # fmt: skip
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

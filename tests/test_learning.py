@@ -147,6 +147,9 @@ def test_equal_flops_and_equal_time(learning, benchmark, scenes_data, tmp_path, 
         budget = runs.Budget("flops", 64 * 4 * runs.training_flops(config, scenes_data))
         plans[name] = runs.open_plan(tmp_path / "f" / name, name, 0, budget, 4, config, scenes_data)
         assert plans[name].steps == 64 and plans[name].every == 16 and plans[name].config["train"]["log_every"] == 8
+    with pytest.raises(UserError, match="perceptual loss, whose network the formula does not count"):
+        config = resolve("quickstart", [*SMALL, "--flow.perceptual", "0.1"])
+        runs.open_plan(tmp_path / "p", "p", 0, runs.Budget("flops", 1e12), 4, config, scenes_data)
     monkeypatch.setattr(runs, "PROBE", 15)
     plan = runs.open_plan(tmp_path / "t", "quickstart", 0, runs.Budget("time", 30.0), 4, configs["quickstart"], scenes_data)
     assert plan.steps > 4 and plan.steps % 4 == 0 and not (tmp_path / "t" / "probe").exists()

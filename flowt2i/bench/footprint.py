@@ -3,8 +3,8 @@
     memory(B) = state + fixed + slope B
 
 for micro-batches of B images. `state` is exact. `fixed` and `slope` come from two small forward passes on the CPU, in which every tensor that autograd
-keeps for the backward pass is counted once: so they follow the model as it is, not a formula that grows old. Left out are the allocator's own losses and
-what lives only within an operation; `python benchmarks/scale.py` sets the sum beside measured peaks.
+keeps for the backward pass is counted once: so they follow the model as it is, not a formula that grows old. Left out are the allocator's own losses,
+what lives only within an operation, and the network of a perceptual loss; `python benchmarks/scale.py` sets the sum beside measured peaks.
 """
 
 from typing import NamedTuple

@@ -18,7 +18,7 @@ from flowt2i.model import FlowTransformer
 from flowt2i.pipeline import build_model
 from flowt2i.training import stream
 from flowt2i.training.ema import EMA
-from flowt2i.training.objective import Objective, drop_captions, perceptual_losses
+from flowt2i.training.objective import Objective, drop_captions, with_perceptual
 from flowt2i.training.optim import Optimizer, clip_gradients
 
 VOCABULARY = 1024  # of stand-in captions; the size hardly matters, an embedding is looked up
@@ -54,7 +54,9 @@ class BareStep:
             raise UserError("out of memory with the weights alone: choose a smaller model (--model.width, --model.depth)") from error
         self.optimizer = Optimizer(config.optim, self.model)
         self.objective = Objective(self.model, config.flow, config.train.precision)
-        self.perceptual = perceptual.load(description.latent_mean, description.latent_std).to(device) if config.flow.perceptual else None
+        self.perceptual = perceptual.of_run(config.flow, description)
+        if self.perceptual:
+            self.perceptual.to(device)
 
     def inputs(self, images: int) -> tuple[Tensor, ...]:
         """Images, noise, times and captions of a micro-batch, as `Objective` takes them."""
@@ -77,12 +79,8 @@ class BareStep:
         return torch.randint(2, text.vocab_size, (images, width), device=self.device) * mask, mask
 
     def loss(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        terms = self.objective(*inputs)
-        if self.perceptual:
-            data, noise, t = inputs[:3]
-            found = perceptual_losses(self.perceptual, terms.output, data, noise, t, self.model.config.target, self.config.flow)
-            terms = terms._replace(perceptual=found)
-        return terms.mean()
+        data, noise, t = inputs[:3]
+        return with_perceptual(self.objective(*inputs), self.perceptual, data, noise, t, self.model.config.target, self.config.flow).mean()
 
     def clip(self) -> float:
         return clip_gradients(self.model, self.config.optim.clip).item()  # .item(): training looks whether the norm is finite

@@ -114,6 +114,8 @@ def _probe(trainer: "Trainer", micro: int) -> None:
     longest = rows[np.argsort(trainer.dataset.token_lengths()[rows], kind="stable")[-micro:]]
     batch = trainer.dataset.fetch(np.resize(longest, micro))
     draw, t = trainer.draw(0, trainer.shapes[largest])
+    if trainer.perceptual:
+        t = t.clamp_min(trainer.config.flow.perceptual_from)  # so that all pictures go through its network
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     state = [torch.empty_like(p) for p in trained for _ in range(2)] if not trainer.optimizer.state() else []
     trainer.forward(trainer.objective, batch, draw, t, slice(0, micro))[1].mean().backward()

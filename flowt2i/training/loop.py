@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flowt2i import augment, flow, perceptual, shapes
+from flowt2i import flow, perceptual, shapes
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.config import Config, seconds
 from flowt2i.data import feed
@@ -43,7 +43,7 @@ from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
 from flowt2i.training.fit_memory import StartAgain, fit_memory
-from flowt2i.training.objective import Objective, Terms, drop_captions, perceptual_losses
+from flowt2i.training.objective import Objective, Terms, drop_captions, drop_words, with_perceptual
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate, schedule_steps
 from flowt2i.training.pace import Pace
 from flowt2i.training.saver import Contents, Saver
@@ -113,8 +113,10 @@ class Trainer:
             lora.inject(self.model, config.train.lora)
         self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
         self.objective = Objective(self.model, config.flow, config.train.precision)
-        self.perceptual = perceptual.load(self.description.latent_mean, self.description.latent_std).to(device) if config.flow.perceptual else None
+        self.perceptual = perceptual.of_run(config.flow, self.description)
         self.ema_objective = Objective(self.ema.model, config.flow, config.train.precision) if self.ema else None
+        if self.perceptual:
+            self.perceptual.to(device)
         for objective in (self.objective, self.ema_objective):
             if objective and self.sharded:
                 parallel.shard(objective, device)
@@ -163,13 +165,8 @@ class Trainer:
                     f"model.patch {model.patch} does not divide the {shapes.name(size)} pictures of {self.data}: choose a divisor, "
                     f"or prepare the data again with shapes such as {near} (--bucket-step {step})"
                 )
-        if self.description.codec.kind != "pixels":
-            if self.config.data.flip:
-                raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
-            if self.config.data.augment:
-                raise UserError("data.augment works on pixels only: latents of a VAE cannot be turned")
-            if self.config.flow.perceptual:
-                raise UserError("flow.perceptual works on pixels only: the latents of a VAE would have to be decoded at every step")
+        if self.config.data.flip and self.description.codec.kind != "pixels":
+            raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
 
     def _lock(self) -> None:
         """Keep other trainings out of the run folder, for as long as rank 0 lives."""
@@ -353,8 +350,8 @@ class Trainer:
     def draw(self, step: int, shape: tuple[int, int, int] | None = None) -> tuple[stream.Draw, Tensor]:
         """The randomness of a step's global batch (for latents of another shape, where one is given), and its times."""
         config, codec = self.config, self.description.codec
-        dropout, moments = config.flow.caption_dropout, codec.kind == "vae"
-        draw = stream.draw(config.train.seed, step, config.data.batch_size, shape or self.shape(step), dropout, moments, self.world.device)
+        dropout, moments, longest = config.flow.caption_dropout, codec.kind == "vae", self.description.longest_caption
+        draw = stream.draw(config.train.seed, step, config.data.batch_size, shape or self.shape(step), dropout, moments, self.world.device, longest)
         f = config.flow
         return draw, flow.times(draw.uniform, draw.choice, f.times, f.logit_mean, f.logit_std, f.uniform_share, f.time_shift)
 
@@ -363,17 +360,13 @@ class Trainer:
         data = self.latents(batch, draw.latent_noise[part] if draw.latent_noise is not None else None)
         if self.config.data.flip:
             data = torch.where(draw.flipped[part].view(-1, 1, 1, 1), data.flip(-1), data)
-        labels: tuple[Tensor, ...] = ()
-        if self.config.data.augment:
-            labels = (augment.labels(draw.numbers[part], self.config.data.augment),)
-            data = augment.warp(data, *labels)
         mask = batch.mask.to(self.world.device, non_blocking=True)
+        if self.config.flow.word_dropout:
+            mask = drop_words(mask, draw.words[part], self.config.flow.word_dropout)
         text, mask = drop_captions(self.text_of(batch), mask, draw.dropped[part], self.null)
-        terms = module(data, draw.noise[part], t[part], text, mask, *labels)
-        if self.perceptual:
-            found = perceptual_losses(self.perceptual, terms.output, data, draw.noise[part], t[part], self.model_config.target, self.config.flow)
-            terms = terms._replace(perceptual=found)
-        return data, terms
+        noise, t = draw.noise[part], t[part]
+        terms = module(data, noise, t, text, mask)
+        return data, with_perceptual(terms, self.perceptual, data, noise, t, self.model_config.target, self.config.flow)
 
     # ---- what the ranks agree on --------------------------------------------------------------------------------------
 

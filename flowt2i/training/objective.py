@@ -28,25 +28,35 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config, self.precision = model, config, precision
 
-    def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor, labels: Tensor | None = None) -> Terms:
-        """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]; labels: see `FlowTransformer`."""
+    def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Terms:
+        """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]."""
         z = flow.interpolate(data, noise, t)
         with torch.autocast(data.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             features = self.model.encode_captions(text, mask) if text.dtype == torch.int64 else text
-            output = self.model(z, t, features, mask, labels)
+            output = self.model(z, t, features, mask)
         return Terms(flow.loss_per_image(output, data, noise, t, self.model.config.target, self.config.floor), output)
 
 
-def perceptual_losses(net: PerceptualLoss, output: Tensor, data: Tensor, noise: Tensor, t: Tensor, prediction: flow.Prediction, config: FlowConfig) -> Tensor:
-    """[b]: the weighed perceptual loss of the predicted pictures, 0 for times before `perceptual_from`. Shapes as in `flow.loss_per_image`."""
-    rows = (t >= config.perceptual_from).nonzero().flatten()
-    losses = torch.zeros_like(t)
-    if not len(rows):
-        return losses
-    predicted, true = output[rows].float(), data[rows]
-    if prediction == "v":
-        predicted = flow.to_data(predicted, flow.interpolate(true, noise[rows], t[rows]), t[rows])
-    return losses.index_add(0, rows, config.perceptual * net(predicted, true))
+def with_perceptual(terms: Terms, net: PerceptualLoss | None, data: Tensor, noise: Tensor, t: Tensor, prediction: flow.Prediction, config: FlowConfig) -> Terms:
+    """The terms with the weighed perceptual loss of the predicted pictures, 0 for times before `perceptual_from`; as they are where there is no net.
+
+    Shapes as in `flow.loss_per_image`. How many pictures count decides the shapes, so a GPU is waited for once.
+    """
+    if net is None:
+        return terms
+    losses, rows = torch.zeros_like(t), (t >= config.perceptual_from).nonzero().flatten()
+    if len(rows):
+        predicted, true = terms.output[rows].float(), data[rows]
+        if prediction == "v":
+            predicted = flow.to_data(predicted, flow.interpolate(true, noise[rows], t[rows]), t[rows])
+        losses = losses.index_add(0, rows, config.perceptual * net(predicted, true))
+    return terms._replace(perceptual=losses)
+
+
+def drop_words(mask: Tensor, numbers: Tensor, share: float) -> Tensor:
+    """mask [b, T] without a share of its real tokens, but never without the last one, which ends a caption. numbers [b, at least T] in [0, 1)."""
+    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
+    return mask & ((numbers[:, : mask.shape[1]] >= share) | last)
 
 
 def drop_captions(text: Tensor, mask: Tensor, dropped: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:

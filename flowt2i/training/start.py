@@ -55,6 +55,7 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
         config.sample.prompts = []  # previews show captions of the new data
     ratio = grow.time_shift(start.description.codec.shape, data.codec.shape)
     config.flow.time_shift *= ratio
+    config.flow.perceptual_from = shift_times(config.flow.perceptual_from, ratio)
     config.sample.shift = min(max(config.sample.shift * ratio, SHIFTS[0]), SHIFTS[1])
     sample = config.sample  # the interval moves as the solver's times do: guided are the same steps
     sample.guidance_from, sample.guidance_until = shift_times(sample.guidance_from, ratio), shift_times(sample.guidance_until, ratio)
@@ -63,7 +64,7 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
         config.optim.name = "adamw"  # adapters are thin: there is nothing for Muon to make orthogonal
     config = resolve(None, words, base=config)
     for field, (before, now) in _differences(start.model, config.model).items():
-        if field != "patch" and not (field == "augmented" and now):
+        if field != "patch":
             raise UserError(f"{name} has model.{field} {before}, not {now}: leave out --model.{field}, or train a new model without --init")
     config.model = config.model.resolve(data.codec.kind, data.codec.shape)
     config.origin = Origin(
@@ -131,7 +132,4 @@ def load(model: FlowTransformer, folder: Path) -> None:
     start = find(folder)
     file = start.folder / f"{start.stem}.safetensors"
     patch, (_, height, width) = start.model.patch, start.description.codec.shape
-    tensors = grow.fitted(merged(checkpoint.load_tensors(file)), patch, (height // patch, width // patch), model)
-    if model.augmented is not None and not start.model.augmented:
-        tensors["augmented.weight"] = model.augmented.weight.detach()  # an input that the model did not have: it begins at zero
-    checkpoint.load_named(model, tensors, file)
+    checkpoint.load_named(model, grow.fitted(merged(checkpoint.load_tensors(file)), patch, (height // patch, width // patch), model), file)
