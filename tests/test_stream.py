@@ -1,11 +1,9 @@
 """What a step sees is a function of (seed, step) alone."""
 
 import numpy as np
-import pytest
 import torch
 
 from flowt2i.training import stream
-from flowt2i.training.objective import drop_words
 
 CPU = torch.device("cpu")
 
@@ -40,9 +38,9 @@ def test_ranks_and_micro_batches_share_one_global_batch():
 
 
 def test_draws_repeat_and_steps_and_seeds_differ():
-    a, b = (stream.draw(0, 7, 16, (3, 4, 4), 0.5, True, CPU, longest=9) for _ in range(2))
+    a, b = (stream.draw(0, 7, 16, (3, 4, 4), 0.5, True, CPU) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b))
-    for other in (stream.draw(0, 8, 16, (3, 4, 4), 0.5, True, CPU, longest=9), stream.draw(1, 7, 16, (3, 4, 4), 0.5, True, CPU, longest=9)):
+    for other in (stream.draw(0, 8, 16, (3, 4, 4), 0.5, True, CPU), stream.draw(1, 7, 16, (3, 4, 4), 0.5, True, CPU)):
         assert not any(torch.equal(x, y) for x, y in zip(a, other))
     assert not torch.equal(a.noise, a.latent_noise)
 
@@ -54,12 +52,3 @@ def test_draws_have_their_distributions():
     gaps = draw.uniform.sort().values.double() - torch.arange(4096) / 4096
     assert gaps.min() > -1e-6 and gaps.max() < 1 / 4096 + 1e-6, "one time in each stratum"
     assert draw.latent_noise is None
-
-
-def test_words_are_left_out_but_never_the_end_of_a_caption():
-    mask = torch.tensor([[True] * 4 + [False] * 2, [True] + [False] * 5, [True] * 6])
-    numbers = torch.tensor([[0.1, 0.5, 0.3, 0.0, 0.9, 0.9, 0.9]] * 3)
-    assert drop_words(mask, numbers, 0.4).int().tolist() == [[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 1]]
-    draw = stream.draw(0, 0, 4096, (1, 2, 2), 0.1, False, CPU, longest=9)
-    assert draw.words.shape == (4096, 9) and (draw.words < 0.2).float().mean().item() == pytest.approx(0.2, abs=0.01)
-    assert torch.equal(draw.dropped, stream.draw(0, 0, 4096, (1, 2, 2), 0.1, False, CPU).dropped)

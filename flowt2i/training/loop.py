@@ -43,7 +43,7 @@ from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
 from flowt2i.training.fit_memory import StartAgain, fit_memory
-from flowt2i.training.objective import Objective, Terms, drop_captions, drop_words, with_perceptual
+from flowt2i.training.objective import Objective, Terms, drop_captions, with_perceptual
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate, schedule_steps
 from flowt2i.training.pace import Pace
 from flowt2i.training.saver import Contents, Saver
@@ -350,8 +350,8 @@ class Trainer:
     def draw(self, step: int, shape: tuple[int, int, int] | None = None) -> tuple[stream.Draw, Tensor]:
         """The randomness of a step's global batch (for latents of another shape, where one is given), and its times."""
         config, codec = self.config, self.description.codec
-        dropout, moments, longest = config.flow.caption_dropout, codec.kind == "vae", self.description.longest_caption
-        draw = stream.draw(config.train.seed, step, config.data.batch_size, shape or self.shape(step), dropout, moments, self.world.device, longest)
+        dropout, moments = config.flow.caption_dropout, codec.kind == "vae"
+        draw = stream.draw(config.train.seed, step, config.data.batch_size, shape or self.shape(step), dropout, moments, self.world.device)
         f = config.flow
         return draw, flow.times(draw.uniform, draw.choice, f.times, f.logit_mean, f.logit_std, f.uniform_share, f.time_shift)
 
@@ -361,8 +361,6 @@ class Trainer:
         if self.config.data.flip:
             data = torch.where(draw.flipped[part].view(-1, 1, 1, 1), data.flip(-1), data)
         mask = batch.mask.to(self.world.device, non_blocking=True)
-        if self.config.flow.word_dropout:
-            mask = drop_words(mask, draw.words[part], self.config.flow.word_dropout)
         text, mask = drop_captions(self.text_of(batch), mask, draw.dropped[part], self.null)
         noise, t = draw.noise[part], t[part]
         terms = module(data, noise, t, text, mask)

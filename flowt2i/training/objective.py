@@ -53,12 +53,6 @@ def with_perceptual(terms: Terms, net: PerceptualLoss | None, data: Tensor, nois
     return terms._replace(perceptual=losses)
 
 
-def drop_words(mask: Tensor, numbers: Tensor, share: float) -> Tensor:
-    """mask [b, T] without a share of its real tokens, but never without the last one, which ends a caption. numbers [b, at least T] in [0, 1)."""
-    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
-    return mask & ((numbers[:, : mask.shape[1]] >= share) | last)
-
-
 def drop_captions(text: Tensor, mask: Tensor, dropped: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
     """Put the empty caption in place of the dropped ones.
 

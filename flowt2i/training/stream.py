@@ -108,11 +108,10 @@ class Draw(NamedTuple):
     choice: Tensor  # [batch] in (0, 1): which times stay uniform
     dropped: Tensor  # [batch] bool: captions replaced by the empty one
     flipped: Tensor  # [batch] bool: images mirrored
-    words: Tensor  # [batch, longest caption] in [0, 1): which words a caption is shown without
 
 
-def draw(seed: int, step: int, batch: int, shape: tuple[int, ...], dropout: float, moments: bool, device: torch.device, longest: int = 0) -> Draw:
-    """All random numbers of a step, from a generator seeded by (seed, step). longest: tokens of the longest caption, where words are to be dropped."""
+def draw(seed: int, step: int, batch: int, shape: tuple[int, ...], dropout: float, moments: bool, device: torch.device) -> Draw:
+    """All random numbers of a step, from a generator seeded by (seed, step)."""
     state = np.random.SeedSequence([seed, 2, step]).generate_state(2, np.uint32)
     generator = torch.Generator(device).manual_seed(int(state[0]) << 32 | int(state[1]))
     few = torch.Generator().manual_seed(int(state[1]) << 32 | int(state[0]))  # on the CPU: the same times on every kind of device
@@ -120,6 +119,4 @@ def draw(seed: int, step: int, batch: int, shape: tuple[int, ...], dropout: floa
     latent_noise = torch.randn(batch, *shape, generator=generator, device=device) if moments else None
     strata = ((torch.randperm(batch, generator=few) + torch.rand(batch, generator=few)) / batch).clamp_max(1 - 2**-24)
     choice, drop, flip = torch.rand(3, batch, generator=few)
-    words = torch.rand(batch, longest, generator=few)
-    small = (strata, choice, drop < dropout, flip < 0.5, words)
-    return Draw(noise, latent_noise, *(x.to(device) for x in small))
+    return Draw(noise, latent_noise, strata.to(device), choice.to(device), (drop < dropout).to(device), (flip < 0.5).to(device))
