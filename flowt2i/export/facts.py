@@ -66,7 +66,7 @@ def training_command(config: Config) -> str:
         return shlex.join([*words, "--config", "config.json", "--data", "DATA"])
     base = resolve(config.preset)
     words += ["--config", config.preset, "--data", "DATA"]
-    taken_over = ("model", "flow", "sample") if config.origin else ()  # from the model it began from
+    taken_over = ("model", "sample") if config.origin else ()  # from the model it began from; what flow it took over is named, for it may have been changed
     for section in (name for name in type(config).model_fields if name not in (*NOT_SECTIONS, *taken_over, "track")):
         ours, theirs = getattr(config, section), getattr(base, section)
         for field in type(ours).model_fields:
