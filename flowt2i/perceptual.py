@@ -30,7 +30,7 @@ def of_run(config: FlowConfig, description: DatasetDescription, device: torch.de
 
 
 def load(mean: Sequence[float], std: Sequence[float], size: int) -> "PerceptualLoss":
-    """With EfficientNet-lite1, of pictures normalised by mean and std [3] of pixels in -1..1. UserError where it is not installed."""
+    """With EfficientNet-lite1, of pictures normalised by mean and std [3] of pixels in -1..1, enlarged to size. UserError where it is not installed."""
     net = efficientnet.load(1, "flow.perceptual")
     return PerceptualLoss(net, torch.tensor(mean), torch.tensor(std), size)
 
@@ -54,9 +54,10 @@ class PerceptualLoss(nn.Module):
         self.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, pictures: Tensor) -> Iterator[Tensor]:
-        """[b, 3, H, W], enlarged -> [b, C, H / 2, W / 2], [b, C', H / 4, W / 4] and so on: the last of each size."""
+        """[b, 3, h, w], enlarged to H, W -> [b, C, H / 2, W / 2], [b, C', H / 4, W / 4] and so on: the last of each size."""
         if (shorter := min(pictures.shape[2:])) < self.size:
-            pictures = nn.functional.interpolate(pictures, scale_factor=self.size / shorter, mode="bilinear")
+            size = [round(side * self.size / shorter) for side in pictures.shape[2:]]
+            pictures = nn.functional.interpolate(pictures, size, mode="bilinear")
         x = nn.functional.relu6(self.stem((pictures * self.std + self.mean).contiguous(memory_format=torch.channels_last)))
         for block in self.blocks:
             y = block(x)

@@ -1,4 +1,4 @@
-"""Finding pretrained nets in folders, in the local cache, or on the Hugging Face hub: safetensors only, one clear line where they cannot be had."""
+"""Finding pretrained nets in folders, in the local cache, or on the Hugging Face hub: tensors only, nothing unpickled; one clear line where there are none."""
 
 import contextlib
 import importlib
@@ -106,7 +106,7 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors or a .pth file; of the latter tensors only, nothing else is unpickled."""
     if not path.is_file():
         raise UserError(f"no file of weights at {path}")

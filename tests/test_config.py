@@ -84,10 +84,14 @@ def test_config_round_trips(tmp_path):
 
 def test_a_model_of_before_a_field_keeps_what_it_was(tmp_path):
     values = resolve("quickstart").model_dump()
-    del values["model"]["text_window"]
+    del values["model"]["text_window"], values["flow"]["perceptual_size"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert load_config(tmp_path / "config.json").model.text_window == 0
-    for wrong in ("[]", '{"model": 3}'):
+    found = load_config(tmp_path / "config.json")
+    assert found.model.text_window == 0 and found.flow == resolve("quickstart").flow
+    values["flow"]["perceptual"] = 0.2
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_config(tmp_path / "config.json").flow.perceptual_size == 0  # its loss saw pictures as they were
+    for wrong in ("[]", '{"model": 3}', '{"flow": 3}'):
         (tmp_path / "config.json").write_text(wrong)
         with pytest.raises(UserError, match="is not a configuration"):
             load_config(tmp_path / "config.json")

@@ -66,6 +66,7 @@ def test_small_pictures_are_enlarged(net, pictures):
     for a, b in zip(larger.features(pictures), net.features(by_hand)):
         assert torch.allclose(a, b, atol=1e-4)
     wide = torch.cat([pictures, pictures], 3)
+    assert next(larger.features(pictures[:, :, :49, :49])).shape[2:] == (64, 64)
     assert next(larger.features(wide)).shape[2:] == (64, 128) and next(larger.features(F.interpolate(pictures, (192, 160)))).shape[2:] == (96, 80)
 
 

@@ -19,7 +19,7 @@ from flowt2i import efficientnet
 from flowt2i.description import fingerprint_files
 from flowt2i.errors import UserError
 from flowt2i.evaluation import inception
-from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, load_tensors, quiet, read_config, weight_files
+from flowt2i.pretrained import LOAD_ERRORS, find_pretrained, first_line, load_weights, quiet, read_config, weight_files
 
 RESIZE = "bicubic antialiased uint8 (Pillow)"
 EFFICIENTNET = "efficientnet-lite0"
@@ -102,7 +102,7 @@ def load_net(name: str, device: torch.device | str = "cpu", weights: str | Path 
 def _inception(device: torch.device | str, weights: str | Path | None) -> FeatureNet:
     path = Path(weights).expanduser() if weights else _inception_file()
     net = inception.Inception()
-    tensors = {key: value for key, value in load_tensors(path).items() if not key.startswith("fc.")}
+    tensors = {key: value for key, value in load_weights(path).items() if not key.startswith("fc.")}
     try:
         net.load_state_dict(tensors)
     except (RuntimeError, AttributeError) as error:
