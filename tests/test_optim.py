@@ -6,6 +6,7 @@ from torch import nn
 
 from flowt2i.config import OptimConfig
 from flowt2i.training.ema import EMA
+from flowt2i.training.muon import Muon, orthogonal
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
 
 
@@ -72,6 +73,31 @@ def test_muon_takes_the_matrices_of_the_blocks_only():
     optimizer = Optimizer(OptimConfig(name="muon"), Net())
     muon = {optimizer.names[p] for group in optimizer.parts[1].param_groups for p in group["params"]}
     assert muon == {"blocks.0.weight", "blocks.1.weight"}
+
+
+def test_muon_in_stacks_is_torchs_muon():
+    shapes = [(8, 24), (24, 8), (24, 8), (16, 16), (8, 24)]  # wide and tall ones share a stack, square ones lie as they are
+    g = torch.Generator().manual_seed(0)
+    begun = [torch.randn(shape, generator=g) for shape in shapes]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in begun] for _ in range(2))
+    settings = {"lr": 0.1, "momentum": 0.95, "weight_decay": 0.2, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for step in range(3):
+        for index, (a, b) in enumerate(zip(ours, theirs)):
+            a.grad = None if (step, index) == (1, 2) else torch.randn(a.shape, generator=g)  # one that was not used in this step
+            b.grad = None if a.grad is None else a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, a, b in zip(begun, ours, theirs):
+        moved = (b - start).norm()
+        assert (a - b).norm() < 0.01 * moved, "to the rounding of bf16 products"
+        assert torch.equal(optimizers[0].state[a]["momentum_buffer"], optimizers[1].state[b]["momentum_buffer"])
+
+
+def test_orthogonal_brings_singular_values_near_one():
+    g = torch.Generator().manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(3, 16, 48, generator=g).bfloat16(), (3.4445, -4.775, 2.0315), 5, 1e-7).float())
+    assert values.min() > 0.6 and values.max() < 1.3, "Jordan et al. 2024: 0.7 to 1.2, to the rounding of bf16"
 
 
 def test_state_of_another_shape_is_refused():
