@@ -75,6 +75,9 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="RUN", type=Path, help="run folder, checkpoint or exported model")
     parser.add_argument("--name", required=True, help="what it is called: `--model NAME`")
+    parser.add_argument(
+        "--average", nargs="+", default=[], metavar="MODEL", help="models whose weights are averaged with its own (see `flowt2i export --help`)"
+    )
     parser.add_argument("--license", default="apache-2.0", help="of the weights (default apache-2.0)")
     parser.add_argument("--source", default="", help="what the training pictures are called, where they are not the built-in scenes")
     parser.add_argument("--notes", type=Path, metavar="FILE", help="Markdown for the end of the card (default benchmarks/notes/NAME.md, where it is there)")
@@ -95,7 +98,7 @@ def main(words: list[str] | None = None) -> None:
     metrics = tuple(name.strip() for name in args.metrics.split(",") if name.strip())
 
     candidate, final = (work / stage / args.name for stage in ("candidate", "final"))
-    export(args.model, candidate, dtype="bf16", told=Told(args.license, args.source), samples=0, force=True)
+    export(args.model, candidate, dtype="bf16", told=Told(args.license, args.source), samples=0, force=True, average=args.average)
     check_size(candidate, args.to / args.name)
     if not args.source and not DatasetDescription.load(candidate).is_scenes:
         raise UserError("whose pictures was it trained on? name them for the card with --source, and say in --notes under which terms they are")
@@ -104,7 +107,7 @@ def main(words: list[str] | None = None) -> None:
     if not given:
         print(f"scored in {time.perf_counter() - started:.0f} s")
     told = Told(args.license, args.source, notes.read_text() if notes.is_file() else "", measured)
-    export(args.model, final, dtype="bf16", told=told, samples=16, force=True, progress=True)
+    export(args.model, final, dtype="bf16", told=told, samples=16, force=True, average=args.average, progress=True)
     check_size(final, args.to / args.name)
     check_private(final)
     target = args.to / args.name

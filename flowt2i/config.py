@@ -94,6 +94,9 @@ class FlowConfig(_Section):
         1.0, gt=0, description="training times: above 1 nearer the noise, as larger pictures want them; `train --init` sets it where a model grows"
     )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions replaced by the empty one, for guidance")
+    part_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of captions with commas of which only one side of a comma is kept, so that a name or a style alone is known too"
+    )
     floor: float = Field(0.05, gt=0, lt=1, description="x-prediction: the loss divides by 1 - t, kept above this")
     perceptual: float = Field(
         0.0, ge=0, description="weight of a perceptual loss of the predicted picture (EfficientNet-lite1) beside the flow's; 0: none. Pixel codec only"

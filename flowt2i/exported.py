@@ -24,6 +24,7 @@ class Training(BaseModel):
     device: str | None = None
     ranks: int | None = None
     scores: dict[str, int | float] = {}
+    averaged: list[str] = []  # other models that the weights are the mean of, besides this one
 
 
 class Mark(BaseModel):

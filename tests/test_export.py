@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 
@@ -76,6 +77,26 @@ def test_raw_weights_and_an_export_of_an_export(run, exported, tmp_path):
     assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     assert json.loads((again / "export.json").read_text())["training"] == json.loads((exported / "export.json").read_text())["training"]
     assert "No licence was stated" in (again / "README.md").read_text()
+
+
+def test_the_mean_of_several_trainings(run, trained, scenes_data, tmp_path, one_line, capsys):
+    other = trained(scenes_data, "--train.steps", "2", "--optim.lr", "1e-2", "--train.seed", "5")
+    assert main(["export", str(run), "--average", str(other), str(run), "--to", str(tmp_path / "mean"), "--samples", "0"]) == 0
+    states = [Pipeline.from_pretrained(m, device="cpu").model.state_dict() for m in (run, other, tmp_path / "mean")]
+    for a, b, mean in zip(*(state.values() for state in states)):
+        assert torch.allclose((2 * a + b) / 3, mean, atol=1e-6)
+    assert not torch.equal(states[0]["unembed.weight"], states[2]["unembed.weight"])
+    card, mark = (tmp_path / "mean" / "README.md").read_text(), json.loads((tmp_path / "mean" / "export.json").read_text())
+    assert f"the mean of this training's and those of `{other.name}`, `{run.name}`" in card and str(run.parent) not in card
+    assert mark["training"]["averaged"] == [other.name, run.name] and mark["training"]["scores"] == {}
+    export(tmp_path / "mean", tmp_path / "again", samples=0, device="cpu")
+    assert json.loads((tmp_path / "again" / "export.json").read_text())["training"]["averaged"] == [other.name, run.name]
+    wider = trained(scenes_data, "--train.steps", "1", "--model.depth", "3")
+    capsys.readouterr()
+    assert main(["export", str(run), "--average", str(wider), "--to", str(tmp_path / "no"), "--samples", "0"]) == 2
+    assert "architecture is another" in one_line() and not (tmp_path / "no").exists()
+    assert main(["export", str(run), "--average", str(tmp_path / "nowhere"), "--to", str(tmp_path / "no"), "--samples", "0"]) == 2
+    assert "nowhere" in one_line()
 
 
 def test_half_precision_is_half_the_size_and_nearly_the_same(run, exported, tmp_path):

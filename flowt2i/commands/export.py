@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
             "flowt2i export runs/quickstart --to exports/scenes --license apache-2.0",
             "flowt2i export runs/quickstart --to exports/scenes --force --push me/scenes   # and to the hub",
             "flowt2i export runs/stability --to exports/big-bf16 --dtype bf16 --take-nets",
+            "flowt2i export runs/a --average runs/b runs/c --to exports/mean   # of three trainings on from one model",
             "flowt2i export runs/quickstart --to exports/scenes-diffusers --format diffusers",
             "flowt2i export runs/quickstart --to exports/scenes-onnx --format onnx",
         ),
@@ -27,6 +28,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--format", default="flowt2i", help="flowt2i, diffusers or onnx (default flowt2i)")
     parser.add_argument("--weights", default="auto", help="ema, raw, or auto: EMA where there is one (default auto)")
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="other models that were trained on from the same one: the mean of the weights of all is written",
+    )
     parser.add_argument("--dtype", default="fp32", help="of the weights: fp32, or bf16 at half the size (default fp32)")
     parser.add_argument(
         "--license", default="", metavar="ID", help="licence of the weights, as the hub writes it: apache-2.0, mit, cc-by-4.0, … (default: none stated)"
@@ -57,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or model_of(None)
     result = export(
         model, args.to, format=args.format, weights=args.weights, dtype=args.dtype, told=told, samples=args.samples, nets=args.take_nets,
-        force=args.force, push=args.push, private=args.private, codec=args.codec, text=args.text, device=args.device, progress=True,
+        force=args.force, average=args.average, push=args.push, private=args.private, codec=args.codec, text=args.text, device=args.device, progress=True,
     )  # fmt: skip
     if args.json:
         print(json.dumps(result))

@@ -155,9 +155,8 @@ def has_efficientnet() -> bool:
 
 def _efficientnet(device: torch.device | str) -> FeatureNet:
     net = efficientnet.load(0, f"--net {EFFICIENTNET}")
-    return TorchNet(
-        EFFICIENTNET, _PooledEfficientNet(net), 224, efficientnet.MEAN, efficientnet.STD, fingerprint_tensors(net.state_dict()), device, 1280
-    )  # fmt: skip
+    fingerprint = fingerprint_tensors(net.state_dict())
+    return TorchNet(EFFICIENTNET, _PooledEfficientNet(net), 224, efficientnet.MEAN, efficientnet.STD, fingerprint, device, 1280)
 
 
 # ---- any image model of Hugging Face ---------------------------------------------------------------------------------

@@ -152,11 +152,15 @@ def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
         ("optimizer", f"{config.optim.name}, learning rate {config.optim.lr:g}, {config.optim.schedule}"),
         ("compute", config.train.precision),
         ("seed", f"{config.train.seed}"),
-        ("weights here", f"{pipeline.weights}, {dtype}"),
+        ("weights here", f"{pipeline.weights}, {dtype}{_averaged(facts['averaged'])}"),
         ("sampling", describe(pipeline.settings())),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value.strip())
     return f"| | |\n|---|---|\n{table}"
+
+
+def _averaged(others: list[str]) -> str:
+    return f"; the mean of this training's and those of {', '.join(f'`{other}`' for other in others)}" if others else ""
 
 
 def _count(number: int | None) -> str:

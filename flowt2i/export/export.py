@@ -1,5 +1,6 @@
 """From a run to a folder that travels: weights in one of three formats, a model card, samples; complete or absent."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from flowt2i import exported, hub
 from flowt2i.errors import UserError, nearest
 from flowt2i.export import card, folder, native
+from flowt2i.export.average import average_into
 from flowt2i.export.card import Told
 from flowt2i.export.facts import training_facts
 from flowt2i.pipeline import Pipeline
@@ -46,13 +48,14 @@ def check(to: Path, format: str, dtype: str, told: Told, samples: int, nets: boo
 
 def export(
     model: str | Path, to: Path, *, format: str = "flowt2i", weights: str = "auto", dtype: str = "fp32", told: Told | None = None, samples: int = 16,
-    nets: bool = False, force: bool = False, push: str = "", private: bool = False, codec: str | None = None, text: str | None = None,
-    device: str | None = None, progress: bool = False,
+    nets: bool = False, force: bool = False, average: Sequence[str | Path] = (), push: str = "", private: bool = False, codec: str | None = None,
+    text: str | None = None, device: str | None = None, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `to` from a run, a checkpoint, an export of ours, a packaged model or a hub id, and send it to the hub as `push`. Returns what was done.
 
-    told: licence, names and scores for the card. nets: take VAE and text encoder along where the hub has them too. codec, text: where they are, if they
-    moved. UserError in one line for what the user can mend; `to` is then as it was (a push that fails leaves it complete).
+    average: other models, of whose weights and its own the mean is written. told: licence, names and scores for the card. nets: take VAE and text encoder
+    along where the hub has them too. codec, text: where they are, if they moved. UserError in one line for what the user can mend; `to` is then as it was
+    (a push that fails leaves it complete).
     """
     told = told or Told()
     check(to, format, dtype, told, samples, nets, push, private, force)
@@ -64,6 +67,9 @@ def export(
     if told.source and pipeline.description.is_scenes:
         raise UserError("--source: this model was trained on the built-in scenes, which its card names: leave it out")
     facts = training_facts(source, pipeline)
+    if average:
+        facts["averaged"] = [*facts["averaged"], *average_into(pipeline, average, weights)]
+        facts["scores"] = {}  # those that the run recorded are of its own weights
     for parameter in pipeline.model.parameters():
         parameter.data.copy_(parameter.to(DTYPES[dtype]))  # the samples show what travels
     prompts = card.sample_prompts(pipeline.config, pipeline.description.prompts, samples)

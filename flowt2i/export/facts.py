@@ -36,6 +36,7 @@ def training_facts(model: Path, pipeline: Pipeline) -> dict[str, Any]:
         "device": resolved.get("device_name") or resolved.get("device"),
         "ranks": resolved.get("ranks"),
         "scores": _scores(read_log(run / "eval.jsonl", state["step"])),
+        "averaged": [],
     }
 
 

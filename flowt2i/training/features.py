@@ -1,5 +1,7 @@
 """Caption features of a frozen encoder, computed once where they fit into memory."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,11 +31,17 @@ class CaptionFeatures:
             for i, index in enumerate(batch.index.tolist()):
                 self.rows[self.starts[index] : self.starts[index + 1]] = features[i, : lengths[index]]
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch, changed: Sequence[int] = ()) -> Tensor:
+        """changed: rows whose captions are no longer those of the dataset."""
         if self.rows is None:
             return self.encode(batch.ids.to(self.device), batch.mask.to(self.device))
         out = torch.zeros(*batch.ids.shape, self.rows.shape[1], dtype=torch.bfloat16)
         for i, index in enumerate(batch.index.tolist()):
             rows = self.rows[self.starts[index] : self.starts[index + 1]]
             out[i, : len(rows)] = rows
-        return out.to(self.device).float()
+        features = out.to(self.device).float()
+        if changed:
+            where = torch.tensor(changed)
+            anew = self.encode(batch.ids[where].to(self.device), batch.mask[where].to(self.device))
+            features[where.to(self.device)] = anew.to(torch.bfloat16).float()  # rounded as those in memory
+        return features

@@ -46,6 +46,7 @@ from flowt2i.training.fit_memory import StartAgain, fit_memory
 from flowt2i.training.objective import Objective, Terms, drop_captions, with_perceptual
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate, schedule_steps
 from flowt2i.training.pace import Pace
+from flowt2i.training.parts import commas, keep_one_side
 from flowt2i.training.saver import Contents, Saver
 from flowt2i.training.score import KernelScore
 from flowt2i.training.tracking import Tracker, picture_name, read_log
@@ -131,6 +132,7 @@ class Trainer:
         self.encoder = load_encoder(self.description.text, compute_dtype(config), text).to(device) if self.description.text.kind == "hf" else None
         # Only previews decode, but a VAE that is missing had better be missed now than after a thousand steps.
         self.codec = codec_from_spec(self.description.codec, codec).to(device)
+        self.commas = commas(self.tokenizer)
         self.null, self.text_of, self.heldout_text_of = self._prepare_text()
         if self.compiled:
             compile_blocks(self.model, shapes=len(self.shapes))
@@ -188,7 +190,7 @@ class Trainer:
     def _prepare_text(self) -> tuple[Tensor, Any, Any]:
         ids = torch.tensor(self.description.text.null_tokens, device=self.world.device)
         if self.encoder is None:
-            by_ids = lambda batch: batch.ids.to(self.world.device, non_blocking=True)
+            by_ids = lambda batch, changed=(): batch.ids.to(self.world.device, non_blocking=True)
             return ids, by_ids, by_ids
         encoder = self.encoder
 
@@ -358,11 +360,20 @@ class Trainer:
         data = self.latents(batch, draw.latent_noise[part] if draw.latent_noise is not None else None)
         if self.config.data.flip:
             data = torch.where(draw.flipped[part].view(-1, 1, 1, 1), data.flip(-1), data)
+        batch, changed = self._keep_parts(batch, draw.part[part])
         mask = batch.mask.to(self.world.device, non_blocking=True)
-        text, mask = drop_captions(self.text_of(batch), mask, draw.dropped[part], self.null)
+        text, mask = drop_captions(self.text_of(batch, changed), mask, draw.dropped[part], self.null)
         noise, t = draw.noise[part], t[part]
         terms = module(data, noise, t, text, mask)
         return data, with_perceptual(terms, self.perceptual, data, noise, t, self.model_config.target, self.config.flow)
+
+    def _keep_parts(self, batch: Batch, chance: Tensor) -> tuple[Batch, list[int]]:
+        """The batch with one side of a comma left of some captions (`flow.part_dropout`), and which rows these are. chance [b]."""
+        if not self.config.flow.part_dropout:
+            return batch, []
+        spec = self.description.text
+        ids, mask, changed = keep_one_side(batch.ids, batch.mask, chance, self.config.flow.part_dropout, self.commas, spec.null_tokens, spec.pad_id)
+        return batch._replace(ids=ids, mask=mask), changed
 
     # ---- what the ranks agree on --------------------------------------------------------------------------------------
 

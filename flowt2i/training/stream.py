@@ -108,6 +108,7 @@ class Draw(NamedTuple):
     choice: Tensor  # [batch] in (0, 1): which times stay uniform
     dropped: Tensor  # [batch] bool: captions replaced by the empty one
     flipped: Tensor  # [batch] bool: images mirrored
+    part: Tensor  # [batch] in (0, 1), on the CPU: whether a part of the caption is dropped, and which
 
 
 def draw(seed: int, step: int, batch: int, shape: tuple[int, ...], dropout: float, moments: bool, device: torch.device) -> Draw:
@@ -119,4 +120,5 @@ def draw(seed: int, step: int, batch: int, shape: tuple[int, ...], dropout: floa
     latent_noise = torch.randn(batch, *shape, generator=generator, device=device) if moments else None
     strata = ((torch.randperm(batch, generator=few) + torch.rand(batch, generator=few)) / batch).clamp_max(1 - 2**-24)
     choice, drop, flip = torch.rand(3, batch, generator=few)
-    return Draw(noise, latent_noise, strata.to(device), choice.to(device), (drop < dropout).to(device), (flip < 0.5).to(device))
+    part = torch.rand(batch, generator=few)
+    return Draw(noise, latent_noise, strata.to(device), choice.to(device), (drop < dropout).to(device), (flip < 0.5).to(device), part)
