@@ -43,6 +43,7 @@ RECIPES = {
     "quickstart-learned-positions": Recipe("quickstart", ("--model.positions", "learned"), "learned positions"),
     "quickstart-sincos-positions": Recipe("quickstart", ("--model.positions", "sincos"), "no rotary positions"),
     "quickstart-no-bottleneck": Recipe("quickstart", ("--model.bottleneck", "0"), "no bottleneck in the patch embedding"),
+    "quickstart-no-masks": Recipe("quickstart", ("--model.masks", "0"), "patches of a linear layer alone"),
     "quickstart-no-text-window": Recipe("quickstart", ("--model.text_window", "0"), "a plain transformer as caption encoder"),
     "quickstart-no-pooled-text": Recipe("quickstart", ("--model.pooled_text", "false"), "no mean caption feature in the modulation"),
     "quickstart-cosine": Recipe("quickstart", ("--optim.schedule", "cosine", "--optim.final", "0.1"), "the seed's schedule"),

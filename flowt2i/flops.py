@@ -68,7 +68,8 @@ def products(config: ModelConfig, shape: tuple[int, int, int], text_tokens: int,
             out += [linear("self-attention", tokens, d, 4 * d), *attention("self-attention", tokens, tokens, d)]
             out += [linear("attention over the caption", text_tokens, d, 2 * d), *attention("attention over the caption", tokens, text_tokens, d)]
             out += [linear("image MLP", tokens, d, 3 * hidden)]
-    return [*out, linear("AdaLN", 1, time, 2 * d), linear("output", tokens, d, values)]
+    factors = config.masks * (config.patch**2 + shape[0])  # masks and their colours; putting them together is elementwise
+    return [*out, linear("AdaLN", 1, time, 2 * d), linear("output", tokens, d, values + factors)]
 
 
 def caption_encoder(config: ModelConfig, text_tokens: int) -> list[Product]:

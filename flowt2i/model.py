@@ -279,11 +279,13 @@ class FlowTransformer(nn.Module):
             self.final_norm = RMSNorm(d, elementwise_affine=False)
         self.final_adaln = nn.Linear(config.time_width, 2 * d)
         self.unembed = nn.Linear(d, values)
+        if config.masks:
+            self.masks, self.colours = nn.Linear(d, config.masks * config.patch**2), nn.Linear(d, config.masks * channels)
         self._initialise()
 
     def _initialise(self) -> None:
         """Every residual branch starts at zero, so that the untrained network is its input and output layers alone."""
-        zero = [self.unembed, self.final_adaln]
+        zero = [self.unembed, self.final_adaln, *([self.colours] if self.config.masks else [])]
         for block in self.blocks:
             if isinstance(block, SeedBlock):
                 zero += [block.adaln, block.cross.out]
@@ -329,6 +331,19 @@ class FlowTransformer(nn.Module):
         b, c, p = x.shape[0], self.shape[0], self.patch
         return x.view(b, height // p, width // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
 
+    def patches(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, d] -> patches [B, N, C p p]: a linear layer and, with K `masks`, the sum of K masks [p p] of a colour [C] each.
+
+        A flat shape on a flat ground is one mask times the difference of two colours. A linear layer has to learn its outline for every pair of colours
+        anew, light on dark apart from dark on light; a product learns it once (docs/experiments.md, "Masks and colours").
+        """
+        y = self.unembed(x)
+        if not self.config.masks:
+            return y
+        b, n, _ = x.shape
+        masks, colours = self.masks(x).view(b, n, self.config.masks, 1, -1), self.colours(x).view(b, n, self.config.masks, -1, 1)
+        return y + (masks * colours).sum(2).reshape(b, n, -1)
+
     def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """z [B, C, H, W], t [B] in [0, 1], text [B, T, D], mask [B, T] (True: a real token) -> [B, C, H, W]."""
         height, width = z.shape[2:]
@@ -351,7 +366,7 @@ class FlowTransformer(nn.Module):
             inputs = (x, text, bias, modulation, rotation)
             x, text = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
         shift, scale = self.final_adaln(F.silu(time)).unsqueeze(1).chunk(2, -1)
-        return self.unpatchify(self.unembed(modulate(self.final_norm(x), shift, scale)), height, width)
+        return self.unpatchify(self.patches(modulate(self.final_norm(x), shift, scale)), height, width)
 
 
 def count_parameters(model: FlowTransformer) -> dict[str, int]:
@@ -360,7 +375,7 @@ def count_parameters(model: FlowTransformer) -> dict[str, int]:
     names = {
         "attention": "self-attention", "cross": "cross-attention", "mlp": "image MLP", "text_mlp": "text MLP", "adaln": "AdaLN", "table": "AdaLN",
         "shared_adaln": "AdaLN", "final_adaln": "AdaLN", "time": "time embedding", "pooled": "time embedding", "caption_encoder": "caption encoder",
-        "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "text_embed": "text embedding",
+        "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "masks": "output", "colours": "output", "text_embed": "text embedding",
     }  # fmt: skip
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -11,9 +11,9 @@ from flowt2i.positions import rotation_2d, sincos_2d
 TINY = {"width": 64, "depth": 2, "heads": 2, "time_width": 32, "text_width": 32, "text_depth": 1, "bottleneck": 16}
 
 
-def tiny(block="modern", kind="pixels", shape=(3, 32, 32), text_dim=0, seed=0):
+def tiny(block="modern", kind="pixels", shape=(3, 32, 32), text_dim=0, seed=0, **changes):
     torch.manual_seed(seed)
-    config = ModelConfig(block=block, **TINY).resolve(kind, shape)
+    config = ModelConfig(block=block, **TINY | changes).resolve(kind, shape)
     return FlowTransformer(config, shape, text_dim, vocab_size=50)
 
 
@@ -50,9 +50,10 @@ def test_presets_make_64_tokens_of_64_pixels(preset):
 
 
 @pytest.mark.parametrize("block", ["modern", "seed"])
-@pytest.mark.parametrize("kind, shape, text_dim", [("pixels", (3, 32, 32), 0), ("vae", (4, 8, 8), 24)])
-def test_shapes_and_gradients_reach_every_parameter(block, kind, shape, text_dim):
-    model = shake(tiny(block, kind, shape, text_dim))
+@pytest.mark.parametrize("kind, shape, text_dim, masks", [("pixels", (3, 32, 32), 0, 0), ("pixels", (3, 32, 32), 0, 3), ("vae", (4, 8, 8), 24, 3)])
+def test_shapes_and_gradients_reach_every_parameter(block, kind, shape, text_dim, masks):
+    model = shake(tiny(block, kind, shape, text_dim, masks=masks))
+    assert hasattr(model, "masks") == (masks > 0 and kind == "pixels"), "a latent's patch is no picture with outlines"
     z, t, mask = torch.randn(3, *shape), torch.rand(3), torch.ones(3, 5, dtype=torch.bool)
     text = torch.randn(3, 5, text_dim) if text_dim else model.encode_captions(torch.randint(0, 50, (3, 5)), mask)
     out = model(z, t, text, mask)
@@ -88,6 +89,19 @@ def test_untrained_model_puts_out_zero():
     mask = torch.ones(2, 3, dtype=torch.bool)
     out = model(torch.randn(2, 3, 32, 32), torch.rand(2), model.encode_captions(torch.zeros(2, 3, dtype=torch.int64), mask), mask)
     assert torch.all(out == 0)
+
+
+def test_a_mask_is_painted_in_its_colour():
+    """Against patches put together pixel by pixel; their order is that of `unpatchify`."""
+    model = shake(tiny(masks=2))
+    x, p = torch.randn(1, 16, 64), 8
+    picture = model.unpatchify(model.patches(x), 32, 32) - model.unpatchify(model.unembed(x), 32, 32)
+    masks, colours = model.masks(x).view(16, 2, p, p), model.colours(x).view(16, 2, 3)
+    for place, row, column, channel in [(0, 0, 0, 0), (5, 3, 7, 1), (15, 7, 2, 2)]:
+        painted = sum(masks[place, k, row, column] * colours[place, k, channel] for k in range(2))
+        assert torch.isclose(picture[0, channel, place // 4 * p + row, place % 4 * p + column], painted, atol=1e-5)
+    with_masks, without = tiny(masks=2), tiny()
+    assert with_masks.colours.weight.count_nonzero() == 0 and not hasattr(without, "masks"), "at the start the network is what it is without them"
 
 
 def test_patches_come_back_where_they_were():

@@ -59,4 +59,6 @@ def fitted(tensors: dict[str, Tensor], patch: int, grid: tuple[int, int], model:
         tensors[name] = resize_embedding(tensors[name], channels, patch, model.patch)
         for name in ("unembed.weight", "unembed.bias"):
             tensors[name] = resize_output(tensors[name], channels, patch, model.patch)
+        for name in ("masks.weight", "masks.bias") if "masks.weight" in tensors else ():  # a mask is a picture of one channel
+            tensors[name] = resize_output(tensors[name], model.config.masks, patch, model.patch)
     return tensors
