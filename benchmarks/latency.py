@@ -29,7 +29,7 @@ from sampling import benchmark_prompts
 from sampling_settings import DEFAULT, PLAIN, Settings, label
 from tqdm import tqdm
 
-from flowt2i import Pipeline
+from flowt2i import Pipeline, precision
 from flowt2i.bench.timing import clock
 from flowt2i.commands.common import newest_run
 from flowt2i.training.compiling import has_compiler
@@ -62,13 +62,13 @@ class Way:
 def ways(model: Path, device: str | None) -> list[Way]:
     """The model as it comes first; then compiled, where that can be, and eager in the other precision."""
     own = Pipeline.from_pretrained(model, device=device)
-    precision = own.config.train.precision
-    found = [Way(f"eager {precision}", own)]
+    computes = own.computes
+    found = [Way(f"eager {computes}", own)]
     if has_compiler():
-        found.append(Way(f"compiled {precision}", Pipeline.from_pretrained(model, device=device).compile()))
+        found.append(Way(f"compiled {computes}", Pipeline.from_pretrained(model, device=device).compile()))
     other = Pipeline.from_pretrained(model, device=device)
-    other.config.train.precision = "fp32" if precision == "bf16" else "bf16"
-    return [*found, Way(f"eager {other.config.train.precision}", other)]
+    other.computes = "fp32" if computes == "bf16" else "bf16"
+    return [*found, Way(f"eager {other.computes}", other)]
 
 
 def drawings(those: list[Way], batches: list[int], samplers: dict[str, Settings], repeats: int) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def encodings(pipeline: Pipeline, batches: list[int], repeats: int) -> dict[str,
     found = {}
     for batch in batches:
         captions, times = [*benchmark_prompts(pipeline, batch), *[""] * batch], []
-        with torch.inference_mode(), torch.autocast(pipeline.device.type, torch.bfloat16, enabled=pipeline.config.train.precision == "bf16"):
+        with torch.inference_mode(), precision.autocast(pipeline.computes, pipeline.device):
             pipeline.encode(captions)
             for _ in range(repeats):
                 begun = clock(pipeline.device)

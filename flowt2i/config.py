@@ -152,7 +152,9 @@ class TrainConfig(_Section):
     lora: int = Field(
         0, ge=0, description="with --init: train low-rank adapters of this rank only (peft), and leave the model's weights as they are; 0: all weights"
     )
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="compute under autocast; weights are always fp32")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of the products, weights are always fp32; auto: bf16 where processor or GPU have units for it, else fp32"
+    )
     checkpoint_activations: bool = Field(
         False, description="keep only what passes between blocks and compute the inside of each again in the backward pass: less memory, a third more work"
     )

@@ -31,6 +31,7 @@ from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.human import duration, size
+from flowt2i.precision import has_bf16
 from flowt2i.text import load_encoder, load_tokenizer
 from flowt2i.training import checkpoint, dryrun, pace
 from flowt2i.training.compiling import has_compiler, will_compile
@@ -153,6 +154,8 @@ def bf16(device: torch.device) -> Finding:
             y = x @ x
         y.float().sum().backward()
         if y.dtype == torch.bfloat16 and x.grad is not None and bool((x.grad == 128).all()):
+            if not has_bf16(device.type):
+                return Finding("bf16", "note", f"{device.type} has no units for it: training computes in fp32, a few times slower than with them")
             return Finding("bf16", "good", f"tried on {device.type}: right")
         return Finding("bf16", "fault", f"tried on {device.type}: wrong results", "--train.precision fp32")
     except (RuntimeError, TypeError) as error:

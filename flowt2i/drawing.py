@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowt2i import editing, flow
+from flowt2i import editing, flow, precision
 from flowt2i import settings as choices
 from flowt2i.codec import stored_to_latents
 from flowt2i.editing import Picture, Start
@@ -100,7 +100,7 @@ class Drawing:
             if preview and (step % every == 0 or step == steps - 1):
                 preview(step + 1, steps, self._finish(flow.to_data(v, z, t.expand(z.shape[0]).to(z))))
 
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.config.train.precision == "bf16"):
+        with precision.autocast(model.computes, model.device):
             velocity = self._velocity(starts)
             try:
                 z = choices.solver_of(self.settings, noise)(velocity, z, times, show)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowt2i import editing, exported, flow, hub, shapes
+from flowt2i import editing, exported, flow, hub, precision, shapes
 from flowt2i import settings as choices
 from flowt2i.codec import to_uint8
 from flowt2i.config import Config, load_config
@@ -34,7 +34,7 @@ from flowt2i.training.distributed import best_device
 
 LARGEST_SIDE = 4096  # pixels of a picture that is drawn
 
-__all__ = ["Pipeline", "Preview", "Samples", "build_model", "compute_dtype", "save_png"]
+__all__ = ["Pipeline", "Preview", "Samples", "build_model", "save_png"]
 
 
 class Pipeline:
@@ -50,6 +50,7 @@ class Pipeline:
         self._moved: dict[str, Any] = {}  # folders of VAE and text encoder that were named at loading: a guide looks there too
         self._compiled = False
         self.device = next(model.parameters()).device
+        self.computes = precision.to_draw(config.train.precision, self.device)
         self.mean = torch.tensor(description.latent_mean, device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor(description.latent_std, device=self.device).view(1, -1, 1, 1)
 
@@ -82,7 +83,7 @@ class Pipeline:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}): leave it out, or choose cpu") from error
         tokenizer = load_tokenizer(description.text, folder)
-        encoder = load_encoder(description.text, compute_dtype(config), text).to(target) if description.text.kind == "hf" else None
+        encoder = load_encoder(description.text, precision.DTYPES[precision.to_draw(config.train.precision, target)], text).to(target) if description.text.kind == "hf" else None
         pipeline = cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if kind == "ema" else "raw", exported.step_of(folder))
         pipeline._moved = moved
         return pipeline
@@ -280,11 +281,6 @@ def _name(told: dict[str, Any]) -> str:
     facts += [f"step {told['step']}"] if "step" in told else []
     name = (told.get("model") or "a model without a name") + (f" ({', '.join(facts)})" if facts else "")
     return "".join(c if c.isprintable() else "?" for c in name)[:200]  # a PNG may come from anyone, and this goes to a terminal
-
-
-def compute_dtype(config: Config) -> torch.dtype:
-    """What a frozen text encoder runs in: the same at training and at sampling."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
 def build_model(config: Config, description: DatasetDescription) -> FlowTransformer:

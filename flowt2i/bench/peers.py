@@ -1,7 +1,7 @@
 """Our training step beside those of transformers that others train from scratch, at one size, in one process, by turns.
 
 Size: 12 blocks of width 768, 12 heads, 64 image tokens of 8x8x4 latents, 512-wide caption features. Every contender gets the same noise, times and
-latents, runs under bf16 autocast and is updated by the same fused AdamW over all its parameters. The peers are trained the plain way: captions padded to
+latents, runs under bf16 autocast (fp32 where there are no units for it) and is updated by the same fused AdamW over all its parameters. The peers are trained the plain way: captions padded to
 128 tokens, no mask (which would only slow them down). Ours is the `stability` preset with what its training does: captions padded to the longest of the
 batch, masked. Eager is set against eager, compiled (peers: `torch.compile` of the whole model; ours: of each block, as in training) against compiled.
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flowt2i import precision
 from flowt2i.bench.captions import EMOJI_T5, LONGEST
 from flowt2i.bench.step import FEATURES, BareStep, describe
 from flowt2i.bench.timing import clock
@@ -118,10 +119,11 @@ def peer(name: str, library: Any, size: Size, batch: int, device: torch.device) 
     model, call = PEERS[name](library, size)
     model.to(device).train()
     text = torch.randn(batch, LONGEST, FEATURES, device=device)
+    computes = precision.resolved("auto", device)
 
     def loss(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         z = noise + t[:, None, None, None] * (data - noise)
-        with torch.autocast(device.type, torch.bfloat16):
+        with precision.autocast(computes, device):
             output = call(model, z, t, text)
         return F.mse_loss(output.float(), data - noise)
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from flowt2i import precision
 from flowt2i.bench.ceiling import matrix_ceilings
 from flowt2i.bench.data import generated
 from flowt2i.bench.loop import loop_rate
@@ -70,7 +71,8 @@ def _bench(
     _advance(bar, "data", "matrix products")
 
     rows = micro * (description.codec.shape[1] // model.patch) * (description.codec.shape[2] // model.patch)
-    ceilings = matrix_ceilings(config.train.precision, model, rows, device, budget.share(0.05))
+    computes = precision.resolved(config.train.precision, device)
+    ceilings = matrix_ceilings(computes, model, rows, device, budget.share(0.05))
     compiled = will_compile(config.train, device)
     _advance(bar, "ceiling", f"training, micro-batch {micro}{' (compiling first)' if compiled else ''}")
 
@@ -98,16 +100,16 @@ def _bench(
     _advance(bar, "loop", "other micro-batches")
 
     micro_batches = {micro: batch / whole_step} | rates(step, batch, micro, fits, update, cost, budget, bar)
-    again = matrix_ceilings(config.train.precision, model, rows, device, budget.share(0.03))
+    again = matrix_ceilings(computes, model, rows, device, budget.share(0.03))
     ceilings = {name: max(value, again.get(name, 0.0)) for name, value in ceilings.items()}
     _advance(bar, "micro-batches", "done")
 
     flop = training_flop(model, description.codec.shape, lengths.tolist(), description.text.dim)
     rate = batch / whole_step
-    ceiling = max(value for name, value in ceilings.items() if name.startswith(config.train.precision))
+    ceiling = max(value for name, value in ceilings.items() if name.startswith(computes))
     model_tflops = rate * flop["total"] / 1e12
     result: dict[str, Any] = {
-        "preset": config.preset, "device": device_name(device), "machine": machine(), "precision": config.train.precision, "compiled": compiled,
+        "preset": config.preset, "device": device_name(device), "machine": machine(), "precision": computes, "compiled": compiled,
         "parameters": count_parameters(step.model)["total"], "batch": batch, "micro_batch": micro, "text_tokens": round(float(lengths.mean()), 2),
         "train_images_per_s": round(rate, 2), "sample_images_per_s": sampling["images_per_s"], "sampling": sampling,
         "milliseconds": {name: round(1000 * value, 3) for name, value in parts.items()}, "loop": loop, "loop_why": why,

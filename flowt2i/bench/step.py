@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowt2i import flow, perceptual
+from flowt2i import flow, perceptual, precision
 from flowt2i.bench.captions import draw_lengths, padded_width
 from flowt2i.bench.timing import clock, fastest_of, mean_of, one_shape_each
 from flowt2i.config import Config
@@ -53,7 +53,7 @@ class BareStep:
                 raise
             raise UserError("out of memory with the weights alone: choose a smaller model (--model.width, --model.depth)") from error
         self.optimizer = Optimizer(config.optim, self.model)
-        self.objective = Objective(self.model, config.flow, config.train.precision)
+        self.objective = Objective(self.model, config.flow, precision.resolved(config.train.precision, device))
         self.perceptual = perceptual.of_run(config.flow, description, device)
 
     def inputs(self, images: int) -> tuple[Tensor, ...]:

@@ -59,7 +59,7 @@ def metric(context: Context) -> Scores:
             continue
         model = build_model(config, pipeline.description)
         checkpoint.load_into(model, context.source / f"{stem}.safetensors")
-        objective = Objective(model.to(device).eval().requires_grad_(False), config.flow, config.train.precision).to(device)
+        objective = Objective(model.to(device).eval().requires_grad_(False), config.flow, pipeline.computes).to(device)
         found = heldout_loss(objective, dataset, latents, text_of, count, most, context.world)
         values |= {f"{title}/{name}" + ("" if part == "loss" else f"/{part}"): value for part, value in found.items()}
         bins = "   ".join(f"{part} {value:.4f}" for part, value in found.items() if part != "loss")
@@ -67,5 +67,5 @@ def metric(context: Context) -> Scores:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     of = f"the first {count} {dataset.split} pictures of data {data_hash(dataset)[:8]}, noise and times fixed in batches of {min(64, most)}"
-    flow = f"{pipeline.model.config.target}-prediction, floor {config.flow.floor:g}, {config.train.precision}"
+    flow = f"{pipeline.model.config.target}-prediction, floor {config.flow.floor:g}, {pipeline.computes}"
     return Scores(values, f"{title}, {of}, {flow}", lines)

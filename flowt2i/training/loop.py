@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flowt2i import flow, perceptual, shapes
+from flowt2i import flow, perceptual, precision, shapes
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.config import Config, seconds
 from flowt2i.data import feed
@@ -35,7 +35,7 @@ from flowt2i.data.dataset import Batch, ImageTextDataset
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.model import count_parameters
-from flowt2i.pipeline import Pipeline, build_model, compute_dtype
+from flowt2i.pipeline import Pipeline, build_model
 from flowt2i.text import load_encoder, load_tokenizer
 from flowt2i.training import checkpoint, distributed, dryrun, lora, parallel, resuming, start, stream
 from flowt2i.training.compiling import compile_blocks, text_padding, will_compile
@@ -113,9 +113,10 @@ class Trainer:
         if config.train.lora:
             lora.inject(self.model, config.train.lora)
         self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
-        self.objective = Objective(self.model, config.flow, config.train.precision)
+        self.computes = world.on_main(lambda: precision.resolved(config.train.precision, device))
+        self.objective = Objective(self.model, config.flow, self.computes)
         self.perceptual = perceptual.of_run(config.flow, self.description, device)
-        self.ema_objective = Objective(self.ema.model, config.flow, config.train.precision) if self.ema else None
+        self.ema_objective = Objective(self.ema.model, config.flow, self.computes) if self.ema else None
         for objective in (self.objective, self.ema_objective):
             if objective and self.sharded:
                 parallel.shard(objective, device)
@@ -129,7 +130,7 @@ class Trainer:
         self.first, self.resumed, self.warm = self.step, bool(self.step and self.steps), 0.0
         self.mean = torch.tensor(self.description.latent_mean, device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(self.description.latent_std, device=device).view(1, -1, 1, 1)
-        self.encoder = load_encoder(self.description.text, compute_dtype(config), text).to(device) if self.description.text.kind == "hf" else None
+        self.encoder = load_encoder(self.description.text, precision.DTYPES[self.computes], text).to(device) if self.description.text.kind == "hf" else None
         # Only previews decode, but a VAE that is missing had better be missed now than after a thousand steps.
         self.codec = codec_from_spec(self.description.codec, codec).to(device)
         self.commas = commas(self.tokenizer)
@@ -527,7 +528,7 @@ class Trainer:
     def _write_config(self) -> None:
         if self.world.main:
             facts = {"data": str(self.data), "micro_batch": self.micro, "accumulation": self.accumulate, "ranks": self.world.size, "steps": self.steps}
-            facts |= {"device": str(self.world.device), "compiled": self.compiled, "model": self.model_config.model_dump()}
+            facts |= {"device": str(self.world.device), "precision": self.computes, "compiled": self.compiled, "model": self.model_config.model_dump()}
             if self.world.device.type == "cuda":
                 facts["device_name"] = torch.cuda.get_device_name(self.world.device)
             resolved = self.config.model_dump() | {"resolved": facts | {"parameters": count_parameters(self.model)}}
@@ -545,7 +546,7 @@ class Trainer:
         of_shapes = f" of {len(self.shapes)} shapes, a batch of one" if self.description.buckets else ""
         lines.append(
             f"batch: {self.config.data.batch_size} images a step = {self.micro} x {self.accumulate} accumulation x {self.world.size} rank(s); "
-            f"{self.count:,} training images{of_shapes}; {self.world.device.type}, {self.config.train.precision}{', compiled' if self.compiled else ''}"
+            f"{self.count:,} training images{of_shapes}; {self.world.device.type}, {self.computes}{', compiled' if self.compiled else ''}"
             f"{', ' + ('fsdp' if self.sharded else 'ddp') if self.world.size > 1 else ''}"
         )
         return "\n".join(lines)

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowt2i.precision import has_bf16
+
 
 class Muon(torch.optim.Muon):
     """PyTorch's Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), its many small products done as fewer large ones.
 
-    State and settings are PyTorch's, and so is the update, to the rounding of its bf16 products. Learning rates are scaled to AdamW's RMS.
+    State and settings are PyTorch's, and so is the update, to the rounding of its bf16 products (fp32 where the device has no units for bf16). Learning rates are scaled to AdamW's RMS.
     """
 
     @torch.no_grad()
@@ -19,12 +21,13 @@ class Muon(torch.optim.Muon):
         assert closure is None
         for group in self.param_groups:
             rate, decay, momentum = group["lr"], group["lr"] * group["weight_decay"], group["momentum"]
+            dtype = torch.bfloat16 if has_bf16(group["params"][0].device.type) else torch.float32
             stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # by shape: parameters [m, n], what to make orthogonal
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     mean = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad)).lerp_(parameter.grad, 1 - momentum)
                     update = parameter.grad.lerp(mean, momentum) if group["nesterov"] else mean
-                    stacks[lying(update).shape].append((parameter, lying(update).bfloat16()))
+                    stacks[lying(update).shape].append((parameter, lying(update).to(dtype)))
             for (_, longer), stack in stacks.items():
                 scale = 0.2 * longer**0.5  # Liu et al. 2025, 2502.16982, eq. 4: the update has the RMS of AdamW's
                 updates = orthogonal(torch.stack([update for _, update in stack]), group["ns_coefficients"], group["ns_steps"], group["eps"])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowt2i import flow
+from flowt2i import flow, precision
 from flowt2i.config import FlowConfig
 from flowt2i.model import FlowTransformer
 from flowt2i.perceptual import PerceptualLoss
@@ -24,14 +24,14 @@ class Terms(NamedTuple):
 class Objective(nn.Module):
     """Flow-matching loss of a model, from normalised latents to one number an image."""
 
-    def __init__(self, model: FlowTransformer, config: FlowConfig, precision: str):
+    def __init__(self, model: FlowTransformer, config: FlowConfig, computes: precision.Precision):
         super().__init__()
-        self.model, self.config, self.precision = model, config, precision
+        self.model, self.config, self.computes = model, config, computes
 
     def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Terms:
         """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]."""
         z = flow.interpolate(data, noise, t)
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with precision.autocast(self.computes, data.device):
             features = self.model.encode_captions(text, mask) if text.dtype == torch.int64 else text
             output = self.model(z, t, features, mask)
         return Terms(flow.loss_per_image(output, data, noise, t, self.model.config.target, self.config.floor), output)

@@ -1,0 +1,52 @@
+"""Which numbers to compute with: bf16 where the processor or the GPU has units for it, else fp32.
+
+Weights are fp32 in either case. Without such units (every x86 processor without AVX-512 bf16 or AMX, older cards and phones' relatives) bf16 products are
+emulated, a product of matrices up to fifty times slower than in fp32.
+"""
+
+import functools
+import time
+from typing import Literal
+
+import torch
+
+Precision = Literal["bf16", "fp32"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolved(precision: str, device: torch.device) -> Precision:
+    """`train.precision` on a device: what is asked for, or for "auto" what the device is made for."""
+    if precision == "auto":
+        return "bf16" if has_bf16(device.type) else "fp32"
+    return "bf16" if precision == "bf16" else "fp32"
+
+
+def to_draw(precision: str, device: torch.device) -> Precision:
+    """What a model that was trained with this `train.precision`, perhaps elsewhere, computes in here: fp32 does for either."""
+    return "fp32" if precision == "fp32" else resolved("auto", device)
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """The context in which a network computes in a precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@functools.cache
+def has_bf16(device: str) -> bool:
+    """Whether this kind of device ("cpu", "cuda", "mps") has units for bf16. A CPU is tried, a few milliseconds: no flag of torch's says it of all makes."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return True
+    return _seconds(torch.bfloat16) < _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype, size: int = 256) -> float:
+    """Of a product of matrices on the CPU: the fastest of a few, after one that warms up."""
+    a = torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        begun = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - begun)
+    return best
