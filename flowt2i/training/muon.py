@@ -1,7 +1,7 @@
-"""Muon on stacks: matrices of one shape are made orthogonal in one batched product."""
+"""Muon on stacks: matrices (or pieces of them) of one shape are made orthogonal in one batched product."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,8 +13,15 @@ from flowt2i.precision import has_bf16
 class Muon(torch.optim.Muon):
     """PyTorch's Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), its many small products done as fewer large ones.
 
+    `piece`: each matrix is cut along its longer side into pieces of so many rows, as MuonBP (2510.16981) between its whole steps and for the reason
+    that heads are cut there: Newton-Schulz costs in proportion to a piece's shorter side. 0: whole matrices.
+
     State and settings are PyTorch's, and so is the update, to the rounding of its bf16 products (fp32 where the device has no units for bf16). Learning rates are scaled to AdamW's RMS.
     """
+
+    def __init__(self, parameters: Iterable[Tensor], piece: int = 0, **settings: Any):
+        super().__init__(parameters, **settings)
+        self.piece = piece
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -22,22 +29,33 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             rate, decay, momentum = group["lr"], group["lr"] * group["weight_decay"], group["momentum"]
             dtype = torch.bfloat16 if has_bf16(group["params"][0].device.type) else torch.float32
-            stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # by shape: parameters [m, n], what to make orthogonal
+            stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # by shape [m, n] of the pieces: parameter, what to make orthogonal [k, m, n]
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     mean = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad)).lerp_(parameter.grad, 1 - momentum)
                     update = parameter.grad.lerp(mean, momentum) if group["nesterov"] else mean
-                    stacks[lying(update).shape].append((parameter, lying(update).to(dtype)))
+                    cut = pieces(update, self.piece)
+                    stacks[cut.shape[1:]].append((parameter, cut.to(dtype)))
             for (_, longer), stack in stacks.items():
                 scale = 0.2 * longer**0.5  # Liu et al. 2025, 2502.16982, eq. 4: the update has the RMS of AdamW's
-                updates = orthogonal(torch.stack([update for _, update in stack]), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                cuts = [cut for _, cut in stack]
+                updates = orthogonal(torch.cat(cuts), group["ns_coefficients"], group["ns_steps"], group["eps"]).split([len(cut) for cut in cuts])
                 for (parameter, _), update in zip(stack, updates):
-                    lying(parameter).mul_(1 - decay).add_(update, alpha=-rate * scale)
+                    pieces(parameter, self.piece).mul_(1 - decay).add_(update, alpha=-rate * scale)
 
 
 def lying(matrix: Tensor) -> Tensor:
     """The matrix or its transpose, whichever is no higher than it is wide."""
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def pieces(matrix: Tensor, size: int) -> Tensor:
+    """A view of the matrix as [k, m, n], m ≤ n: its longer side cut into k pieces of `size`, where that divides it and makes them flatter; else whole, k = 1."""
+    flat = lying(matrix)
+    height, length = flat.shape
+    if not size or length % size or size >= height:
+        return flat[None]
+    return flat.T.unflatten(0, (length // size, size))
 
 
 def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
