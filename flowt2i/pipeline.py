@@ -83,7 +83,8 @@ class Pipeline:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}): leave it out, or choose cpu") from error
         tokenizer = load_tokenizer(description.text, folder)
-        encoder = load_encoder(description.text, precision.DTYPES[precision.to_draw(config.train.precision, target)], text).to(target) if description.text.kind == "hf" else None
+        dtype = precision.DTYPES[precision.to_draw(config.train.precision, target)]
+        encoder = load_encoder(description.text, dtype, text).to(target) if description.text.kind == "hf" else None
         pipeline = cls(model, config, description, tokenizer, encoder, codec, str(path), "EMA" if kind == "ema" else "raw", exported.step_of(folder))
         pipeline._moved = moved
         return pipeline

@@ -13,10 +13,11 @@ from flowt2i.precision import has_bf16
 class Muon(torch.optim.Muon):
     """PyTorch's Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), its many small products done as fewer large ones.
 
-    `piece`: each matrix is cut along its longer side into pieces of so many rows, as MuonBP (2510.16981) between its whole steps and for the reason
-    that heads are cut there: Newton-Schulz costs in proportion to a piece's shorter side. 0: whole matrices.
+    `piece`: each matrix is cut along its longer side into pieces of so many rows, as MuonBP (2510.16981) cuts it between its whole steps, for the
+    operations of Newton-Schulz go with the shorter side of what it is given. 0: whole matrices.
 
-    State and settings are PyTorch's, and so is the update, to the rounding of its bf16 products (fp32 where the device has no units for bf16). Learning rates are scaled to AdamW's RMS.
+    State and settings are PyTorch's, and so is the update of whole matrices, to the rounding of its bf16 products (fp32 where the device has no units
+    for bf16). Learning rates are scaled to AdamW's RMS.
     """
 
     def __init__(self, parameters: Iterable[Tensor], piece: int = 0, **settings: Any):
@@ -29,7 +30,7 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             rate, decay, momentum = group["lr"], group["lr"] * group["weight_decay"], group["momentum"]
             dtype = torch.bfloat16 if has_bf16(group["params"][0].device.type) else torch.float32
-            stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # by shape [m, n] of the pieces: parameter, what to make orthogonal [k, m, n]
+            stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # by shape [m, n] of pieces: parameter, its k pieces to make orthogonal
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     mean = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad)).lerp_(parameter.grad, 1 - momentum)
@@ -50,7 +51,7 @@ def lying(matrix: Tensor) -> Tensor:
 
 
 def pieces(matrix: Tensor, size: int) -> Tensor:
-    """A view of the matrix as [k, m, n], m ≤ n: its longer side cut into k pieces of `size`, where that divides it and makes them flatter; else whole, k = 1."""
+    """A view of the matrix as [k, m, n], m ≤ n: its longer side cut into pieces of `size` where that divides it and makes them flatter; else whole."""
     flat = lying(matrix)
     height, length = flat.shape
     if not size or length % size or size >= height:

@@ -1,6 +1,7 @@
 """Optimizers and the learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,8 @@ class Optimizer:
             torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
         ]
         if matrices:
-            self.parts.append(Muon(matrices, piece=config.muon_piece, lr=config.muon_lr, momentum=0.95, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            settings: dict[str, Any] = {"lr": config.muon_lr, "momentum": 0.95, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.parts.append(Muon(matrices, piece=config.muon_piece, **settings))
         self.maximum = [config.lr, config.muon_lr]
 
     def step(self, factor: float) -> None:
