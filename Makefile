@@ -10,6 +10,9 @@ DATA ?= data/scenes
 OUT ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 # training time: the preset's own on a CPU, less where a GPU does far more in it
 MINUTES ?= $(if $(shell command -v nvidia-smi),1.5)
+# more settings of the training; without units for bf16 a narrower network, which learns more in the time there (docs/experiments.md)
+SETTINGS ?= $$([ "$$($(BIN)/python -m flowt2i.precision)" = bf16 ] || echo $(NARROW))
+NARROW := --model.width 128 --model.heads 4 --model.time_width 128 --model.text_width 128 --data.batch_size 16 --optim.muon_piece 32
 SLOW ?=
 JOBS ?= 2
 
@@ -41,14 +44,14 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 
 # ---- the targets -----------------------------------------------------------------------------------------------------
 
-quickstart: $(VENV)/.ready ## prepare the built-in data, train, draw samples.png, score [SEED=0 DATA= OUT= COUNT= MINUTES=]
+quickstart: $(VENV)/.ready ## prepare the built-in data, train, draw samples.png, score [SEED=0 DATA= OUT= COUNT= MINUTES= SETTINGS=]
 	@echo "== first, what a trained model draws (the one that comes with flowt2i) -> runs/packaged/first.png"
 	-$(FLOW) generate --prompts examples/scenes.txt --model scenes --out runs/packaged/first.png
 	@echo "   look at it while yours is trained from scratch"
 	@echo "== 1/4 data: $(COUNT) captioned scenes -> $(DATA)"
 	$(FLOW) prepare scenes --out $(DATA) --count $(COUNT)
 	@echo "== 2/4 training -> $(OUT) (stop it with Ctrl-C and run the same command again: it goes on where it was)"
-	$(FLOW) train --config quickstart --data $(DATA) --out $(OUT) --resume latest --train.seed $(SEED) $(if $(MINUTES),--train.minutes $(MINUTES))
+	$(FLOW) train --config quickstart --data $(DATA) --out $(OUT) --resume latest --train.seed $(SEED) $(if $(MINUTES),--train.minutes $(MINUTES)) $(SETTINGS)
 	@echo "== 3/4 pictures of examples/scenes.txt -> samples.png"
 	$(FLOW) generate --prompts examples/scenes.txt --model $(OUT) --out $(OUT)/pictures/samples.png
 	cp $(OUT)/pictures/samples.png samples.png

@@ -54,7 +54,7 @@ def compute(case: Case) -> dict[str, Any]:
     words = ["--model.width", case.width, "--model.depth", case.depth, "--model.heads", case.width // 64]
     made = {}
     for again in (False, True):
-        config = resolve("stability", [*map(str, words), "--train.checkpoint_activations", str(again).lower()])
+        config = resolve("stability", [*map(str, words), "--train.checkpoint_activations", str(again).lower(), "--train.precision", "bf16"])
         made[again], parameters = deep_footprint(config, description)
     model = config.model.resolve(codec.kind, codec.shape)
     lengths = [length for length, count in EMOJI_T5.items() for _ in range(count)]

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flowt2i import model as model_module
+from flowt2i import precision
 from flowt2i.bench.captions import EMOJI_T5
 from flowt2i.bench.ceiling import matrix_ceilings
 from flowt2i.bench.footprint import Footprint, footprint
@@ -61,6 +62,7 @@ def prepare(point: Point) -> tuple[Config, DatasetDescription]:
     side = round(point["tokens"] ** 0.5)
     words = ["--model.width", point["width"], "--model.depth", point["depth"], "--model.heads", max(1, point["width"] // 64)]
     words += ["--train.checkpoint_activations", bool(point.get("checkpointing"))]
+    words += ["--train.precision", point.get("precision", precision.resolved("auto", best_device()))]
     config = resolve("stability", list(map(str, words)))
     description = describe(True, max(EMOJI_T5))
     codec = description.codec.model_copy(update={"shape": (4, side, side)})
@@ -143,7 +145,7 @@ def fits(tokens: list[int]) -> list[dict[str, Any]]:
 
 def fits_on_cards(name: str, width: int, depth: int, tokens: int) -> dict[str, Any]:
     """One line of `fits`."""
-    made, _ = deep_footprint(*prepare({"width": width, "depth": depth, "tokens": tokens, "batch": 1}))
+    made, _ = deep_footprint(*prepare({"width": width, "depth": depth, "tokens": tokens, "batch": 1, "precision": "bf16"}))
     row = {"model": name, "tokens": tokens, "state_gib": round(made.state / 2**30, 2), "mib_an_image": round(made.slope / 2**20, 1)}
     return row | {f"{card} GB": made.largest((card - CONTEXT_GIB) * 2**30) for card in CARDS}
 
@@ -189,7 +191,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         panel.legend(fontsize=8, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     base = result["base"]
-    figure.suptitle(f"{result['device']}: round {base['depth']} x {base['width']}, {base['tokens']} tokens, batch {base['batch']}; bf16, eager", fontsize=11)
+    about = f"round {base['depth']} x {base['width']}, {base['tokens']} tokens, batch {base['batch']}; {result.get('precision', 'bf16')}, eager"
+    figure.suptitle(f"{result['device']}: {about}", fontsize=11)
     figure.savefig(path, dpi=130)
 
 
@@ -226,8 +229,10 @@ def main() -> None:
     elif not args.fits_only:
         config, description = prepare(base)
         resolved = config.model.resolve("vae", description.codec.shape)
-        result["ceiling_tflops"] = max(v for k, v in matrix_ceilings("bf16", resolved, base["tokens"] * base["batch"], device).items() if k.startswith("bf16"))
-        result["axes"] = {}
+        computes = precision.resolved(config.train.precision, device)
+        ceilings = matrix_ceilings(computes, resolved, base["tokens"] * base["batch"], device)
+        result["ceiling_tflops"] = max(value for name, value in ceilings.items() if name.startswith(computes))
+        result["precision"], result["axes"] = computes, {}
         with tqdm(total=sum(map(len, axes.values())), unit="point", leave=False) as bar:
             for axis, values in axes.items():
                 result["axes"][axis] = [_told(bar, base | {axis: value}) for value in values]

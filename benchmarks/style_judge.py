@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flowt2i import precision
+
 STEPS, BATCH, WIDTH, RATE = 600, 64, 16, 3e-3
 SHIFT = 4  # pixels by which training pictures are moved at most
 
@@ -29,6 +31,7 @@ def pixels(images: np.ndarray) -> Tensor:
 
 def trained(images: np.ndarray, labels: Tensor, classes: int, progress: bool = False) -> nn.Sequential:
     """The network, trained on images uint8 [n, S, S, 3] and labels [n]: the same for the same pictures on one machine. Two minutes of a core."""
+    device = torch.device("cpu")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = network(classes).to(memory_format=torch.channels_last)
@@ -39,7 +42,7 @@ def trained(images: np.ndarray, labels: Tensor, classes: int, progress: bool = F
             down, right = torch.randint(-SHIFT, SHIFT + 1, (2,)).tolist()
             batch = pixels(images[rows.numpy()]).roll((down, right), (2, 3))
             batch = batch.flip(-1) if torch.rand(()) < 0.5 else batch
-            with torch.autocast("cpu", torch.bfloat16):
+            with precision.autocast(precision.resolved("auto", device), device):
                 scores = net(batch)
             loss = F.cross_entropy(scores.float(), labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()

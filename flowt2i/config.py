@@ -113,7 +113,9 @@ class OptimConfig(_Section):
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon on the matrices of the blocks, AdamW on the rest")
     lr: float = Field(5e-4, gt=0, description="maximum learning rate of AdamW")
     muon_lr: float = Field(3e-3, gt=0, description="maximum learning rate of Muon (scaled to AdamW's RMS)")
-    muon_piece: int = Field(0, ge=0, description="Muon: cut matrices along their longer side into pieces of so many rows, for fewer operations; 0: whole")
+    muon_piece: int = Field(
+        0, ge=0, description="Muon: cut matrices along their longer side into pieces of so many rows, where that divides it, for fewer operations; 0: whole"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the first moment")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: decay of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices")
@@ -358,8 +360,10 @@ def load_config(path: Path) -> Config:
             values["model"] = MODEL_BEFORE | values["model"]
         if values.get("flow", {}).get("perceptual"):
             values["flow"] = PERCEPTUAL_BEFORE | values["flow"]
+        if "optim" in values and "muon_piece" not in values["optim"] and values["train"]["precision"] == "bf16":
+            values["train"] = values["train"] | {"precision": "auto"}  # it was the default then, and not asked for
         return Config.model_validate(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is not a configuration: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -155,7 +155,7 @@ def bf16(device: torch.device) -> Finding:
         y.float().sum().backward()
         if y.dtype == torch.bfloat16 and x.grad is not None and bool((x.grad == 128).all()):
             if not has_bf16(device.type):
-                return Finding("bf16", "note", f"{device.type} has no units for it: training computes in fp32, a few times slower than with them")
+                return Finding("bf16", "note", f"{device.type} has no units for it: fp32 is faster here, and what train.precision auto takes")
             return Finding("bf16", "good", f"tried on {device.type}: right")
         return Finding("bf16", "fault", f"tried on {device.type}: wrong results", "--train.precision fp32")
     except (RuntimeError, TypeError) as error:

@@ -23,6 +23,7 @@ class Training(BaseModel):
     parameters: int | None = None
     device: str | None = None
     ranks: int | None = None
+    precision: str | None = None  # that the products had
     scores: dict[str, int | float] = {}
     averaged: list[str] = []  # other models that the weights are the mean of, besides this one
 

@@ -1,7 +1,9 @@
 """Which numbers to compute with: bf16 where the processor or the GPU has units for it, else fp32.
 
-Weights are fp32 in either case. Without such units (every x86 processor without AVX-512 bf16 or AMX, older cards and phones' relatives) bf16 products are
-emulated, a product of matrices up to fifty times slower than in fp32.
+    python -m flowt2i.precision    # what this machine computes in
+
+Weights are fp32 in either case. Without such units (most x86 processors without AVX-512 bf16 or AMX, and older cards) bf16 is emulated: on an AVX2
+processor a product of matrices takes 30 to 100 times as long as in fp32 (docs/experiments.md).
 """
 
 import functools
@@ -33,20 +35,26 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 
 @functools.cache
 def has_bf16(device: str) -> bool:
-    """Whether this kind of device ("cpu", "cuda", "mps") has units for bf16. A CPU is tried, a few milliseconds: no flag of torch's says it of all makes."""
+    """Whether this kind of device ("cpu", "cuda", "mps") has units for bf16. A CPU is tried, for torch has no flag that tells it of all makes."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device != "cpu":
         return True
-    return _seconds(torch.bfloat16) < _seconds(torch.float32)
+    tries = [(_seconds(torch.bfloat16), _seconds(torch.float32)) for _ in range(5)]  # by turns: another program's load meets both
+    bf16, fp32 = (min(seconds) for seconds in zip(*tries))
+    return bf16 < fp32
 
 
 def _seconds(dtype: torch.dtype, size: int = 256) -> float:
-    """Of a product of matrices on the CPU: the fastest of a few, after one that warms up."""
-    a = torch.ones(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
+    """Of a product of matrices on the CPU."""
+    with torch.autocast("cpu", enabled=False):
+        a = torch.ones(size, size, dtype=dtype, device="cpu")
         begun = time.perf_counter()
         a @ a
-        best = min(best, time.perf_counter() - begun)
-    return best
+        return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    from flowt2i.training.distributed import best_device
+
+    print(resolved("auto", best_device()))

@@ -1,11 +1,15 @@
 """bf16 where there are units for it, fp32 elsewhere: in training, in the optimizer and in drawing."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from flowt2i import Pipeline, precision
+from flowt2i.config import load_config, resolve
+from flowt2i.training.loop import Trainer
 from flowt2i.training.muon import Muon
 
 CPU = torch.device("cpu")
@@ -14,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=[True, False], ids=["units", "none"])
 def units(request, monkeypatch) -> bool:
     """A processor with, or without, units for bf16."""
-    for module in ("flowt2i.precision", "flowt2i.training.muon", "flowt2i.doctor"):
+    for module in ("flowt2i.precision", "flowt2i.doctor", "flowt2i.bench.ceiling"):
         monkeypatch.setattr(f"{module}.has_bf16", lambda device: request.param)
     return request.param
 
@@ -35,17 +39,27 @@ def test_a_model_trained_in_bf16_elsewhere_draws_in_fp32_where_bf16_is_slow(unit
     assert [precision.to_draw(trained, CPU) for trained in ("fp32", "bf16", "auto")] == ["fp32", *["bf16" if units else "fp32"] * 2]
 
 
-def test_training_and_drawing_compute_in_it(units, trained, scenes_data):
-    run = trained(scenes_data, "--train.precision", "auto", "--train.steps", "1")
-    config = json.loads((run / "config.json").read_text())
-    assert config["train"]["precision"] == "auto" and config["resolved"]["precision"] == ("bf16" if units else "fp32")
-    pipeline, seen = Pipeline.from_pretrained(run, device="cpu"), set()
-    pipeline.model.blocks[0].mlp.up.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+def test_training_and_drawing_compute_in_it(units, tiny, scenes_data, tmp_path):
+    config = resolve("quickstart", [*tiny, "--train.precision", "auto", "--train.steps", "1", "--train.dry_run", "false"])
+    trainer = Trainer(config, scenes_data, tmp_path, progress=False)
+    seen = []
+    hook = trainer.model.blocks[0].mlp.up.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.train()
+    trainer.close()
+    hook.remove()
+    expected = torch.bfloat16 if units else torch.float32
+    assert set(seen) == {expected} and trainer.optimizer.parts[1].dtype == expected, "the network, training and shown, and Muon"
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["train"]["precision"] == "auto" and written["resolved"]["precision"] == ("bf16" if units else "fp32")
+    pipeline = Pipeline.from_pretrained(tmp_path, device="cpu")
+    pipeline.model.blocks[0].mlp.up.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    seen.clear()
     pipeline(["a red circle"], steps=1)
-    assert seen == {torch.bfloat16 if units else torch.float32}
+    assert set(seen) == {expected}
 
 
-def test_muon_makes_matrices_orthogonal_in_it(units):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_makes_matrices_orthogonal_in_its_type(dtype):
     torch.manual_seed(0)
     start, gradient, seen = torch.randn(8, 16), torch.randn(8, 16), []
     weight = torch.nn.Parameter(start.clone())
@@ -58,13 +72,50 @@ def test_muon_makes_matrices_orthogonal_in_it(units):
             return function(*args, **(kwargs or {}))
 
     with Watch():
-        Muon([weight], lr=0.1, weight_decay=0.0).step()
-    assert set(seen) == {torch.bfloat16 if units else torch.float32}
-    values = torch.linalg.svdvals((start - weight.detach()) / 0.1)
-    assert values.max() < 1.35 * values.min() + 1.0
+        Muon([weight], dtype=dtype, lr=0.1, weight_decay=0.0).step()
+    assert set(seen) == {dtype}
+    values = torch.linalg.svdvals((start - weight.detach()) / 0.1) / (0.2 * 16**0.5)
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_bf16_of_a_configuration_from_before_was_the_default_and_not_asked_for(tmp_path):
+    values = resolve("quickstart", ["--train.precision", "bf16"]).model_dump()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    assert load_config(path).train.precision == "bf16", "today it was asked for"
+    del values["optim"]["muon_piece"]
+    path.write_text(json.dumps(values))
+    assert load_config(path).train.precision == "auto"
+    values["train"]["precision"] = "fp32"
+    path.write_text(json.dumps(values))
+    assert load_config(path).train.precision == "fp32"
+
+
+def test_a_card_tells_what_the_run_computed_in(trained, scenes_data, tmp_path):
+    from flowt2i.export.export import export
+
+    run = trained(scenes_data, "--train.precision", "auto", "--train.steps", "1")
+    export(run, tmp_path / "own", samples=0, device="cpu")
+    export(tmp_path / "own", tmp_path / "again", samples=0, device="cpu")
+    for folder in ("own", "again"):
+        assert f"| compute | {precision.resolved('auto', CPU)} |" in (tmp_path / folder / "README.md").read_text()
 
 
 def test_doctor_says_it(units):
     from flowt2i.doctor import bf16
 
     assert bf16(CPU).mark == ("good" if units else "note") and ("fp32" in bf16(CPU).found) != units
+
+
+def test_the_bench_measures_no_emulated_products(units, monkeypatch):
+    from flowt2i.bench import ceiling
+
+    monkeypatch.setattr(ceiling, "matrix_rate", lambda *rest: 1.0)
+    model = resolve("quickstart").model.resolve("pixels", (3, 64, 64))
+    measured = lambda name: {key.split()[0] for key in ceiling.matrix_ceilings(name, model, 64, CPU)}
+    assert measured("bf16") == {"bf16", "fp32"} and measured("fp32") == ({"fp32", "bf16"} if units else {"fp32"})
+
+
+def test_make_asks_what_this_machine_computes_in():
+    told = subprocess.run([sys.executable, "-m", "flowt2i.precision"], capture_output=True, text=True, check=True).stdout
+    assert told.strip() in precision.DTYPES

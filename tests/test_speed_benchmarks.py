@@ -25,7 +25,7 @@ def scale(script, monkeypatch):
     monkeypatch.setattr(module, "MODELS", {"small": (64, 1), "larger": (64, 2)})
     monkeypatch.setattr(module.BareStep, "step_seconds", lambda self, images, accumulate, seconds: self.step(images, accumulate) or 1.0)
     monkeypatch.setattr(module, "apart", lambda: ThreadPoolExecutor(1))  # what is patched here is not patched in a fresh process
-    monkeypatch.setattr(module, "matrix_ceilings", lambda *rest: {"bf16 8x8x8": 2.0})
+    monkeypatch.setattr(module, "matrix_ceilings", lambda name, *rest: {f"{name} 8x8x8": 2.0})
     return module
 
 

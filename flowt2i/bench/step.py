@@ -52,8 +52,9 @@ class BareStep:
             if not is_out_of_memory(error):
                 raise
             raise UserError("out of memory with the weights alone: choose a smaller model (--model.width, --model.depth)") from error
-        self.optimizer = Optimizer(config.optim, self.model)
-        self.objective = Objective(self.model, config.flow, precision.resolved(config.train.precision, device))
+        computes = precision.resolved(config.train.precision, device)
+        self.optimizer = Optimizer(config.optim, self.model, precision.DTYPES[computes])
+        self.objective = Objective(self.model, config.flow, computes)
         self.perceptual = perceptual.of_run(config.flow, description, device)
 
     def inputs(self, images: int) -> tuple[Tensor, ...]:

@@ -150,7 +150,7 @@ def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
         ("network", f"{model.block}, width {model.width}, depth {model.depth}, {model.heads} heads"),
         ("predicts", "velocity" if pipeline.model.config.target == "v" else "the clean picture"),
         ("optimizer", f"{config.optim.name}, learning rate {config.optim.lr:g}, {config.optim.schedule}"),
-        ("compute", config.train.precision),
+        ("compute", facts.get("precision") or ("fp32" if config.train.precision == "fp32" else "bf16")),
         ("seed", f"{config.train.seed}"),
         ("weights here", f"{pipeline.weights}, {dtype}{_averaged(facts['averaged'])}"),
         ("sampling", describe(pipeline.settings())),

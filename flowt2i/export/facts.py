@@ -35,6 +35,7 @@ def training_facts(model: Path, pipeline: Pipeline) -> dict[str, Any]:
         "parameters": parameters,
         "device": resolved.get("device_name") or resolved.get("device"),
         "ranks": resolved.get("ranks"),
+        "precision": resolved.get("precision"),
         "scores": _scores(read_log(run / "eval.jsonl", state["step"])),
         "averaged": [],
     }

@@ -122,7 +122,7 @@ class Trainer:
                 parallel.shard(objective, device)
             elif objective:
                 objective.to(device)
-        self.optimizer = Optimizer(config.optim, self.model)
+        self.optimizer = Optimizer(config.optim, self.model, precision.DTYPES[self.computes])
         self.step, self.steps = 0, 0 if config.train.minutes else config.train.steps
         if source:
             resuming.load(self, source)
@@ -495,7 +495,9 @@ class Trainer:
     def pipeline(self) -> Pipeline:
         """The model as it would be loaded from a checkpoint now: the EMA where there is one."""
         model = self.ema.model if self.ema else self.model
-        return Pipeline(model, self.config, self.description, self.tokenizer, self.encoder, self.codec)
+        pipeline = Pipeline(model, self.config, self.description, self.tokenizer, self.encoder, self.codec)
+        pipeline.computes = self.computes  # the ranks have agreed on it
+        return pipeline
 
     def save(self) -> None:
         """Have a checkpoint written (by rank 0, beside the training) and superseded ones dropped; `saver.wait` says when it stands."""

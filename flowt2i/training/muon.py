@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowt2i.precision import has_bf16
-
 
 class Muon(torch.optim.Muon):
     """PyTorch's Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), its many small products done as fewer large ones.
@@ -16,27 +14,26 @@ class Muon(torch.optim.Muon):
     `piece`: each matrix is cut along its longer side into pieces of so many rows, as MuonBP (2510.16981) cuts it between its whole steps, for the
     operations of Newton-Schulz go with the shorter side of what it is given. 0: whole matrices.
 
-    State and settings are PyTorch's, and so is the update of whole matrices, to the rounding of its bf16 products (fp32 where the device has no units
-    for bf16). Learning rates are scaled to AdamW's RMS.
+    State and settings are PyTorch's, and so is the update of whole matrices, to the rounding of its bf16 products. `dtype`: that of the products.
+    Learning rates are scaled to AdamW's RMS.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], piece: int = 0, **settings: Any):
+    def __init__(self, parameters: Iterable[Tensor], piece: int = 0, dtype: torch.dtype = torch.bfloat16, **settings: Any):
         super().__init__(parameters, **settings)
-        self.piece = piece
+        self.piece, self.dtype = piece, dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
             rate, decay, momentum = group["lr"], group["lr"] * group["weight_decay"], group["momentum"]
-            dtype = torch.bfloat16 if has_bf16(group["params"][0].device.type) else torch.float32
             stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # by shape [m, n] of pieces: parameter, its k pieces to make orthogonal
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     mean = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad)).lerp_(parameter.grad, 1 - momentum)
                     update = parameter.grad.lerp(mean, momentum) if group["nesterov"] else mean
                     cut = pieces(update, self.piece)
-                    stacks[cut.shape[1:]].append((parameter, cut.to(dtype)))
+                    stacks[cut.shape[1:]].append((parameter, cut.to(self.dtype)))
             for (_, longer), stack in stacks.items():
                 scale = 0.2 * longer**0.5  # Liu et al. 2025, 2502.16982, eq. 4: the update has the RMS of AdamW's
                 cuts = [cut for _, cut in stack]

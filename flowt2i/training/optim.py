@@ -39,10 +39,10 @@ class Optimizer:
     """One or two torch optimizers behind one face, with state named by parameter so that it can be saved as safetensors.
 
     Parameters are split in three: matrices of the blocks (Muon, where chosen), other matrices (decayed), and vectors, tables,
-    norms and embeddings (never decayed).
+    norms and embeddings (never decayed). dtype: of Muon's products.
     """
 
-    def __init__(self, config: OptimConfig, model: nn.Module):
+    def __init__(self, config: OptimConfig, model: nn.Module, dtype: torch.dtype = torch.bfloat16):
         self.config = config
         self.names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters() if p.requires_grad}
         matrices, decayed, plain = [], [], []
@@ -62,7 +62,7 @@ class Optimizer:
         ]
         if matrices:
             settings: dict[str, Any] = {"lr": config.muon_lr, "momentum": 0.95, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            self.parts.append(Muon(matrices, piece=config.muon_piece, **settings))
+            self.parts.append(Muon(matrices, config.muon_piece, dtype, **settings))
         self.maximum = [config.lr, config.muon_lr]
 
     def step(self, factor: float) -> None:
