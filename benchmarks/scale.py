@@ -7,7 +7,7 @@
 
 One quantity is varied at a time round a base model; every point is a process of its own, so that its peak of memory is its own, and the base is
 measured anew on each axis: how far these differ is the noise. Latents of 4 channels with patches of 1, features of a frozen encoder for captions as long as
-the emoji data's, bf16, AdamW, EMA, eager (compiled takes less memory, and other time).
+the emoji data's, bf16 (fp32 where the device has no units for it; what fits: bf16), AdamW, EMA, eager (compiled takes less memory, and other time).
 
 Beside what was measured stands what `flowt2i.bench.footprint` computes. From the same computation comes the table of the largest micro-batch that fits on
 cards of 8, 12, 24 and 80 GB: computed, not measured. Run it on an idle machine: three minutes of measuring on two cores, which are written down before

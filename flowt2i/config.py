@@ -360,10 +360,10 @@ def load_config(path: Path) -> Config:
             values["model"] = MODEL_BEFORE | values["model"]
         if values.get("flow", {}).get("perceptual"):
             values["flow"] = PERCEPTUAL_BEFORE | values["flow"]
-        if "optim" in values and "muon_piece" not in values["optim"] and values["train"]["precision"] == "bf16":
-            values["train"] = values["train"] | {"precision": "auto"}  # it was the default then, and not asked for
+        if "muon_lr" in (optim := values.get("optim", {})) and "muon_piece" not in optim and values.get("train", {}).get("precision") == "bf16":
+            values["train"] = values["train"] | {"precision": "auto"}  # of a run from before the field: it was the default then, and not asked for
         return Config.model_validate(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a configuration: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -2,8 +2,8 @@
 
     python -m flowt2i.precision    # what this machine computes in
 
-Weights are fp32 in either case. Without such units (most x86 processors without AVX-512 bf16 or AMX, and older cards) bf16 is emulated: on an AVX2
-processor a product of matrices takes 30 to 100 times as long as in fp32 (docs/experiments.md).
+Weights are fp32 in either case. Without such units (most x86 processors without AVX-512 bf16 or AMX, and older cards) bf16 is emulated, and a
+product of matrices takes tens of times as long as in fp32 (docs/experiments.md, "A processor without bf16 units").
 """
 
 import functools

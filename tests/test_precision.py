@@ -86,6 +86,10 @@ def test_bf16_of_a_configuration_from_before_was_the_default_and_not_asked_for(t
     del values["optim"]["muon_piece"]
     path.write_text(json.dumps(values))
     assert load_config(path).train.precision == "auto"
+    path.write_text(json.dumps({"optim": {"lr": 1e-3}, "train": {"precision": "bf16"}}))
+    assert load_config(path).train.precision == "bf16", "written by hand: asked for"
+    path.write_text(json.dumps({"optim": {"lr": 1e-3}}))
+    assert load_config(path).optim.lr == 1e-3, "a part of a configuration is one"
     values["train"]["precision"] = "fp32"
     path.write_text(json.dumps(values))
     assert load_config(path).train.precision == "fp32"
