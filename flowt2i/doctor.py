@@ -63,7 +63,7 @@ def examine(config: Config | None, data: Path | None, run: Path, codec: str | No
     """All findings, `ok` (nothing would stop a run), and with configuration and data `expected` (seconds, memory, disk)."""
     with offline(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        findings = [*versions(), *machine(), disk(run)]
+        findings = [*versions(), *machine(config.train.precision if config else "auto"), disk(run)]
         expected: dict[str, Any] | None = None
         sound = True
         if data:
@@ -117,8 +117,8 @@ def versions() -> Iterator[Finding]:
             yield Finding(name, "good", have)
 
 
-def machine() -> Iterator[Finding]:
-    """Device, precision, processors, memory, compiler."""
+def machine(precision: str = "auto") -> Iterator[Finding]:
+    """Device, precision (that which is asked for), processors, memory, compiler."""
     device = best_device()
     if device.type == "cuda":
         for number in range(torch.cuda.device_count()):
@@ -134,7 +134,7 @@ def machine() -> Iterator[Finding]:
         yield Finding("device", "note", found, "pip install torch with CUDA, or mend the driver")
     else:
         yield Finding("device", "good", device.type)
-    yield bf16(device)
+    yield bf16(device, precision)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     few = device.type == "cpu" and threads < cores
@@ -146,7 +146,7 @@ def machine() -> Iterator[Finding]:
         yield Finding("compiler", "note", "none: training runs uncompiled, and slower", "apt install g++ python3-dev, or what your system calls them")
 
 
-def bf16(device: torch.device) -> Finding:
+def bf16(device: torch.device, precision: str = "auto") -> Finding:
     """A product in bf16 forward and backward, as training does it."""
     try:
         x = torch.ones(64, 64, device=device, requires_grad=True)
@@ -155,7 +155,8 @@ def bf16(device: torch.device) -> Finding:
         y.float().sum().backward()
         if y.dtype == torch.bfloat16 and x.grad is not None and bool((x.grad == 128).all()):
             if not has_bf16(device.type):
-                return Finding("bf16", "note", f"{device.type} has no units for it: fp32 is faster here, and what train.precision auto takes")
+                lacking = f"{device.type} has no units for it: fp32 is faster here, and what train.precision auto takes"
+                return Finding("bf16", "note", lacking, "this run asks for bf16: --train.precision auto" if precision == "bf16" else "")
             return Finding("bf16", "good", f"tried on {device.type}: right")
         return Finding("bf16", "fault", f"tried on {device.type}: wrong results", "--train.precision fp32")
     except (RuntimeError, TypeError) as error:

@@ -102,7 +102,7 @@ def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
     assert [(row["path"], row["tokens"], row["side"]) for row in rows] == [("pixels", 16, 32), ("pixels", 64, 64), ("latents", 16, 32), ("latents", 64, 64)]
     assert all(row["mib_again"] < row["mib"] and row["24_again"] > row["24"] > 0 and row["80"] > row["24"] for row in rows)
     assert rows[1]["gflop"] > rows[0]["gflop"] and rows[1]["attention"] > rows[0]["attention"]
-    words = ["--model.width", "64", "--model.depth", "5", "--model.heads", "1"]
+    words = ["--model.width", "64", "--model.depth", "5", "--model.heads", "1", "--train.precision", "bf16"]
     with importlib.import_module("scale").fused_attention():
         step = BareStep(resolve("stability", words), describe(True, max(cost_table.EMOJI_T5)), cost_table.EMOJI_T5, torch.device("cpu"))
         whole = footprint(step)

@@ -156,3 +156,9 @@ def test_ema_warms_up_and_follows_its_formula():
         expected = decay * expected + (1 - decay) * n
     assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
     assert ema.updates == 30 and not ema.model.weight.requires_grad
+
+
+def test_a_piece_that_cuts_no_matrix_is_told():
+    net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(12, 8)])})
+    with pytest.warns(UserWarning, match=r"muon_piece 5 cuts none of the matrices \(sides 8, 12\)"):
+        Optimizer(OptimConfig(name="muon", muon_piece=5), net)

@@ -1,15 +1,18 @@
 """bf16 where there are units for it, fp32 elsewhere: in training, in the optimizer and in drawing."""
 
 import json
+import shutil
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from flowt2i import Pipeline, precision
 from flowt2i.config import load_config, resolve
-from flowt2i.training.loop import Trainer
+from flowt2i.training.loop import Trainer, train
 from flowt2i.training.muon import Muon
 
 CPU = torch.device("cpu")
@@ -109,6 +112,7 @@ def test_doctor_says_it(units):
     from flowt2i.doctor import bf16
 
     assert bf16(CPU).mark == ("good" if units else "note") and ("fp32" in bf16(CPU).found) != units
+    assert not bf16(CPU, "fp32").advice and ("--train.precision auto" in bf16(CPU, "bf16").advice) != units
 
 
 def test_the_bench_measures_no_emulated_products(units, monkeypatch):
@@ -123,3 +127,27 @@ def test_the_bench_measures_no_emulated_products(units, monkeypatch):
 def test_make_asks_what_this_machine_computes_in():
     told = subprocess.run([sys.executable, "-m", "flowt2i.precision"], capture_output=True, text=True, check=True).stdout
     assert told.strip() in precision.DTYPES
+
+
+def test_going_on_in_another_precision_is_told(tiny, scenes_data, tmp_path):
+    begun = resolve("quickstart", [*tiny, "--train.precision", "fp32", "--train.steps", "2"])
+    train(begun, scenes_data, tmp_path, progress=False)
+    further = begun.model_copy(deep=True)
+    further.train.steps = 4
+    for asked, told in (("fp32", False), ("bf16", True)):
+        further.train.precision = asked
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(further, scenes_data, tmp_path, resume="latest", progress=False).close()
+        assert any("so far it was trained in fp32, here it goes on in bf16" in str(w.message) for w in caught) == told
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+@pytest.mark.parametrize("piece", [32, 0])
+def test_make_goes_on_with_the_network_that_it_began_with(piece, tmp_path):
+    """Whatever this machine would begin with today."""
+    (tmp_path / "config.json").write_text(json.dumps({"optim": {"muon_piece": piece}}, indent=2))
+    rule = "settings: ; @echo told: $(SETTINGS)"
+    words = ["make", "-s", "-f", "Makefile", "--eval", rule, "settings", f"OUT={tmp_path}"]
+    told = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    assert ("--model.width 128" in told) == bool(piece) and "told:" in told

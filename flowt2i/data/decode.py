@@ -24,6 +24,8 @@ from flowt2i.data.sample import Dropped, RawSample, SceneImage
 from flowt2i.errors import UserError
 from flowt2i.shapes import Shape
 
+AHEAD_BYTES = 64 << 20  # of pictures that may wait decoded, so that workers go on while a unit is tokenized and written
+
 _big: Any = None  # lock round the decoding of very large pictures, shared by the workers
 
 
@@ -106,7 +108,8 @@ def decode_in_order(runs: Iterable[list[RawSample]], rules: Rules, workers: int)
         for run in runs:
             with _hidden_main():
                 under_way.append(pool.submit(decode, run, rules))
-            if len(under_way) >= 4 * workers:
+            ahead = max(4 * workers, AHEAD_BYTES // (3 * rules.image_size**2 * max(1, len(run))))
+            while under_way and (len(under_way) >= ahead or under_way[0].done()):
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()

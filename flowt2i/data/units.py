@@ -278,10 +278,10 @@ def measure(codec: CodecSpec, stored: NDArray[Any]) -> Moments:
     """Sums over stored samples [N, ...]: of pixels in whole numbers (exact), of VAE moments in float64. UserError on NaN or infinity."""
     channels = codec.shape[0]
     if codec.kind == "pixels":
-        counts = np.stack([np.bincount(stored[:, c].reshape(-1), minlength=256) for c in range(channels)])
-        values = np.arange(256)
-        total, square = (counts * values).sum(1), (counts * values**2).sum(1)
-        return Moments(count=int(counts[0].sum()), total=total.tolist(), square=square.tolist(), inside=[0.0] * channels)
+        axes = (0, 2, 3)
+        total = stored.sum(axes, dtype=np.int64)
+        square = np.square(stored, dtype=np.uint16).sum(axes, dtype=np.int64)  # 255 squared still fits
+        return Moments(count=stored[:, 0].size, total=total.tolist(), square=square.tolist(), inside=[0.0] * channels)
     mean, logvar = (part.astype(np.float64) for part in np.split(stored, 2, axis=1))
     if not (np.isfinite(mean).all() and np.isfinite(logvar).all()):
         raise UserError(f"the codec {codec.id!r} gives NaN or infinite latents: use another codec")

@@ -505,8 +505,8 @@ class Trainer:
 
     def contents(self) -> Contents:
         """What a checkpoint holds now: tensors, texts and folders."""
-        state = {"step": self.step, "images_seen": self.step * self.config.data.batch_size, "steps": self.steps}
-        state["ema_updates"] = self.ema.updates if self.ema else 0
+        state: dict[str, Any] = {"step": self.step, "images_seen": self.step * self.config.data.batch_size, "steps": self.steps}
+        state |= {"ema_updates": self.ema.updates if self.ema else 0, "precision": self.computes}
         texts = {"state.json": json.dumps(state), "config.json": self.config.model_dump_json(indent=2)}
         texts["dataset.json"] = self.description.model_dump_json(indent=2)
         return self._tensors(), texts, {"tokenizer": self.data / "tokenizer"}

@@ -1,13 +1,14 @@
 """Optimizers and the learning-rate schedule."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from flowt2i.config import Config, OptimConfig
-from flowt2i.training.muon import Muon
+from flowt2i.training.muon import Muon, pieces
 from flowt2i.training.parallel import share_like, whole
 
 
@@ -62,6 +63,10 @@ class Optimizer:
         ]
         if matrices:
             settings: dict[str, Any] = {"lr": config.muon_lr, "momentum": 0.95, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            if config.muon_piece and not any(len(pieces(matrix, config.muon_piece)) > 1 for matrix in matrices):
+                sides = ", ".join(map(str, sorted({side for matrix in matrices for side in matrix.shape})))
+                told = f"optim.muon_piece {config.muon_piece} cuts none of the matrices (sides {sides}) into flatter pieces: they are taken whole"
+                warnings.warn(told, stacklevel=2)
             self.parts.append(Muon(matrices, config.muon_piece, dtype, **settings))
         self.maximum = [config.lr, config.muon_lr]
 

@@ -60,6 +60,9 @@ def load(trainer: "Trainer", source: Path) -> None:
     if trainer.config.train.minutes:
         trainer.steps = state["steps"]
     _warn_of_another_schedule(trainer, theirs, state["steps"])
+    before = state.get("precision", trainer.computes)  # checkpoints from before there was a choice do not say
+    if trainer.world.main and before != trainer.computes:
+        warnings.warn(f"so far it was trained in {before}, here it goes on in {trainer.computes} (--train.precision {before} keeps it)", stacklevel=2)
 
 
 def _require_ours(trainer: "Trainer", source: Path) -> Config:
