@@ -66,7 +66,7 @@ quickstart: $(VENV)/.ready ## prepare the built-in data, train, draw samples.png
 	@echo "  $(FLOW) prepare my_images/ --out data/mine && $(FLOW) train --config quickstart --data data/mine --out runs/mine"
 
 test: lint ## lint, types and the tests; SLOW=1: the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(if $(SLOW),,-m "not slow")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=12 $(if $(SLOW),,-m "not slow")
 
 test-all: ## all tests, the slow ones too
 	@$(MAKE) test SLOW=1

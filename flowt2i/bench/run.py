@@ -38,7 +38,7 @@ from flowt2i.training.distributed import accumulation, best_device, peak_memory
 SHARES = {"data": 4, "ceiling": 5, "step": 35, "sampling": 14, "loop": 30, "micro-batches": 12}  # of the time, about: for the bar
 
 
-def bench(config: Config, data: Path | None = None, latents: bool = False, text_tokens: int = 0, seconds: float = 100) -> dict[str, Any]:
+def bench(config: Config, data: Path | None = None, latents: bool = False, text_tokens: int = 0, seconds: float = 80) -> dict[str, Any]:
     """Measure a preset on this machine. `seconds` is about how long it may take where the model is small enough for that.
 
     data: a prepared dataset, else scenes are prepared (latents: with stand-ins for the VAE and T5). text_tokens: every caption so long, and no dataset:
