@@ -118,7 +118,7 @@ def versions() -> Iterator[Finding]:
 
 
 def machine(precision: str = "auto") -> Iterator[Finding]:
-    """Device, precision (that which is asked for), processors, memory, compiler."""
+    """Device, precision, processors, memory, compiler. precision: what the configuration asks for."""
     device = best_device()
     if device.type == "cuda":
         for number in range(torch.cuda.device_count()):

@@ -1,6 +1,7 @@
 """bf16 where there are units for it, fp32 elsewhere: in training, in the optimizer and in drawing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from flowt2i import Pipeline, precision
 from flowt2i.config import load_config, resolve
+from flowt2i.training import checkpoint
 from flowt2i.training.loop import Trainer, train
 from flowt2i.training.muon import Muon
 
@@ -132,22 +134,37 @@ def test_make_asks_what_this_machine_computes_in():
 def test_going_on_in_another_precision_is_told(tiny, scenes_data, tmp_path):
     begun = resolve("quickstart", [*tiny, "--train.precision", "fp32", "--train.steps", "2"])
     train(begun, scenes_data, tmp_path, progress=False)
+    assert not _told_of_precision(begun, "fp32", scenes_data, tmp_path)
+    told = _told_of_precision(begun, "bf16", scenes_data, tmp_path)
+    assert "so far it was trained in fp32, here it goes on in bf16 (--train.precision fp32 keeps it)" in told
+
+
+def test_a_checkpoint_from_before_auto_says_what_it_was_trained_in_by_its_configuration(units, tiny, scenes_data, tmp_path, monkeypatch):
+    begun = resolve("quickstart", [*tiny, "--train.precision", "bf16", "--train.steps", "2"])
+    train(begun, scenes_data, tmp_path, progress=False)
+    monkeypatch.setattr(checkpoint, "read_state", lambda path: {n: v for n, v in json.loads((path / "state.json").read_text()).items() if n != "precision"})
+    assert not _told_of_precision(begun, "bf16", scenes_data, tmp_path)
+    told = _told_of_precision(begun, "fp32", scenes_data, tmp_path)
+    assert "in bf16, here it goes on in fp32" in told and ("--train.precision bf16 keeps it" in told) == units, "no advice that would be slow"
+
+
+def _told_of_precision(begun, asked: str, data: Path, run: Path) -> str:
     further = begun.model_copy(deep=True)
-    further.train.steps = 4
-    for asked, told in (("fp32", False), ("bf16", True)):
-        further.train.precision = asked
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            Trainer(further, scenes_data, tmp_path, resume="latest", progress=False).close()
-        assert any("so far it was trained in fp32, here it goes on in bf16" in str(w.message) for w in caught) == told
+    further.train.steps, further.train.precision = 4, asked
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Trainer(further, data, run, resume="latest", progress=False).close()
+    return "".join(str(w.message) for w in caught if "so far it was trained" in str(w.message))
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
-@pytest.mark.parametrize("piece", [32, 0])
-def test_make_goes_on_with_the_network_that_it_began_with(piece, tmp_path):
+@pytest.mark.parametrize(("width", "piece", "narrow"), [(128, 32, True), (192, 0, False), (192, 32, False), (128, 320, False)])
+def test_make_goes_on_with_the_network_that_it_began_with(width, piece, narrow, tmp_path):
     """Whatever this machine would begin with today."""
-    (tmp_path / "config.json").write_text(json.dumps({"optim": {"muon_piece": piece}}, indent=2))
-    rule = "settings: ; @echo told: $(SETTINGS)"
-    words = ["make", "-s", "-f", "Makefile", "--eval", rule, "settings", f"OUT={tmp_path}"]
-    told = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
-    assert ("--model.width 128" in told) == bool(piece) and "told:" in told
+    settings = {"model": {"width": width, "depth": 6}, "optim": {"muon_piece": piece, "beta1": 0.9}}
+    (tmp_path / "config.json").write_text(json.dumps(settings, indent=2))
+    (tmp_path / "asking.mk").write_text("include Makefile\nasked: ; @echo told: $(SETTINGS)\n")
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "SETTINGS", "OUT")}
+    words = ["make", "-s", "-f", str(tmp_path / "asking.mk"), "asked", f"OUT={tmp_path}"]
+    told = subprocess.run(words, cwd=Path(__file__).parents[1], env=clean, capture_output=True, text=True, check=True).stdout
+    assert ("--model.width 128" in told) == narrow and "told:" in told

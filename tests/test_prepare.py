@@ -16,11 +16,12 @@ from PIL import Image
 from test_sources import write_tar
 
 from flowt2i.codec import load_codec, stored_to_latents
-from flowt2i.data import finish, units, writer
+from flowt2i.data import decode, finish, units, writer
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.data.inspect import inspect
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.prepare import prepare
+from flowt2i.data.sample import RawSample
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 
@@ -382,6 +383,16 @@ for number, _ in enumerate(decode.decode_in_order(runs(), decode.Rules(16, 1, 3,
     child.stdout.close()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
+
+
+def test_how_far_the_workers_are_ahead_is_bounded(monkeypatch):
+    """By the bytes of what waits, files that came along with their samples too, beside a few runs for each worker."""
+    monkeypatch.setattr(decode, "AHEAD_BYTES", 16 << 20)
+    for size, most in ((1 << 20, 9), (1 << 10, 100)):
+        asked: list[int] = []
+        runs = ([RawSample("k", "s", b"x" * size)] * 2 for number in range(100) if not asked.append(number))
+        ahead = [len(asked) - taken for taken, _ in enumerate(decode.decode_in_order(runs, decode.Rules(16, 1, 3, 1, 9), 2))]
+        assert len(ahead) == 100 and max(ahead) <= most
 
 
 def test_a_changed_source_is_refused(tmp_path, monkeypatch):

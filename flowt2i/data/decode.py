@@ -24,7 +24,7 @@ from flowt2i.data.sample import Dropped, RawSample, SceneImage
 from flowt2i.errors import UserError
 from flowt2i.shapes import Shape
 
-AHEAD_BYTES = 64 << 20  # of pictures that may wait decoded, so that workers go on while a unit is tokenized and written
+AHEAD_BYTES = 64 << 20  # of pictures that may wait, decoded or not, so that workers go on while a unit is tokenized and written
 
 _big: Any = None  # lock round the decoding of very large pictures, shared by the workers
 
@@ -103,20 +103,35 @@ def decode_in_order(runs: Iterable[list[RawSample]], rules: Rules, workers: int)
     # spawn: a fork of a process with threads (tokenizers, torch) may hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(context.Lock(),))
-    under_way: deque[Future[Decoded]] = deque()
+    under_way: deque[tuple[Future[Decoded], int]] = deque()  # with the bytes of its pictures
+    held = 0
+
+    def taken() -> Decoded:
+        nonlocal held
+        future, size = under_way.popleft()
+        held -= size
+        return future.result()
+
     try:
         for run in runs:
             with _hidden_main():
-                under_way.append(pool.submit(decode, run, rules))
-            ahead = max(4 * workers, AHEAD_BYTES // (3 * rules.image_size**2 * max(1, len(run))))
-            while under_way and (len(under_way) >= ahead or under_way[0].done()):
-                yield under_way.popleft().result()
+                under_way.append((pool.submit(decode, run, rules), size := _bytes_of(run, rules)))
+            held += size
+            if under_way[0][0].done():  # one for each that is handed out, or a slow reader would drain what the workers live on
+                yield taken()
+            while len(under_way) >= 4 * workers and held > AHEAD_BYTES:
+                yield taken()
         while under_way:
-            yield under_way.popleft().result()
+            yield taken()
     except BrokenProcessPool as error:
         raise UserError("a worker process was killed (out of memory?): rerun the same command to continue, with fewer --workers") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _bytes_of(run: list[RawSample], rules: Rules) -> int:
+    """What a run holds in memory at most, about: its small pictures, and the files that came along with it (of tables, from the hub)."""
+    return sum(3 * rules.image_size**2 + (len(sample.image) if isinstance(sample.image, bytes) else 0) for sample in run)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00001000/
         model.safetensors  ema.safetensors  optimizer.safetensors
-        state.json         step, images seen, EMA updates, steps to go
+        state.json         step, images seen, EMA updates, steps to go, precision
         config.json  dataset.json  tokenizer/      all that sampling needs beside the weights
         manifest.json      size and sha256 of every file above: written last
 

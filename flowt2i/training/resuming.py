@@ -1,10 +1,12 @@
 """Going on from a checkpoint: which one, does it belong to this data and these settings, and its weights and counters into the trainer."""
 
+import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from flowt2i import precision
 from flowt2i.config import Config, load_config
 from flowt2i.description import DatasetDescription, require_same
 from flowt2i.errors import UserError
@@ -60,9 +62,7 @@ def load(trainer: "Trainer", source: Path) -> None:
     if trainer.config.train.minutes:
         trainer.steps = state["steps"]
     _warn_of_another_schedule(trainer, theirs, state["steps"])
-    before = state.get("precision", trainer.computes)  # checkpoints from before there was a choice do not say
-    if trainer.world.main and before != trainer.computes:
-        warnings.warn(f"so far it was trained in {before}, here it goes on in {trainer.computes} (--train.precision {before} keeps it)", stacklevel=2)
+    _warn_of_another_precision(trainer, source, state)
 
 
 def _require_ours(trainer: "Trainer", source: Path) -> Config:
@@ -94,3 +94,13 @@ def _warn_of_another_schedule(trainer: "Trainer", theirs: Config, their_steps: i
             f"{trainer.step} the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g} of its maximum{hint}",
             stacklevel=2,
         )
+
+
+def _warn_of_another_precision(trainer: "Trainer", source: Path, state: dict[str, Any]) -> None:
+    """A run that goes on elsewhere may compute in what that device is made for (`precision.resolved`)."""
+    asked = json.loads((source / "config.json").read_text())["train"].get("precision")  # all that checkpoints told before "auto" was there
+    before = state.get("precision", asked)
+    if trainer.world.main and before in precision.DTYPES and before != trainer.computes:
+        keep = before == "fp32" or precision.has_bf16(trainer.world.device.type)
+        hint = f" (--train.precision {before} keeps it)" if keep else f": {before} is slow on this {trainer.world.device.type}"
+        warnings.warn(f"so far it was trained in {before}, here it goes on in {trainer.computes}{hint}", stacklevel=2)
