@@ -12,9 +12,9 @@ OUT ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 MINUTES ?= $(if $(shell command -v nvidia-smi),1.5)
 # more settings of the training; without units for bf16 a narrower network, which learns more in the time there (docs/experiments.md)
 # (a run that is there goes on as it began)
-SETTINGS ?= $$(if [ -e $(OUT)/config.json ]; then grep -q '"muon_piece": 32,' $(OUT)/config.json && grep -q '"width": 128,' $(OUT)/config.json && echo $(NARROW); \
+SETTINGS ?= $$(if [ -e $(OUT)/config.json ]; then grep -q '"width": 128,' $(OUT)/config.json && echo $(NARROW); \
 	else [ "$$($(BIN)/python -m flowt2i.precision)" = bf16 ] || echo $(NARROW); fi)
-NARROW := --model.width 128 --model.heads 4 --model.time_width 128 --model.text_width 128 --data.batch_size 16 --optim.muon_piece 32
+NARROW := --model.width 128 --model.heads 4 --model.time_width 128 --model.text_width 128
 SLOW ?=
 JOBS ?= 2
 
