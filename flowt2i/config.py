@@ -114,7 +114,7 @@ class OptimConfig(_Section):
     lr: float = Field(5e-4, gt=0, description="maximum learning rate of AdamW")
     muon_lr: float = Field(3e-3, gt=0, description="maximum learning rate of Muon (scaled to AdamW's RMS)")
     muon_piece: int = Field(
-        0, ge=0, description="Muon: matrices cut into pieces of so many rows along their longer side, if that divides it: fewer operations, less is learned; 0: whole"
+        0, ge=0, description="Muon: matrices cut into pieces of so many rows along their longer side, if that divides it: less work, less is learned; 0: whole"
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the first moment")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: decay of the second moment")
