@@ -156,9 +156,3 @@ def test_ema_warms_up_and_follows_its_formula():
         expected = decay * expected + (1 - decay) * n
     assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
     assert ema.updates == 30 and not ema.model.weight.requires_grad
-
-
-def test_a_piece_that_cuts_no_matrix_is_told():
-    net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(12, 8)])})
-    assert "muon_piece 5 cuts none of the matrices (sides 8, 12)" in Optimizer(OptimConfig(name="muon", muon_piece=5), net).note
-    assert not Optimizer(OptimConfig(name="muon", muon_piece=4), net).note

@@ -123,8 +123,6 @@ class Trainer:
             elif objective:
                 objective.to(device)
         self.optimizer = Optimizer(config.optim, self.model, precision.DTYPES[self.computes])
-        if self.optimizer.note and world.main:
-            warnings.warn(self.optimizer.note, stacklevel=2)
         self.step, self.steps = 0, 0 if config.train.minutes else config.train.steps
         if source:
             resuming.load(self, source)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flowt2i.config import Config, OptimConfig
-from flowt2i.training.muon import Muon, pieces
+from flowt2i.training.muon import Muon
 from flowt2i.training.parallel import share_like, whole
 
 
@@ -44,7 +44,6 @@ class Optimizer:
 
     def __init__(self, config: OptimConfig, model: nn.Module, dtype: torch.dtype = torch.bfloat16):
         self.config = config
-        self.note = ""  # what of the settings has no effect, for people
         self.names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters() if p.requires_grad}
         matrices, decayed, plain = [], [], []
         for parameter, name in self.names.items():
@@ -63,9 +62,6 @@ class Optimizer:
         ]
         if matrices:
             settings: dict[str, Any] = {"lr": config.muon_lr, "momentum": 0.95, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            if config.muon_piece and not any(len(pieces(matrix, config.muon_piece)) > 1 for matrix in matrices):
-                sides = ", ".join(map(str, sorted({side for matrix in matrices for side in matrix.shape})))
-                self.note = f"optim.muon_piece {config.muon_piece} cuts none of the matrices (sides {sides}) into flatter pieces: they are taken whole"
             self.parts.append(Muon(matrices, config.muon_piece, dtype, **settings))
         self.maximum = [config.lr, config.muon_lr]
 

@@ -98,7 +98,7 @@ def _warn_of_another_schedule(trainer: "Trainer", theirs: Config, their_steps: i
 
 def _warn_of_another_precision(trainer: "Trainer", source: Path, state: dict[str, Any]) -> None:
     """A run that goes on elsewhere may compute in what that device is made for (`precision.resolved`)."""
-    asked = json.loads((source / "config.json").read_text())["train"].get("precision")  # all that checkpoints told before "auto" was there
+    asked = json.loads((source / "config.json").read_text()).get("train", {}).get("precision")  # all that checkpoints told before "auto" was there
     before = state.get("precision", asked)
     if trainer.world.main and before in precision.DTYPES and before != trainer.computes:
         keep = before == "fp32" or precision.has_bf16(trainer.world.device.type)
