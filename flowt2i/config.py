@@ -104,9 +104,25 @@ class FlowConfig(_Section):
         0.0, ge=0, description="weight of a perceptual loss of the predicted picture (EfficientNet-lite1) beside the flow's; 0: none. Pixel codec only"
     )
     perceptual_size: int = Field(
-        128, ge=0, description="pictures with a shorter side than this are enlarged for the perceptual loss: its network knows larger ones; 0: as they are"
+        128,
+        ge=0,
+        description="pictures with a shorter side are enlarged to this for perceptual loss and match.weight: their network knows larger ones; 0: as they are",
     )
     perceptual_from: float = Field(0.3, ge=0, lt=1, description="the perceptual loss counts from this time on: nearer the noise no picture is decided yet")
+
+
+class MatchConfig(_Section):
+    weight: float = Field(
+        0.0, ge=0, description="post-training (meant for --init): weight of how far what the model draws is from the training pictures as a whole, "
+        "in the features of EfficientNet-lite1 (flowt2i/training/matching.py); 0: none. Pixel codec only",
+    )  # fmt: skip
+    images: int = Field(64, ge=8, description="pictures drawn for it each step, over all ranks")
+    micro_batch: int = Field(8, ge=1, description="most of them that a rank draws at once: they take `live` times the memory of as many in training")
+    live: int = Field(4, ge=1, description="the last steps of a drawing that its gradient goes through: each costs a training pass of memory and time")
+    population: int = Field(2_048, ge=64, description="drawn pictures that are remembered for it; a run begins by drawing so many")
+    expected: float = Field(0.5, ge=0, description="weight of the features that a caption lets expect beside that; 0: only the whole counts")
+    by_style: bool = Field(True, description='where all captions are "SUBJECT, STYLE" of a few styles, the pictures of each style are compared by themselves')
+    composed: float = Field(0.0, ge=0, le=1, description='share of pictures drawn of captions without a picture, composed from those that are "SUBJECT, STYLE"')
 
 
 class OptimConfig(_Section):
@@ -248,6 +264,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     flow: FlowConfig = FlowConfig()
+    match: MatchConfig = MatchConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()

@@ -26,7 +26,7 @@ from flowt2i.training.compiling import will_compile
 from flowt2i.training.distributed import best_device
 from flowt2i.training.tracking import read_log
 
-FILES = ("model", "ema", "optimizer")
+FILES = ("model", "ema", "optimizer", "matching")
 
 
 def verify_resume(

@@ -49,6 +49,8 @@ def bench(config: Config, data: Path | None = None, latents: bool = False, text_
     """
     given = ImageTextDataset(data) if data else None
     codec = given.description.codec if given else describe(latents, 1).codec
+    if config.match.weight:
+        raise UserError("a step with match.weight is not timed here: leave it out")
     config.model.resolve(codec.kind, codec.shape)  # what cannot be is refused before anything is measured
     with tempfile.TemporaryDirectory(prefix="flowt2i-bench-") as folder, tqdm(total=sum(SHARES.values()), file=sys.stderr, leave=False) as bar:
         return _bench(config, given, Path(folder), latents, text_tokens, Budget(seconds), bar)

@@ -42,3 +42,18 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     overlap = torch.linalg.svdvals(a.root.T @ b.root).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
     return max(0.0, distance.item())
+
+
+def transport(of: Moments, onto: Moments, floor: float = 1e-4) -> tuple[Tensor, float]:
+    """How one Gaussian is carried onto another with the least mean square of moves, and that least: `frechet_distance` but for the floor.
+
+    T [d, d], so that x goes to `onto.mean + T (x - of.mean)`: `T = F (Fᵀ Σa F)^-½ Fᵀ` with `Σb = F Fᵀ`, symmetric (Peyré & Cuturi, Computational Optimal
+    Transport, 1803.00567, remark 2.31). These moves are the gradient of the distance: by the n samples x_i that `of` was fitted to, `2 / n (x_i - T(x_i))`.
+    floor: of the mean eigenvalue of `onto`; so much is added to all eigenvalues of `of`, since an inverse is asked for.
+    """
+    root = onto.root
+    covariance = of.covariance + floor * onto.covariance.trace() / len(root) * torch.eye(len(root), dtype=root.dtype)
+    values, vectors = torch.linalg.eigh(root.T @ covariance @ root)
+    values = values.clamp_min(1e-12 * values[-1])
+    distance = (of.mean - onto.mean).square().sum() + covariance.trace() + onto.covariance.trace() - 2 * values.sqrt().sum()
+    return root @ (vectors * values.rsqrt()) @ vectors.T @ root.T, max(0.0, distance.item())

@@ -164,7 +164,8 @@ class Space(NamedTuple):
 
 def checkpoint_space(trainer: "Trainer", steps: int) -> Space:
     at_once, for_good = checkpoints_kept(trainer.config.train, steps)
-    return Space(checkpoint_bytes(trainer.model, trainer.optimizer, trainer.ema is not None), at_once, for_good)
+    remembered = sum(t.numel() * t.element_size() for t in trainer.matching.state().values()) if trainer.matching else 0
+    return Space(checkpoint_bytes(trainer.model, trainer.optimizer, trainer.ema is not None) + remembered, at_once, for_good)
 
 
 def checkpoint_bytes(model: torch.nn.Module, optimizer: Optimizer, ema: bool) -> int:

@@ -43,6 +43,8 @@ from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
 from flowt2i.training.fit_memory import StartAgain, fit_memory
+from flowt2i.training.matching import Matching
+from flowt2i.training.matching import require as require_matching
 from flowt2i.training.objective import Objective, Terms, drop_captions, with_perceptual
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate, schedule_steps
 from flowt2i.training.pace import Pace
@@ -124,13 +126,16 @@ class Trainer:
                 objective.to(device)
         self.optimizer = Optimizer(config.optim, self.model, precision.DTYPES[self.computes])
         self.step, self.steps = 0, 0 if config.train.minutes else config.train.steps
+        self.encoder = load_encoder(self.description.text, precision.DTYPES[self.computes], text).to(device) if self.description.text.kind == "hf" else None
+        if source:
+            resuming.require_ours(self, source)  # before what takes long
+        self.matching = self._matching() if config.match.weight else None
         if source:
             resuming.load(self, source)
         self.resumed_from = source
         self.first, self.resumed, self.warm = self.step, bool(self.step and self.steps), 0.0
         self.mean = torch.tensor(self.description.latent_mean, device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(self.description.latent_std, device=device).view(1, -1, 1, 1)
-        self.encoder = load_encoder(self.description.text, precision.DTYPES[self.computes], text).to(device) if self.description.text.kind == "hf" else None
         # Only previews decode, but a VAE that is missing had better be missed now than after a thousand steps.
         self.codec = codec_from_spec(self.description.codec, codec).to(device)
         self.commas = commas(self.tokenizer)
@@ -147,6 +152,12 @@ class Trainer:
         self.stop_reason = "by a signal"  # to another rank
 
     # ---- set-up -------------------------------------------------------------------------------------------------------
+
+    def _matching(self) -> Matching:
+        pipeline = Pipeline(self.model, self.config, self.description, self.tokenizer, self.encoder)
+        pipeline.computes = self.computes
+        heldout = self.heldout.captions() if self.heldout is not self.dataset else []
+        return Matching(self.config, pipeline, self.dataset, self.count, heldout, self.world, self.progress)
 
     def _check_data(self) -> None:
         wanted = {"codec": self.config.data.codec, "text": self.config.data.text}
@@ -166,6 +177,7 @@ class Trainer:
                     f"model.patch {model.patch} does not divide the {shapes.name(size)} pictures of {self.data}: choose a divisor, "
                     f"or prepare the data again with shapes such as {near} (--bucket-step {step})"
                 )
+        require_matching(self.config, self.description, min(self.config.data.subset or self.description.train_count, self.description.train_count))
         if self.config.data.flip and self.description.codec.kind != "pixels":
             raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
 
@@ -224,6 +236,8 @@ class Trainer:
             fit_memory(self)
         if self.progress:
             print(self.headline(), file=sys.stderr)
+        if self.matching and not self.resumed_from and not self.complete and not self.matching.fill(self.stopping):
+            raise Stopped(f"stopped {self._why()} before the first step: the same command begins again")
         if not dryrun.rehearse(self) and self.world.size > 2 and not self.sharded and not self.complete:
             self._settle_buckets()
         self._write_config()
@@ -232,7 +246,7 @@ class Trainer:
         """A gradient that is thrown away: DDP lays its buckets anew after its first one, and the sum of three ranks or more rounds by where a
         number lies in a bucket. Without this a resume's first step would round otherwise than the uninterrupted run's.
         """
-        self._gradient(self._fetched(), logging=False)
+        self._gradient(self._fetched(), logging=False, learn=False)
         self.optimizer.zero_grad()
 
     def _run(self) -> dict[str, Any]:
@@ -306,16 +320,22 @@ class Trainer:
 
     def rehearse_step(self) -> None:
         """The step to come, with its own samples and noise, at a learning rate of 0: the weights stay, the optimizer has a state."""
-        self._gradient(self._fetched(), logging=False)
+        self._gradient(self._fetched(), logging=False, learn=False)
         self.optimizer.step(0.0)
         self.optimizer.zero_grad()
 
-    def _gradient(self, batches: Any, logging: bool) -> Outcome:
-        """Forward and backward over the global batch: the gradient, clipped. UserError on all ranks where it or a loss is not finite."""
+    def _gradient(self, batches: Any, logging: bool, learn: bool = True) -> Outcome:
+        """Forward and backward over the global batch: the gradient, clipped. UserError on all ranks where it or a loss is not finite.
+
+        learn False: a rehearsal, of which nothing is remembered.
+        """
         draw, t = self.draw(self.step)
         total = torch.zeros((), device=self.world.device)
         statistics: dict[str, float] = {}
         rows = self._rows()
+        matched: dict[str, float] = {}
+        if self.matching:
+            matched = self.matching.gradient(self.step, learn)  # past DDP, which sums what lies there over the ranks with the last micro-batch's
         for number, part in enumerate(rows):
             batch = next(batches)
             last = number == len(rows) - 1
@@ -325,7 +345,7 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
             if logging and last:
-                statistics = self._statistics(data, draw.noise[part], t[part], terms)
+                statistics = self._statistics(data, draw.noise[part], t[part], terms) | matched
         norm = clip_gradients(self.model, self.config.optim.clip)
         loss_value, norm_value, stop = self._agree(total, norm)
         return Outcome(loss_value, norm_value, stop, statistics)
@@ -514,7 +534,8 @@ class Trainer:
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint, by file and name."""
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
-        return tensors | ({"ema": self.ema.model.state_dict()} if self.ema else {})
+        tensors |= {"ema": self.ema.model.state_dict()} if self.ema else {}
+        return tensors | ({"matching": self.matching.state()} if self.matching else {})
 
     def _was_shown(self) -> bool:
         """Whether the evaluation at this step and its pictures are there."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
 
 # Fields and sections that a resume must not change.
-SAME = ("data.batch_size", "data.subset", "data.flip", "train.seed", "train.lora", "model", "flow", "optim.name")
+SAME = ("data.batch_size", "data.subset", "data.flip", "train.seed", "train.lora", "model", "flow", "match", "optim.name")
 
 
 def find(run: Path, resume: str | None) -> Path | None:
@@ -46,7 +46,7 @@ def find(run: Path, resume: str | None) -> Path | None:
 
 def load(trainer: "Trainer", source: Path) -> None:
     """Weights, their average, the optimizer's state and the counters of a checkpoint. UserError, by name, where it is of other data or settings."""
-    theirs = _require_ours(trainer, source)
+    theirs = require_ours(trainer, source)
     checkpoint.load_into(trainer.model, source / "model.safetensors")
     state = checkpoint.read_state(source)
     if bool(trainer.ema) != (source / "ema.safetensors").exists():
@@ -58,6 +58,11 @@ def load(trainer: "Trainer", source: Path) -> None:
         trainer.optimizer.load_state(checkpoint.load_tensors(source / "optimizer.safetensors"))
     except (KeyError, ValueError) as error:
         raise UserError(f"{source}/optimizer.safetensors belongs to another optimizer or model: {error}") from error
+    if trainer.matching:
+        try:
+            trainer.matching.load_state(checkpoint.load_tensors(source / "matching.safetensors"))
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{source}/matching.safetensors does not fit: {error}") from error
     trainer.step = state["step"]
     if trainer.config.train.minutes:
         trainer.steps = state["steps"]
@@ -65,7 +70,7 @@ def load(trainer: "Trainer", source: Path) -> None:
     _warn_of_another_precision(trainer, source, state)
 
 
-def _require_ours(trainer: "Trainer", source: Path) -> Config:
+def require_ours(trainer: "Trainer", source: Path) -> Config:
     """The configuration of a checkpoint. UserError where it was made of other data, or with other settings that a resume must not change."""
     data = DatasetDescription.load(source)
     require_same(data.codec, trainer.description.codec, "codec of the checkpoint and of the data")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowt2i import exported, hub
-from flowt2i.config import Config, ModelConfig, Origin, load_config, parse_overrides, resolve
+from flowt2i.config import Config, MatchConfig, ModelConfig, Origin, load_config, parse_overrides, resolve
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.model import FlowTransformer
@@ -51,6 +51,7 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
     config.flow, config.sample = start.config.flow.model_copy(deep=True), start.config.sample.model_copy(deep=True)
     if base is None:
         config.train.lora = 0  # the model's own adapters are merged: whether to adapt again is the new run's to say
+        config.match = MatchConfig()  # likewise for post-training
     if data.fingerprint != start.description.fingerprint:
         config.sample.prompts = []  # previews show captions of the new data
     ratio = grow.time_shift(start.description.codec.shape, data.codec.shape)
