@@ -159,7 +159,7 @@ def test_training_mends_a_model(scenes_data, tmp_path):
         "--optim.muon_lr",
         "1e-3",
         "--train.steps",
-        "41",
+        "25",
         "--train.eval_every",
         "0",
         "--train.score_prompts",
@@ -182,10 +182,10 @@ def test_training_mends_a_model(scenes_data, tmp_path):
     matched = log(fit(scenes_data, tmp_path / "run", *words, init=worse))
     without = log(fit(scenes_data, tmp_path / "without", *words, "--match.weight", "1e-9", init=worse))
     for name in ("match_distance_last", "match_distance_scales"):
-        first, last, control = matched[1]["statistics"][name], matched[41]["statistics"][name], without[41]["statistics"][name]
+        first, last, control = matched[1]["statistics"][name], matched[25]["statistics"][name], without[25]["statistics"][name]
         assert last < 0.8 * first and first - last > 1.2 * (first - control), (name, first, last, control)
     mean = lambda lines, steps: np.mean([lines[step]["loss"] for step in steps])
-    assert mean(matched, range(31, 42)) < mean(matched, range(1, 11))
+    assert mean(matched, range(16, 26)) < mean(matched, range(1, 11))
 
 
 @needs_net
