@@ -47,18 +47,12 @@ from flowt2i.evaluation.reference import real_images, same_data, spread
 from flowt2i.grid import grid
 from flowt2i.pipeline import Pipeline, save_png
 from flowt2i.training import checkpoint, start
+from flowt2i.training.compose import Parted, parted
 from flowt2i.training.distributed import World
 
-Caption = tuple[str, str]  # subject and style
 SHOWN = 24  # held-out captions in the picture
 BLUR = 2.0  # pixels at 64, of the blurred yardstick
 LEAST = 32  # pictures to compare
-
-
-def parted(caption: str) -> Caption:
-    """Subject and style: what is before and behind the last comma."""
-    subject, _, style = caption.rpartition(", ")
-    return subject, style
 
 
 def found_first(queries: Tensor, pictures: Tensor, own: Sequence[int], groups: Sequence[str]) -> list[bool]:
@@ -76,7 +70,7 @@ def blurred(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius))) for image in images])
 
 
-def styles_seen(known: np.ndarray, shown: list[Caption], pictures: dict[str, np.ndarray], asked: list[Caption], progress: bool) -> dict[str, Any]:
+def styles_seen(known: np.ndarray, shown: list[Parted], pictures: dict[str, np.ndarray], asked: list[Parted], progress: bool) -> dict[str, Any]:
     """How often a network trained on the pictures `known` under captions `shown` sees the asked style in each set of pictures; uint8 [n, S, S, 3] all."""
     index = {style: k for k, style in enumerate(sorted({style for _, style in shown}))}
     labels = lambda captions: torch.tensor([index[style] for _, style in captions])
@@ -85,7 +79,7 @@ def styles_seen(known: np.ndarray, shown: list[Caption], pictures: dict[str, np.
     return {name: tally(int(hit.sum()), len(hit)) for name, hit in hits.items()}
 
 
-def subjects_found(known: Tensor, shown: list[Caption], drawn: Tensor, real: Tensor, soft: Tensor, asked: list[Caption]) -> dict[str, Any]:
+def subjects_found(known: Tensor, shown: list[Parted], drawn: Tensor, real: Tensor, soft: Tensor, asked: list[Parted]) -> dict[str, Any]:
     """How often the real picture [m, d] of a caption is the nearest of its style: to the drawn one, to yardsticks in its place (`soft`: blurred), by chance."""
     groups, mean = [style for _, style in asked], known.mean(0)
     first = lambda x, of: tally(sum(found_first(x - mean, real - mean, of, groups)), len(of))

@@ -86,8 +86,22 @@ class Drawing:
 
     def batch(self, starts: list[Start], preview: Preview | None = None, every: int = 1) -> np.ndarray:
         """Pictures uint8 [B, H, W, 3] of `starts`; `preview` is called at the first step, at each `every`-th after it, and at the last."""
-        model = self.pipeline
-        noise = self._noise(starts)
+
+        def show(step: int, steps: int, t: Tensor, z: Tensor, v: Tensor) -> None:
+            if preview and (step % every == 0 or step == steps - 1):
+                preview(step + 1, steps, self._finish(flow.to_data(v, z, t.expand(z.shape[0]).to(z))))
+
+        z = self.latents(starts, show)
+        if not torch.isfinite(z).all():
+            raise UserError("the model put out numbers that are not finite: its training diverged, or guidance is too high for it")
+        return self._finish(z)
+
+    def latents(self, starts: list[Start], show: Callable[[int, int, Tensor, Tensor, Tensor], None] | None = None, live: int = 0) -> Tensor:
+        """What the flow makes of `starts`, normalised and not clamped [B, C, H, W]. show(step, steps, t, z, velocity): before each step.
+
+        live: gradients that are on go through the velocities from the time on at which the last so many steps begin; through captions never.
+        """
+        model, noise = self.pipeline, self._noise(starts)
         z, times = noise(), choices.times_of(self.settings)
         begin = max(self.settings["zero_init"], 1 - self.given.strength if self.given else 0.0)
         if begin:
@@ -95,20 +109,23 @@ class Drawing:
         if self.given:
             z = self._from_given(self.given, z, begin)
         steps = len(times) - 1
-
-        def show(step: int, t: Tensor, z: Tensor, v: Tensor) -> None:
-            if preview and (step % every == 0 or step == steps - 1):
-                preview(step + 1, steps, self._finish(flow.to_data(v, z, t.expand(z.shape[0]).to(z))))
+        live_from = float(times[max(0, steps - live)]) - 1e-6
+        told = (lambda step, t, z, v: show(step, steps, t, z, v)) if show else None
 
         with precision.autocast(model.computes, model.device):
-            velocity = self._velocity(starts)
+            with torch.no_grad():
+                velocity = self._velocity(starts)
+
+            def partly_live(z: Tensor, t: Tensor) -> Tensor:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and float(t) >= live_from):
+                    if torch.is_grad_enabled() and not z.requires_grad:
+                        torch.clear_autocast_cache()  # weights that were cast without a gradient must not serve where there is one
+                    return velocity(z, t)
+
             try:
-                z = choices.solver_of(self.settings, noise)(velocity, z, times, show)
+                return choices.solver_of(self.settings, noise)(partly_live if live else velocity, z, times, told)
             except ToleranceError as error:
                 raise UserError(f"dopri5: {error}; choose a larger tolerance or another solver") from error
-        if not torch.isfinite(z).all():
-            raise UserError("the model put out numbers that are not finite: its training diverged, or guidance is too high for it")
-        return self._finish(z)
 
     def _noise(self, starts: list[Start]) -> Callable[..., Tensor]:
         """Draws of noise [B, C, H, W], the first for t = 0: those of the seed, or each between those of two seeds (so that `sde` ends at the second too)."""

@@ -10,6 +10,7 @@ from test_ranks import STEADY, ranks
 
 from flowt2i.config import resolve
 from flowt2i.description import DatasetDescription
+from flowt2i.editing import Start
 from flowt2i.errors import UserError
 from flowt2i.evaluation.frechet import Moments, frechet_distance, transport
 from flowt2i.training.compose import Parted, composed, expected, parted, styles_of
@@ -237,7 +238,7 @@ def test_only_the_live_steps_are_differentiated(begun):
     trainer, calls = begun("--sample.steps", "4"), []
     matching = trainer.matching
     trainer.model.register_forward_hook(lambda module, given, output: calls.append((len(output), output.requires_grad)))
-    picture = matching._draw(["a small red circle"], [7])
+    picture = matching.drawing.latents([Start("a small red circle", 7)], live=1)
     assert [grad for _, grad in calls] == [False, False, False, True] and picture.requires_grad
     guided = [n for n, _ in calls]
     assert max(guided) == 2 and guided[-1] == 1  # guidance ends before the last step (`guidance_until`)

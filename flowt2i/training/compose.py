@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOST_STYLES = 8  # captions that end in more kinds of words than this do not end in styles
+MOST_STYLES = 8  # each is a distribution to learn from its own pictures; captions that end in more kinds of words have none
 LEAST_SHARE = 0.01  # of the captions that must end in a style
 COVERED = 0.9  # of the captions that must end in one of the styles
 

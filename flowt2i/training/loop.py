@@ -37,14 +37,12 @@ from flowt2i.errors import UserError
 from flowt2i.model import count_parameters
 from flowt2i.pipeline import Pipeline, build_model
 from flowt2i.text import load_encoder, load_tokenizer
-from flowt2i.training import checkpoint, distributed, dryrun, lora, parallel, resuming, start, stream
+from flowt2i.training import checkpoint, distributed, dryrun, lora, matching, parallel, resuming, start, stream
 from flowt2i.training.compiling import compile_blocks, text_padding, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
 from flowt2i.training.fit_memory import StartAgain, fit_memory
-from flowt2i.training.matching import Matching
-from flowt2i.training.matching import require as require_matching
 from flowt2i.training.objective import Objective, Terms, drop_captions, with_perceptual
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate, schedule_steps
 from flowt2i.training.pace import Pace
@@ -127,11 +125,10 @@ class Trainer:
         self.optimizer = Optimizer(config.optim, self.model, precision.DTYPES[self.computes])
         self.step, self.steps = 0, 0 if config.train.minutes else config.train.steps
         self.encoder = load_encoder(self.description.text, precision.DTYPES[self.computes], text).to(device) if self.description.text.kind == "hf" else None
-        if source:
-            resuming.require_ours(self, source)  # before what takes long
+        theirs = resuming.require_ours(self, source) if source else None  # before what takes long
         self.matching = self._matching() if config.match.weight else None
-        if source:
-            resuming.load(self, source)
+        if source and theirs:
+            resuming.load(self, source, theirs)
         self.resumed_from = source
         self.first, self.resumed, self.warm = self.step, bool(self.step and self.steps), 0.0
         self.mean = torch.tensor(self.description.latent_mean, device=device).view(1, -1, 1, 1)
@@ -153,11 +150,11 @@ class Trainer:
 
     # ---- set-up -------------------------------------------------------------------------------------------------------
 
-    def _matching(self) -> Matching:
+    def _matching(self) -> matching.Matching:
         pipeline = Pipeline(self.model, self.config, self.description, self.tokenizer, self.encoder)
         pipeline.computes = self.computes
         heldout = self.heldout.captions() if self.heldout is not self.dataset else []
-        return Matching(self.config, pipeline, self.dataset, self.count, heldout, self.world, self.progress)
+        return matching.Matching(self.config, pipeline, self.dataset, self.count, heldout, self.world, self.progress)
 
     def _check_data(self) -> None:
         wanted = {"codec": self.config.data.codec, "text": self.config.data.text}
@@ -177,7 +174,7 @@ class Trainer:
                     f"model.patch {model.patch} does not divide the {shapes.name(size)} pictures of {self.data}: choose a divisor, "
                     f"or prepare the data again with shapes such as {near} (--bucket-step {step})"
                 )
-        require_matching(self.config, self.description, min(self.config.data.subset or self.description.train_count, self.description.train_count))
+        matching.require(self.config, self.description, min(self.config.data.subset or self.description.train_count, self.description.train_count))
         if self.config.data.flip and self.description.codec.kind != "pixels":
             raise UserError("data.flip works on pixels only: latents of a VAE cannot be mirrored")
 

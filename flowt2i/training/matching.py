@@ -22,19 +22,17 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from flowt2i import efficientnet, perceptual, precision
-from flowt2i import settings as choices
+from flowt2i import efficientnet, perceptual
 from flowt2i.codec import stored_to_latents
 from flowt2i.config import Config, MatchConfig
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.description import DatasetDescription
-from flowt2i.drawing import Noise
+from flowt2i.drawing import Drawing
+from flowt2i.editing import Start
 from flowt2i.errors import UserError
 from flowt2i.evaluation.frechet import Moments, transport
 from flowt2i.evaluation.reference import spread
-from flowt2i.guidance import conditional, together
 from flowt2i.pipeline import Pipeline
-from flowt2i.schedules import times_from
 from flowt2i.training.compose import Parted, composed, expected, parted, styles_of
 from flowt2i.training.distributed import World
 
@@ -147,11 +145,7 @@ class Matching:
             raise UserError(f"match.images {self.match.images} cannot be spread evenly over {world.size} ranks: choose a multiple")
         description = pipeline.description
         self.net = FeatureSets(description.latent_mean, description.latent_std, config.flow.perceptual_size).to(world.device)
-        self.settings = pipeline.settings()
-        self.times = choices.times_of(self.settings)
-        if self.settings["zero_init"]:
-            self.times = times_from(self.times, self.settings["zero_init"])
-        self.live_from = float(self.times[max(0, len(self.times) - 1 - self.match.live)]) - 1e-6
+        self.drawing = Drawing(pipeline, description.codec.latent_shape(description.home), pipeline.settings())
         captions = dataset.captions()
         rows = np.array([row for row in spread(count).tolist() if captions[row].strip()], np.int64)
         if len(rows) < LEAST:
@@ -230,20 +224,20 @@ class Matching:
         for rows, own in zip(torch.split(picked[mine], at_once), torch.split(seeds[mine], at_once)):
             # Eager, as in `evaluate`; and the backward pass too, which may compute blocks again (`checkpoint_activations`).
             with torch.compiler.set_stance("force_eager"):
-                features = self.net(self._draw([self.captions[row] for row in rows.tolist()], own.tolist()))
+                starts = [Start(self.captions[row], seed) for row, seed in zip(rows.tolist(), own.tolist())]
+                features = self.net(self.drawing.latents(starts, live=self.match.live))
                 if torch.is_grad_enabled():
                     losses = [r.loss(features[name], self.kinds[rows], self.wanted[name][rows], self.match.expected) for name, r in self.recent.items()]
                     loss = torch.stack(losses).sum() * (len(rows) / share)
                     (self.match.weight * loss).backward()
                     total += loss.item()
             found.append({name: x.detach() for name, x in features.items()})
-        gathered = {name: torch.cat([part[name] for part in found]).cpu().numpy() for name in found[0]}
-        everyones = {name: torch.from_numpy(self.world.collect(x, len(picked))) for name, x in gathered.items()}
-        if not all(torch.isfinite(x).all() for x in everyones.values()):
+        features = {name: torch.from_numpy(self.world.collect(torch.cat([part[name] for part in found]).cpu().numpy(), len(picked))) for name in found[0]}
+        if not all(torch.isfinite(x).all() for x in features.values()):
             raise self.world.fail(
                 f"the model drew numbers that are not finite before step {max(0, step)}: begin from another model, or with a lower --optim.lr"
             )
-        return everyones, picked, total
+        return features, picked, total
 
     def _pick(self, step: int) -> tuple[Tensor, Tensor]:
         """Which captions a step draws, and the seeds of their noise: [match.images] both, the same on any number of ranks. step below 0: before the first."""
@@ -254,25 +248,6 @@ class Matching:
         picked = np.where(random.random(n) < self.match.composed, new, shown)
         return torch.from_numpy(picked), torch.from_numpy(random.integers(2**62, size=n))
 
-    def _draw(self, captions: list[str], seeds: list[int]) -> Tensor:
-        """Pictures [b, C, H, W], normalised, as the model's own settings draw them, but not clamped. Evaluations from the time on at which the last
-        `match.live` steps begin know where they came from; captions and what comes before do not.
-        """
-        pipeline, n = self.pipeline, len(captions)
-        # Entered anew for each evaluation: weights that were cast without a gradient must not serve where there is one.
-        computing = lambda: precision.autocast(pipeline.computes, pipeline.device)
-        with torch.no_grad(), computing():
-            text, mask = pipeline.encode([*captions, *[""] * n])
-        good, bad = (text[:n], mask[:n]), (text[n:], mask[n:])
-        velocity = choices.guide(self.settings, conditional(pipeline.field, *good), together(pipeline.field, good, bad))
-        noise = Noise(seeds, pipeline.description.codec.latent_shape(pipeline.description.home), pipeline.device)
-
-        def live(z: Tensor, t: Tensor) -> Tensor:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and float(t) >= self.live_from), computing():
-                return velocity(z, t)
-
-        return choices.solver_of(self.settings, noise)(live, noise(), self.times)
-
     def _real_features(self, dataset: ImageTextDataset, rows: np.ndarray) -> dict[str, Tensor]:
         """Features [len(rows), d] of training pictures, on the CPU; the work is divided over the ranks."""
         world, mean, std = self.world, self.pipeline.mean, self.pipeline.std
@@ -282,5 +257,4 @@ class Matching:
                 stored = dataset.fetch(part).stored.to(world.device)
                 found.append({name: x.cpu() for name, x in self.net((stored_to_latents("pixels", stored) - mean) / std).items()})
                 bar.update(len(part))
-        together_ = {name: torch.cat([part[name] for part in found]).numpy() for name in found[0]}
-        return {name: torch.from_numpy(world.collect(x, len(rows))) for name, x in together_.items()}
+        return {name: torch.from_numpy(world.collect(torch.cat([part[name] for part in found]).numpy(), len(rows))) for name in found[0]}

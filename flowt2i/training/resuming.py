@@ -44,9 +44,11 @@ def find(run: Path, resume: str | None) -> Path | None:
     return source
 
 
-def load(trainer: "Trainer", source: Path) -> None:
-    """Weights, their average, the optimizer's state and the counters of a checkpoint. UserError, by name, where it is of other data or settings."""
-    theirs = require_ours(trainer, source)
+def load(trainer: "Trainer", source: Path, theirs: Config) -> None:
+    """Weights, their average, the optimizer's state and the counters of a checkpoint, of which `require_ours` gave the configuration.
+
+    UserError where one does not fit.
+    """
     checkpoint.load_into(trainer.model, source / "model.safetensors")
     state = checkpoint.read_state(source)
     if bool(trainer.ema) != (source / "ema.safetensors").exists():
