@@ -129,9 +129,6 @@ class OptimConfig(_Section):
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon on the matrices of the blocks, AdamW on the rest")
     lr: float = Field(5e-4, gt=0, description="maximum learning rate of AdamW")
     muon_lr: float = Field(3e-3, gt=0, description="maximum learning rate of Muon (scaled to AdamW's RMS)")
-    muon_piece: int = Field(
-        0, ge=0, description="Muon: matrices cut into pieces of so many rows along their longer side, if that divides it: less work, less is learned; 0: whole"
-    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the first moment")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: decay of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices")
@@ -377,8 +374,11 @@ def load_config(path: Path) -> Config:
             values["model"] = MODEL_BEFORE | values["model"]
         if values.get("flow", {}).get("perceptual"):
             values["flow"] = PERCEPTUAL_BEFORE | values["flow"]
-        if "muon_lr" in (optim := values.get("optim", {})) and "muon_piece" not in optim and values.get("train", {}).get("precision") == "bf16":
-            values["train"] = values["train"] | {"precision": "auto"}  # of a run from before the field: it was the default then, and not asked for
+        optim = values.get("optim", {})
+        before_auto = "muon_lr" in optim and "muon_piece" not in optim and "match" not in values  # a whole configuration, older than both
+        optim.pop("muon_piece", None)  # matrices in pieces for a while (docs/experiments.md): what such a run has learned can be drawn with and trained on
+        if before_auto and values.get("train", {}).get("precision") == "bf16":
+            values["train"] = values["train"] | {"precision": "auto"}  # it was the default then, and not asked for
         return Config.model_validate(values)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a configuration: {error}") from error

@@ -6,7 +6,7 @@ from torch import nn
 
 from flowt2i.config import OptimConfig
 from flowt2i.training.ema import EMA
-from flowt2i.training.muon import Muon, orthogonal, pieces
+from flowt2i.training.muon import Muon, orthogonal
 from flowt2i.training.optim import Optimizer, clip_gradients, learning_rate
 
 
@@ -92,35 +92,6 @@ def test_muon_in_stacks_is_torchs_muon():
         moved = (b - start).norm()
         assert (a - b).norm() < 0.01 * moved, "to the rounding of bf16 products"
         assert torch.equal(optimizers[0].state[a]["momentum_buffer"], optimizers[1].state[b]["momentum_buffer"])
-
-
-@pytest.mark.parametrize(
-    ("shape", "cut"),
-    [((24, 8), (6, 4, 8)), ((8, 24), (6, 4, 8)), ((8, 8), (2, 4, 8)), ((9, 6), (1, 6, 9)), ((4, 12), (1, 4, 12)), ((64, 4), (1, 4, 64))],
-)
-def test_pieces_are_views_cut_along_the_longer_side(shape, cut):
-    matrix = torch.arange(float(shape[0] * shape[1])).view(shape)
-    found = pieces(matrix, 4)
-    assert tuple(found.shape) == cut and found.data_ptr() == matrix.data_ptr() and set(found.flatten().tolist()) == set(matrix.flatten().tolist())
-    assert pieces(matrix, 0).shape[0] == 1, "whole, unless asked for"
-    if len(found) > 1:
-        longer = matrix if shape[0] > shape[1] else matrix.T  # a square one (the way out of attention) along its inputs, as heads are
-        assert torch.equal(found[1], longer[4:8])
-
-
-def test_muon_in_pieces_makes_each_piece_orthogonal_and_as_large_as_the_whole():
-    g = torch.Generator().manual_seed(0)
-    start, gradient = torch.randn(48, 16, generator=g), torch.randn(48, 16, generator=g)
-    moved = {}
-    for piece in (0, 8):
-        weight = nn.Parameter(start.clone())
-        weight.grad = gradient.clone()
-        Muon([weight], piece=piece, lr=0.1, weight_decay=0.0).step()
-        moved[piece] = (start - weight.detach()) / 0.1
-    values = torch.linalg.svdvals(moved[8].view(6, 8, 16)) / (0.2 * 16**0.5)
-    assert values.min() > 0.6 and values.max() < 1.3
-    assert torch.linalg.svdvals(moved[0])[-1] / (0.2 * 48**0.5) > 0.6, "whole: all of it is orthogonal"
-    assert moved[8].square().mean().sqrt() == pytest.approx(moved[0].square().mean().sqrt().item(), rel=0.15), "the same learning rate holds for both"
 
 
 def test_orthogonal_brings_singular_values_near_one():

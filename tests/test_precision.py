@@ -88,7 +88,9 @@ def test_bf16_of_a_configuration_from_before_was_the_default_and_not_asked_for(t
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
     assert load_config(path).train.precision == "bf16", "today it was asked for"
-    del values["optim"]["muon_piece"]
+    del values["match"]
+    path.write_text(json.dumps(values | {"optim": values["optim"] | {"muon_piece": 32}}))
+    assert load_config(path).train.precision == "bf16", "a setting that there was for a while, and auto with it"
     path.write_text(json.dumps(values))
     assert load_config(path).train.precision == "auto"
     path.write_text(json.dumps({"optim": {"lr": 1e-3}, "train": {"precision": "bf16"}}))

@@ -62,7 +62,7 @@ class Optimizer:
         ]
         if matrices:
             settings: dict[str, Any] = {"lr": config.muon_lr, "momentum": 0.95, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            self.parts.append(Muon(matrices, config.muon_piece, dtype, **settings))
+            self.parts.append(Muon(matrices, dtype, **settings))
         self.maximum = [config.lr, config.muon_lr]
 
     def step(self, factor: float) -> None:
