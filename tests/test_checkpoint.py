@@ -1,7 +1,9 @@
 """Checkpoints: complete or absent, damage noticed, nothing unpickled."""
 
+import os
 import pickle
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,15 @@ def test_round_trip_and_pruning(tmp_path):
     newest = checkpoint.newest_good(tmp_path)
     assert newest == checkpoint.folder(tmp_path, 8) and checkpoint.read_state(newest) == {"step": 8}
     assert torch.equal(checkpoint.load_tensors(newest / "model.safetensors")["weight"], torch.full((4, 4), 8.0))
+
+
+def test_weights_can_be_read_by_whoever_can_read_the_files_beside_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        saved = write(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert stat.filemode((saved / "model.safetensors").stat().st_mode) == "-rw-r-----", "safetensors alone writes for the owner only"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "state.json", "tokenizer/tokenizer.json", "manifest.json"])

@@ -53,7 +53,7 @@ def killed(call: int, after: bool, work: Callable[[], object]) -> bool:
         return counting
 
     for place, name in (
-        (checkpoint, "save_file"),
+        (checkpoint, "save_tensors"),
         (os, "fsync"),
         (os, "replace"),
         (os, "mkdir"),
@@ -186,8 +186,8 @@ class TestSaver:
     def test_what_was_copied_is_written_whatever_training_does_next(self, tmp_path, monkeypatch):
         import threading
 
-        go, write = threading.Event(), checkpoint.save_file
-        monkeypatch.setattr(checkpoint, "save_file", lambda *args: (go.wait(), write(*args)))
+        go, write = threading.Event(), checkpoint.save_tensors
+        monkeypatch.setattr(checkpoint, "save_tensors", lambda *args: (go.wait(), write(*args)))
         state, saver = tensors(1.0), Saver(ONE, tmp_path, keep_recent=2, keep_every=0)
         for step in (1, 2):
             go.clear()
@@ -214,14 +214,14 @@ class TestSaver:
             assert value(checkpoint.newest_good(tmp_path)) == 1.0
 
     def test_a_failure_stops_the_training_at_the_next_step(self, scenes_data, tiny, tmp_path, monkeypatch, capsys):
-        real = checkpoint.save_file
+        real = checkpoint.save_tensors
 
-        def save_file(tensors, path):
+        def save_tensors(tensors, path):
             if ".dry-run" not in path.parts:
                 raise OSError(5, "Input/output error")
             real(tensors, path)
 
-        monkeypatch.setattr(checkpoint, "save_file", save_file)
+        monkeypatch.setattr(checkpoint, "save_tensors", save_tensors)
         words = ["--data", str(scenes_data), "--out", str(tmp_path), *tiny, "--train.eval_every", "0", "--train.steps", "500", "--train.checkpoint_every", "1"]
         assert cli.main(["train", "--config", "quickstart", *words]) == 2
         errors = capsys.readouterr().err

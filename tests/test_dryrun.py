@@ -118,9 +118,9 @@ def test_a_folder_that_cannot_sync_is_refused(scenes_data, tiny, tmp_path, monke
 @pytest.mark.parametrize("fault", ["full", "damaged"])
 def test_a_whole_checkpoint_that_fails_is_refused_before_training(fault, scenes_data, tiny, tmp_path, monkeypatch, capsys):
     """A small file goes through; that of the optimizer does not, or does not read back."""
-    save, prove = checkpoint.save_file, checkpoint.prove
+    save, prove = checkpoint.save_tensors, checkpoint.prove
 
-    def save_file(tensors, path):
+    def save_tensors(tensors, path):
         if path.name == "optimizer.safetensors":
             raise OSError(28, "No space left on device")
         save(tensors, path)
@@ -129,7 +129,7 @@ def test_a_whole_checkpoint_that_fails_is_refused_before_training(fault, scenes_
         (path / "optimizer.safetensors").write_bytes(b"")
         prove(path)
 
-    monkeypatch.setattr(*((checkpoint, "save_file", save_file) if fault == "full" else (checkpoint, "prove", spoilt)))
+    monkeypatch.setattr(*((checkpoint, "save_tensors", save_tensors) if fault == "full" else (checkpoint, "prove", spoilt)))
     run = tmp_path / "run"
     assert main(["train", "--config", "quickstart", "--data", str(scenes_data), "--out", str(run), *tiny, *QUIET, "--train.steps", "2"]) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flowt2i train: error:")]

@@ -190,7 +190,7 @@ def test_a_reference_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     for _ in range(2):  # the second time as where another evaluation was quicker
         found.save(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [identity.hash]
-    monkeypatch.setattr(reference, "save_file", mock.Mock(side_effect=SafetensorError("No space left on device")))
+    monkeypatch.setattr(reference, "save_tensors", mock.Mock(side_effect=SafetensorError("No space left on device")))
     with pytest.warns(UserWarning, match="could not be kept .*No space left"):
         found.save(tmp_path / "full")
     assert not list((tmp_path / "full").iterdir())

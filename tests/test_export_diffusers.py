@@ -127,6 +127,7 @@ def test_the_folders_run_where_flowt2i_is_not_installed(pixels, latents, tmp_pat
     index = json.loads((tmp_path / "latents" / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", "AutoencoderKL"] and index["text_encoder"] == ["transformers", "T5EncoderModel"]
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"] and not list(tmp_path.rglob("*.bin"))
+    assert {file.stat().st_mode for file in tmp_path.rglob("*.safetensors")} == {(tmp_path / "latents" / "model_index.json").stat().st_mode}
     env = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", ALONE, repr(PROMPTS), str(tmp_path / "found.npz"), str(tmp_path / "pixels"), str(tmp_path / "latents")]
     done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from flowt2i.evaluation import pictures
 from flowt2i.evaluation.nets import RESIZE, FeatureNet, resize
 from flowt2i.pipeline import Pipeline
 from flowt2i.shapes import Shape
+from flowt2i.tensors import save_tensors
 from flowt2i.training.distributed import World
 
 MOST = 50_000  # pictures; of more, these many at even distances
@@ -73,7 +74,7 @@ class Reference:
         aside = folder / f".{self.identity.hash}.{os.getpid()}"
         try:
             aside.mkdir(parents=True)
-            save_file({"features": self.features.contiguous()}, aside / "reference.safetensors")
+            save_tensors({"features": self.features.contiguous()}, aside / "reference.safetensors")
             facts = self.identity.model_dump() | {"features_sha256": _sha256(aside / "reference.safetensors")}
             (aside / "reference.json").write_text(json.dumps(facts, indent=2) + "\n")
             if not target.exists():

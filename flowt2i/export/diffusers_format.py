@@ -20,6 +20,7 @@ from flowt2i.export.diffusers_pipeline import FlowT2IPipeline
 from flowt2i.export.facts import euler_steps
 from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import quiet
+from flowt2i.tensors import share_tensors
 
 CODE = "flowt2i_transformer"
 
@@ -36,6 +37,7 @@ def write(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "pipeline.py").write_text(self_contained(Path(diffusers_pipeline.__file__)))
     (folder / "transformer" / f"{CODE}.py").write_text(transformer_code())
+    share_tensors(folder, like=folder / "model_index.json")
 
 
 def as_diffusers(pipeline: Pipeline, dtype: torch.dtype = torch.float32) -> FlowT2IPipeline:

@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from flowt2i import exported
 from flowt2i.description import DatasetDescription
@@ -20,6 +19,7 @@ from flowt2i.export.facts import public_config, public_source
 from flowt2i.hub import PATTERNS
 from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import find_pretrained, weight_files
+from flowt2i.tensors import save_tensors
 
 TRAVELS = {Path(pattern).suffix for pattern in PATTERNS}  # what is fetched from the hub, and nothing else
 
@@ -33,7 +33,7 @@ def write(
     nets: copy VAE and text encoder too where the hub has them. vae, text: where they are, if they moved. UserError where they cannot be had.
     """
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in pipeline.model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(public_config(pipeline.config).model_dump_json(indent=2) + "\n")
     pipeline.tokenizer.save(folder)
     kept = {"source": source or public_source(pipeline.description), "prompts": pipeline.description.prompts[:captions]}

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from flowt2i import box, exported
 from flowt2i.errors import UserError
 from flowt2i.human import size
+from flowt2i.tensors import save_tensors
 from flowt2i.training.lora import has_adapters, merged
 from flowt2i.training.parallel import share_like
 
@@ -71,7 +72,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], text
             raise UserError(f"no room for a checkpoint in {target.parent}: {size(needed)} needed, {size(free)} free; {_then(target, 'free some')}")
         aside.mkdir()
         for stem, named in tensors.items():
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
+            save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
         for name, text in texts.items():
             (aside / name).write_text(text)
         for name, source in copies.items():

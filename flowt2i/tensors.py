@@ -1,0 +1,23 @@
+"""Writing tensors so that whoever may read the files beside them can read them, too.
+
+safetensors writes a file for its owner alone (mode 0600, from 0.8 on): a model in a folder that is shared, or served by another user, could not be opened.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous CPU tensors by name, with the mode of any new file here. OSError or SafetensorError where the disk does not take it."""
+    path.touch()
+    mode = path.stat().st_mode  # as the process's umask has it, which cannot be asked for without changing it for all threads
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
+def share_tensors(folder: Path, like: Path) -> None:
+    """Give every tensor file that another library wrote below `folder` the mode of the file `like`."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(like.stat().st_mode)
