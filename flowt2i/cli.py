@@ -77,10 +77,9 @@ def main(words: Sequence[str] | None = None) -> int:
     args, rest = build_parser(words[0]).parse_known_args(words)
     try:
         if rest and not getattr(args, "overrides", False):
-            from flowt2i.config import parse_overrides
-
-            key = parse_overrides(rest)[0][0]
-            raise UserError(f"unknown option --{key}; see `flowt2i {args.command} --help`")
+            what = f"option {rest[0].partition('=')[0]}" if rest[0].startswith("-") else f"argument {rest[0]!r}"
+            meant = f" (--model {rest[0]}?)" if hasattr(args, "model") and not rest[0].startswith("-") else ""
+            raise UserError(f"unknown {what}{meant}; see `flowt2i {args.command} --help`")
         args.rest = rest
         return int(args.run(args))
     except UserError as error:

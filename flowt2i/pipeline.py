@@ -109,7 +109,7 @@ class Pipeline:
         progress: Callable[[int], Any] | None = None, negative: str | None = None, guide: "Pipeline | str | Path | None" = None,
         init: Picture | None = None, strength: float | None = None, mask: Picture | None = None, variation: float = 0.0, to: str | None = None,
         to_seed: int | None = None, mix: float | None = None, alive: Callable[[], None] | None = None, width: int | None = None,
-        height: int | None = None, seeds: Sequence[int] | None = None, **more: Any,
+        height: int | None = None, seeds: Sequence[int] | None = None, done: Callable[[int, Samples], Any] | None = None, **more: Any,
     ) -> Samples:  # fmt: skip
         """Draw `num` pictures of each prompt. Picture k of the call has the seed `seed + k`, whatever batch it falls into.
 
@@ -121,7 +121,8 @@ class Pipeline:
         init: a picture to start from, by `strength` (0: nothing of it changes, 1: nothing of it is left; 0.6 if not given); with a `mask` (bright: draw
         anew) the rest of it stays, and strength is 1 if not given. variation, to, to_seed, mix: see `editing.starts`.
         preview(step, steps, images) is called every `preview_every` steps with the predicted clean pictures of the batch at work;
-        progress(n) after each batch of n. alive() is called before every evaluation of a network: what it raises ends the drawing.
+        progress(n) after each batch of n; done(first, samples) with its pictures, which begin at number `first` of the call. alive() is called before
+        every evaluation of a network: what it raises ends the drawing.
         UserError on settings out of range.
         """
         chosen = self.settings(steps, solver, guidance, shift, negative, guide, **more)
@@ -141,11 +142,6 @@ class Pipeline:
         shape = self.description.codec.latent_shape(drawn)
         drawing = Drawing(self, shape, chosen, chosen.get("negative"), self._guide(guide), given, alive)
         size = 1 if chosen["solver"] == "dopri5" else batch_size  # its steps follow the error of a batch, and a picture must not depend on its neighbours
-        images = []
-        for first in range(0, len(starts), size):
-            images.append(drawing.batch(starts[first : first + size], preview, preview_every))
-            if progress:
-                progress(len(images[-1]))
         side = self.description.codec.image_size
         told = dict(chosen)
         if drawn != (side, side) or self.description.home != drawn or (drawing.given and self.description.buckets):  # or the picture begun from would decide
@@ -154,11 +150,21 @@ class Pipeline:
             told |= {"init": name_of(init), "init_pixels": editing.fingerprint(drawing.given.original), "strength": drawing.given.strength}
             if drawing.given.pixels is not None:
                 told |= {"mask": name_of(mask), "mask_pixels": editing.fingerprint(drawing.given.pixels)}
-        ways = [s.way() for s in starts]
-        return Samples(
-            np.concatenate(images), [s.prompt for s in starts], [s.seed for s in starts], told, round(drawing.evaluated / len(starts)),
-            time.perf_counter() - started, ways if any(ways) else [], self.told(),
-        )  # fmt: skip
+
+        def samples(images: list[np.ndarray], of: Sequence[editing.Start], so_far: int) -> Samples:
+            ways, seconds = [s.way() for s in of], time.perf_counter() - started
+            prompts, own_seeds, each = [s.prompt for s in of], [s.seed for s in of], round(drawing.evaluated / so_far)
+            return Samples(np.concatenate(images), prompts, own_seeds, told, each, seconds, ways if any(ways) else [], self.told())
+
+        images: list[np.ndarray] = []
+        for first in range(0, len(starts), size):
+            batch = starts[first : first + size]
+            images.append(drawing.batch(batch, preview, preview_every))
+            if done:
+                done(first, samples(images[-1:], batch, first + len(batch)))
+            if progress:
+                progress(len(batch))
+        return samples(images, starts, len(starts))
 
     def size(self, width: int | None, height: int | None) -> shapes.Shape:
         """(width, height) of pictures that were asked for: a model draws at any size whose sides codec and patch make, best at those it was trained at.

@@ -137,6 +137,32 @@ class TestGenerate:
         seeds = [json.loads(Image.open(f).text["flowt2i"])["seed"] for f in result["files"]]
         assert seeds == [0, 1, 2, 3]
 
+    def test_what_is_drawn_is_there_whatever_happens_to_the_rest(self, run, tmp_path, monkeypatch):
+        from flowt2i.drawing import Drawing
+
+        batch, count = Drawing.batch, []
+
+        def stopped(self, *rest):
+            count.append(1)
+            if len(count) == 3:
+                raise KeyboardInterrupt
+            return batch(self, *rest)
+
+        words = ["generate", "a red circle", "a blue star", "--num", "3", "--model", str(run), "--steps", "2", "--batch-size", "2"]
+        monkeypatch.setattr(Drawing, "batch", stopped)
+        assert main([*words, "--out", str(tmp_path / "a" / "g.png")]) == 130
+        assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [f"g-00{k}.png" for k in range(4)]
+        monkeypatch.setattr(Drawing, "batch", batch)
+        assert main([*words, "--out", str(tmp_path / "b" / "g.png")]) == 0
+        for k in range(4):
+            one, other = (Image.open(tmp_path / name / f"g-00{k}.png") for name in "ab")
+            assert one.text == other.text and list(one.getdata()) == list(other.getdata())
+
+    def test_a_picture_that_cannot_be_replaced_is_told_before_the_work(self, run, tmp_path, one_line):
+        (tmp_path / "g-001.png").mkdir()
+        assert main(["generate", "a", "b", "--model", str(run), "--out", str(tmp_path / "g.png")]) == 2
+        assert f"cannot write {tmp_path / 'g-001.png'}" in one_line()
+
     @pytest.mark.parametrize(
         "words, told",
         [
@@ -148,6 +174,8 @@ class TestGenerate:
             (["generate", "x", "--model", "/nowhere"], "no model at /nowhere"),
             (["generate", "x", "--out", "a.jpg"], ".png"),
             (["generate", "x", "--stepz", "3"], "--stepz"),
+            (["evaluate", "runs/mine"], "unknown argument 'runs/mine' (--model runs/mine?)"),
+            (["evaluate", "--nun=3"], "unknown option --nun;"),
             (["generate", "x", "--device", "nonsense"], "nonsense"),
             (["train", "--config", "quickstrt"], "'quickstart'"),
             (["train", "--train.stepz", "3"], "train.steps"),

@@ -68,44 +68,53 @@ def run(args: argparse.Namespace) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write --out {args.out}: {error.strerror}") from error
-    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):  # before the work, not after it
-        raise UserError(f"cannot write --out {args.out}: give another name or folder")
+    total = max(1, len(prompts)) * max(1, args.num)
+    files = [args.out] if total == 1 else [args.out.with_name(f"{args.out.stem}-{i:03d}.png") for i in range(total)]
+    for file in {args.out, *files}:  # before the work, not after it
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise UserError(f"cannot write {file}: give --out another name or folder")
     from tqdm import tqdm
 
     from flowt2i.grid import grid
-    from flowt2i.pictures import read_settings, save_png
+    from flowt2i.pictures import Samples, read_settings, save_png
+
+    def save(picture: Any, file: Path) -> None:
+        try:
+            save_png(picture, file)
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+
+    def keep(first: int, samples: Samples) -> None:  # as they come: what is drawn is there, whatever happens to the rest
+        for picture, file in zip(samples.pictures(), files[first:]):
+            save(picture, file)
 
     if args.like and args.weights == "auto" and (weights := read_settings(args.like).get("weights")) in ("EMA", "raw"):
         args.weights = weights.lower()
     pipeline = load_pipeline(args)
     edits = {name: getattr(args, name) for name in ("to", "to_seed", "init", "strength", "mask", "width", "height")}
     settings = sampling(args) | edits
-    with tqdm(total=max(1, len(prompts)) * max(1, args.num), desc="drawing", unit="image", leave=False, disable=None) as bar:
+    with tqdm(total=total, desc="drawing", unit="image", leave=False, disable=None) as bar:
         if args.like:
             samples = pipeline.redraw(args.like, **{name: value for name, value in settings.items() if value is not None}, progress=bar.update)
         else:
             samples = pipeline.sample(
-                prompts, seed=args.seed, num=args.num, batch_size=args.batch_size, variation=args.variation, progress=bar.update, **settings
+                prompts, seed=args.seed, num=args.num, batch_size=args.batch_size, variation=args.variation, progress=bar.update, done=keep, **settings
             )
-    pictures = samples.pictures()
-    files = [args.out] if len(pictures) == 1 else [args.out.with_name(f"{args.out.stem}-{i:03d}.png") for i in range(len(pictures))]
-    for picture, file in zip(pictures, files):
-        save_png(picture, file)
+    if args.like:
+        keep(0, samples)
     result: dict[str, Any] = {
         "files": [str(f) for f in files],
         "seconds": round(samples.seconds, 3),
         "evaluations": samples.evaluations,
         **samples.settings,
     }
-    if len(pictures) > 1:
-        columns = args.num if args.num > 1 else min(8, round(len(pictures) ** 0.5 + 0.49))
+    if total > 1:
+        columns = args.num if args.num > 1 else min(8, round(total**0.5 + 0.49))
         sheet = grid(samples.images, samples.prompts, columns=columns)
         ways = {"between": samples.between} if samples.between else {}
         told = {"prompts": samples.prompts, "seeds": samples.seeds, **ways, **samples.settings, **samples.model, "version": __version__}
         sheet.info["flowt2i"] = json.dumps(told)
-        save_png(sheet, args.out)
+        save(sheet, args.out)
         result["grid"] = str(args.out)
-    print(
-        json.dumps(result) if args.json else f"wrote {args.out} ({len(pictures)} picture(s), {samples.evaluations} evaluations each, {samples.seconds:.1f} s)"
-    )
+    print(json.dumps(result) if args.json else f"wrote {args.out} ({total} picture(s), {samples.evaluations} evaluations each, {samples.seconds:.1f} s)")
     return 0
