@@ -111,6 +111,12 @@ def test_grown_trained_resumed_and_drawn(tiny_run, larger, tmp_path, capsys):
     assert checkpoint.is_whole(checkpoint.folder(run, 3))
 
 
+def test_what_was_special_to_the_run_of_the_model_is_not_taken_over(trained, larger, scenes_data):
+    model = trained(scenes_data, "--train.steps", "1", "--data.subset", "8", "--optim.schedule_steps", "60000", "--train.stop_after", "1h")
+    config, _ = begin(model, larger, SHORT)
+    assert (config.optim.schedule_steps, config.data.subset, config.train.stop_after) == (0, 0, "")
+
+
 def test_a_model_shrinks_too(tiny_run, larger, scenes_data, tmp_path):
     config, folder = begin(tiny_run, larger, SHORT)
     assert config.sample.guidance_until == pytest.approx(0.3 / (0.3 + 2 * 0.7)), "it moves with the solver's times"

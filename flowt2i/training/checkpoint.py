@@ -44,12 +44,12 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}")
 
 
-def list_steps(run: Path) -> list[int]:
-    """Steps of the checkpoints of a run that are complete by name, ascending."""
+def list_steps(run: Path, whole: bool = True) -> list[int]:
+    """Steps of the checkpoints of a run, ascending. whole: only those with a manifest, which is written last (copying a run may have cut one)."""
     found = []
     for path in (run / "checkpoints").glob("step_*"):
         number = path.name.removeprefix("step_")
-        if number.isdigit() and (path / MANIFEST).exists():
+        if number.isdigit() and ((path / MANIFEST).exists() or not whole):
             found.append(int(number))
     return sorted(found)
 
@@ -185,7 +185,7 @@ def newest_good(run: Path) -> Path | None:
 
     UserError where there are some and none is good: starting again from step 0 must be the user's own decision.
     """
-    paths = [folder(run, step) for step in reversed(list_steps(run))]
+    paths = [folder(run, step) for step in reversed(list_steps(run, whole=False))]
     paths += sorted((run / "checkpoints").glob(".step_*.old"), reverse=True)  # a save was killed while it replaced this one
     for path in paths:
         problem = damage(path)

@@ -214,7 +214,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Train to the end. Returns a summary; raises Stopped after saving when a signal came or the time was up."""
         if self.complete and self.world.main:
-            print(f"{self.run_folder} is complete at step {self.step}: raise --train.steps to go on, or choose another --out", file=sys.stderr)
+            more = "give a larger --train.steps in place of --train.minutes" if self.config.train.minutes else "raise --train.steps"
+            print(f"{self.run_folder} is complete at step {self.step}: {more} to go on, or choose another --out", file=sys.stderr)
         with self._signals():
             self._make_ready()
             return self._run()

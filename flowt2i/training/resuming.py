@@ -28,7 +28,7 @@ def find(run: Path, resume: str | None) -> Path | None:
     """
     checkpoint.recover(run)
     dryrun.clear(run)
-    steps = checkpoint.list_steps(run)
+    steps = checkpoint.list_steps(run, whole=False)
     if resume is None:
         if steps:
             raise UserError(f"{run} already holds a run at step {steps[-1]}: add --resume latest to continue it, or choose another --out")
@@ -68,6 +68,7 @@ def load(trainer: "Trainer", source: Path, theirs: Config) -> None:
     trainer.step = state["step"]
     if trainer.config.train.minutes:
         trainer.steps = state["steps"]
+        _warn_of_other_minutes(trainer, theirs)
     _warn_of_another_schedule(trainer, theirs, state["steps"])
     _warn_of_another_precision(trainer, source, state)
 
@@ -88,6 +89,17 @@ def require_ours(trainer: "Trainer", source: Path) -> Config:
             what = name if field else f"{section}.{next(f for f in type(a).model_fields if getattr(a, f) != getattr(b, f))}"
             raise UserError(f"the checkpoint {source} was made with another {what}: resume with the same settings, or start a new run with another --out")
     return theirs
+
+
+def _warn_of_other_minutes(trainer: "Trainer", theirs: Config) -> None:
+    """A run by time became one by steps at its start: its learning rate falls towards the last of them."""
+    before, now = theirs.train.minutes, trainer.config.train.minutes
+    if trainer.world.main and before and before != now:
+        warnings.warn(
+            f"this run was laid out for {before:g} minutes, which made {trainer.steps:,} steps, and ends there: --train.steps N in place of "
+            f"--train.minutes {now:g} lengthens it, another --out begins a new run",
+            stacklevel=2,
+        )
 
 
 def _warn_of_another_schedule(trainer: "Trainer", theirs: Config, their_steps: int) -> None:

@@ -52,6 +52,7 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
     if base is None:
         config.train.lora = 0  # the model's own adapters are merged: whether to adapt again is the new run's to say
         config.match = MatchConfig()  # likewise for post-training
+        config.optim.schedule_steps, config.data.subset, config.train.stop_after = 0, 0, ""  # the length of that run, and what it was cut to
     if data.fingerprint != start.description.fingerprint:
         config.sample.prompts = []  # previews show captions of the new data
     ratio = grow.time_shift(start.description.codec.shape, data.codec.shape)
