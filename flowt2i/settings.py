@@ -55,6 +55,12 @@ def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+def own_steps(own: SampleConfig) -> int:
+    """The steps that a model draws in where nothing is given: times that are written out say how many they are."""
+    times = written(own.schedule)
+    return len(times) - 1 if times else own.steps
+
+
 def _range(name: str) -> tuple[float, float]:
     """The least and the most that a field of `SampleConfig` may be."""
     bounds = SampleConfig.model_fields[name].metadata

@@ -315,6 +315,7 @@ def test_nothing_is_said_where_nothing_compares(quickstart, scenes_data):
     config, description = quickstart
     line = {"images_seen": 113_000, "validation": {"loss": 0.05}, "score": 0.4}
     assert on_track.standing(line, resolve("stability"), description) is None
+    assert on_track.standing(line, resolve("quickstart", ["--model.width", "128"]), description) is None
     assert on_track.standing(line, config, description.model_copy(update={"source": "emoji"})) is None
     assert on_track.standing(line | {"images_seen": 10**9}, config, description) is None
     other_sampler = resolve("quickstart", ["--sample.guidance", "1"])  # a score of other pictures; the loss means the same

@@ -116,6 +116,43 @@ def test_minutes_fix_the_steps_once(scenes_data, tiny, tmp_path):
     assert summary["step"] >= 30
     state = checkpoint.read_state(checkpoint.newest_good(tmp_path / "run"))
     assert state["steps"] == state["step"] == summary["step"]
+    with pytest.warns(UserWarning, match=f"laid out for 0.05 minutes, which made {summary['step']} steps, and ends there"):
+        again = fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.minutes", "2", resume="latest")
+    assert again["step"] == summary["step"]
+
+
+def test_an_evaluation_that_runs_out_of_memory_does_not_end_the_training(scenes_data, tiny, tmp_path, monkeypatch):
+    import flowt2i.pipeline
+
+    def full(*rest, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    monkeypatch.setattr(flowt2i.pipeline.Pipeline, "sample", full)
+    with pytest.warns(UserWarning, match=r"evaluation at step 2 failed: out of memory \(CUDA out of memory. Tried to allocate 2.00 GiB.\)"):
+        fit("debug", scenes_data, tmp_path / "run", *tiny, "--train.steps", "4", "--train.eval_every", "2", "--train.dry_run", "false")  # that draws, too
+    assert checkpoint.list_steps(tmp_path / "run")[-1] == 4
+
+
+def test_an_evaluation_takes_few_pictures_at_once_where_training_does_and_says_the_same(scenes_data, tiny, tmp_path, monkeypatch):
+    """A micro-batch of one: eight pictures go through the network together, in a validation of 19 pictures and in a drawing of 20."""
+    import flowt2i.model
+
+    seen, own, told = [], flowt2i.model.FlowTransformer.forward, {}
+
+    def forward(self, z, *rest):
+        if not torch.is_grad_enabled():
+            seen.append(len(z))
+        return own(self, z, *rest)
+
+    monkeypatch.setattr(flowt2i.model.FlowTransformer, "forward", forward)
+    for micro in (1, 8):
+        seen.clear()
+        run = tmp_path / str(micro)
+        words = ["--train.steps", "1", "--train.micro_batch", str(micro), "--train.score_prompts", "20", "--sample.guidance", "1", "--sample.steps", "2"]
+        fit("debug", scenes_data, run, *tiny, *words, "--train.dry_run", "false")
+        told[micro] = (max(seen), json.loads((run / "eval.jsonl").read_text().splitlines()[-1]))
+    assert told[1][0] == 8 and told[8][0] > 8
+    assert told[1][1]["validation"] == pytest.approx(told[8][1]["validation"], rel=1e-4) and told[1][1]["score"] == told[8][1]["score"]
 
 
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(scenes_data, tiny, tmp_path):

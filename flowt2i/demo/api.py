@@ -18,7 +18,7 @@ from flowt2i import __version__
 from flowt2i.demo.board import png
 from flowt2i.demo.drawing import Cut, run
 from flowt2i.demo.library import Library
-from flowt2i.demo.limits import WAITING, Request, check
+from flowt2i.demo.limits import WAITING, Request, check, own_settings
 from flowt2i.errors import UserError, nearest
 from flowt2i.pipeline import Samples
 
@@ -47,8 +47,7 @@ class Api:
     async def models(self, _: HttpRequest) -> Response:
         listed = []
         for name, card in self.library.cards.items():
-            own = card.config.sample
-            defaults = {"steps": own.steps, "guidance": own.guidance, "solver": own.solver}
+            defaults = own_settings(card.config.sample)
             listed.append({"name": name, "parameters": card.parameters, "image_size": card.description.codec.image_size, "shapes": card.shapes,
                            "defaults": defaults, "prompts": card.prompts})  # fmt: skip
         return JSONResponse({"models": listed})
@@ -99,8 +98,7 @@ class Api:
         if unknown:
             raise UserError(f"no setting {unknown[0][:40]!r}{nearest(unknown[0][:40], FIELDS)}")
         model = body.get("model", self.library.first)
-        own = self.library.card(model).config.sample
-        given = {"steps": own.steps, "guidance": own.guidance, "solver": own.solver, "seed": 0, "num": 1, "negative": "", "shape": "", **body}
+        given = {**own_settings(self.library.card(model).config.sample), "seed": 0, "num": 1, "negative": "", "shape": "", **body}
         settings: dict[str, Any] = {name: given.get(name) for name in FIELDS if name != "model"}
         return model, check(**settings)._replace(updates=0)  # nobody watches
 

@@ -4,7 +4,9 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from flowt2i.config import SampleConfig
 from flowt2i.errors import UserError, nearest
+from flowt2i.settings import own_steps
 from flowt2i.shapes import Shape, name
 from flowt2i.solvers import SOLVERS
 
@@ -16,6 +18,11 @@ SWEEP = (1, 2, 4, 8, 16, 50)  # numbers of steps that "Quality against steps" co
 
 # explicit embeddings, overrides and isolates reorder what stands round them; letters that run right to left need none of them
 REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def own_settings(own: SampleConfig) -> dict[str, Any]:
+    """Steps, guidance and solver of a model where the visitor gives none, within what a visitor may ask for."""
+    return {"steps": min(own_steps(own), MOST_STEPS), "guidance": min(own.guidance, MOST_GUIDANCE), "solver": own.solver}
 
 
 class Request(NamedTuple):

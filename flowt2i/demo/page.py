@@ -16,7 +16,7 @@ import gradio as gr
 from flowt2i.demo import board, mailboxes
 from flowt2i.demo.drawing import Clock, Cut, Step, run
 from flowt2i.demo.library import Library
-from flowt2i.demo.limits import LARGEST_SEED, LONGEST_PROMPT, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, SWEEP, WAITING, Request, check
+from flowt2i.demo.limits import LARGEST_SEED, LONGEST_PROMPT, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, SWEEP, WAITING, Request, check, own_settings
 from flowt2i.errors import UserError
 from flowt2i.pipeline import Samples
 from flowt2i.solvers import SOLVERS
@@ -131,8 +131,7 @@ def spoken(act: Callable[..., Board]) -> Callable[..., Board]:
 def page(library: Library) -> gr.Blocks:
     """The page, its queue set up, not yet served."""
     card = library.card(library.first)
-    own = card.config.sample
-    own_steps, own_guidance = min(own.steps, MOST_STEPS), min(own.guidance, MOST_GUIDANCE)
+    own_steps, own_guidance, own_solver = own_settings(card.config.sample).values()
     second = library.names[1] if len(library.names) > 1 else library.first
 
     def buttons(words: str, name: str) -> tuple[gr.Button, gr.Button]:
@@ -150,7 +149,7 @@ def page(library: Library) -> gr.Blocks:
             with gr.Column(scale=3, min_width=280), gr.Group():
                 steps = gr.Slider(1, MOST_STEPS, own_steps, step=1, label="Steps", elem_id="steps")
                 guidance = gr.Slider(0, MOST_GUIDANCE, own_guidance, step=0.1, label="Guidance (1: none)", elem_id="guidance")
-                solver = gr.Dropdown(list(SOLVERS), value=own.solver, label="Solver", elem_id="solver")
+                solver = gr.Dropdown(list(SOLVERS), value=own_solver, label="Solver", elem_id="solver")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed")
                 new_seed = gr.Button("New seed", size="sm", elem_id="new-seed")
                 shape = gr.Dropdown(card.shapes, value=card.shapes[0], label="Shape", visible=len(card.shapes) > 1, elem_id="shape")
@@ -170,7 +169,7 @@ def page(library: Library) -> gr.Blocks:
                         few = own_steps if second != library.first else 4
                         b_steps = gr.Number(few, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=90, elem_id="B-steps")
                         b_guidance = gr.Number(own_guidance, label="Guidance", minimum=0, maximum=MOST_GUIDANCE, step=0.1, min_width=90)
-                        b_solver = gr.Dropdown(list(SOLVERS), value=own.solver, label="Solver", min_width=110)
+                        b_solver = gr.Dropdown(list(SOLVERS), value=own_solver, label="Solver", min_width=110)
                     go_compare, stop_compare = buttons("Compare", "go-compare")
                     compared = gr.HTML(board.empty("The two sides appear here."), elem_id="compared", js_on_load="flowt2i.watch(element)")
                 with gr.Tab("Steps"):
@@ -219,10 +218,9 @@ def page(library: Library) -> gr.Blocks:
                 raise gr.Error(str(error), print_exception=False) from error
             example = any(prompt in other.prompts for other in library.cards.values())  # what a visitor wrote stays
             first = card.prompts[0] if example and prompt not in card.prompts else gr.skip()
-            own = card.config.sample
             info, chips = gr.Dropdown(info=card.facts), chip_row(card.prompts)
             shapes = gr.Dropdown(card.shapes, value=card.shapes[0], visible=len(card.shapes) > 1)
-            return [info, chips, first, min(own.steps, MOST_STEPS), min(own.guidance, MOST_GUIDANCE), own.solver, shapes]
+            return [info, chips, first, *own_settings(card.config.sample).values(), shapes]
 
         quietly: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
         model.input(on_model, [model, prompt], [model, chips, prompt, steps, guidance, solver, shape], **quietly)

@@ -1,7 +1,7 @@
 """Am I on track? A run held against the curves that our own trainings of its preset drew: loss and score against images seen.
 
 The curves are package data, `reference_curves/PRESET.json`, written by `python benchmarks/reference_curve.py` from the log.jsonl and eval.jsonl of runs.
-They hold for the preset on the built-in scenes; a loss is compared only where it means the same (same flow settings, same prediction, same image size),
+They hold for the preset's network on the built-in scenes; a loss is compared only where it means the same (flow settings, prediction, image size),
 a score only where the pictures were drawn alike: by the settings that the curves were drawn with, first of `samples`, or by others there that were measured
 to score the same.
 The learning rate falls over the second half of a run, so a run that is laid out for far fewer or more images than ours is ahead or behind in between.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flowt2i.config import PRESETS, Config, FlowConfig, SampleConfig
+from flowt2i.config import PRESETS, Config, FlowConfig, SampleConfig, resolve
 from flowt2i.description import DatasetDescription
 from flowt2i.evaluation.intervals import wilson
 from flowt2i.settings import NAMES
@@ -58,6 +58,9 @@ def comparable(config: Config, description: DatasetDescription) -> tuple[dict[st
         return None, set()
     if description.codec.kind != reference["codec"] or description.codec.image_size != reference["image_size"]:
         return None, set()
+    usual = resolve(config.preset).model
+    if (config.model.width, config.model.depth) != (usual.width, usual.depth):
+        return None, set()  # another size of network learns at another pace
     same_loss = config.flow == FlowConfig(**reference["flow"]) and config.model.prediction == reference["prediction"]
     same_pictures = drawn_with(config.sample) in [drawn_with(SampleConfig(**settings)) for settings in reference["samples"]]
     return reference, {*({"score"} if same_pictures else ()), *({"loss", "validation"} if same_loss else ())}

@@ -23,15 +23,20 @@ def fixed_times(count: int) -> Tensor:
 @torch.no_grad()
 def heldout_loss(
     objective: Objective, dataset: ImageTextDataset, latents: Callable[[Batch, Tensor | None], Tensor], text_of: Callable[[Batch], Tensor],
-    count: int, most: int, world: World,
+    count: int, most: int, world: World, at_once: int = 64,
 ) -> dict[str, float]:  # fmt: skip
-    """`validation_loss` of the first `count` images of a dataset. `most` is the number asked for: it decides the batches, and so the noise."""
+    """`validation_loss` of the first `count` images of a dataset. `most` is the number asked for: it decides the batches, and so the noise.
+
+    at_once: how many go through the network in one pass.
+    """
 
     def loss(rows: np.ndarray, t: Tensor, draw: stream.Draw) -> Tensor:
-        batch = dataset.fetch(rows)
-        n = len(rows)
-        data = latents(batch, None if draw.latent_noise is None else draw.latent_noise[:n])
-        return objective(data, draw.noise[:n], t, text_of(batch), batch.mask.to(world.device)).losses
+        parts = [slice(first, min(first + at_once, len(rows))) for first in range(0, len(rows), at_once)]
+        return torch.cat([loss_of(dataset.fetch(rows[part]), t[part], draw, part) for part in parts])
+
+    def loss_of(batch: Batch, t: Tensor, draw: stream.Draw, part: slice) -> Tensor:
+        data = latents(batch, None if draw.latent_noise is None else draw.latent_noise[part])
+        return objective(data, draw.noise[part], t, text_of(batch), batch.mask.to(world.device)).losses
 
     codec = dataset.description.codec
     shaped = zip(dataset.by_bucket(count), map(codec.latent_shape, dataset.description.sizes))

@@ -21,16 +21,17 @@ from flowt2i.evaluation.nets import resize
 from flowt2i.evaluation.reference import real_images
 from flowt2i.evaluation.validation import heldout_loss
 from flowt2i.grid import grid
+from flowt2i.memory import is_out_of_memory, told
 from flowt2i.pipeline import Pipeline, Samples
 from flowt2i.training.distributed import World
 from flowt2i.training.objective import Objective
-from flowt2i.training.pace import SCORE_STEPS
+from flowt2i.training.pace import score_steps
 from flowt2i.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
 
-AT_ONCE = 64  # pictures drawn together on a rank
+AT_ONCE = 64  # pictures that go through the network together on a rank; fewer where training has to take few at a time (`_most`)
 
 
 def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
@@ -47,6 +48,10 @@ def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[st
     except UserError as error:  # the training itself is sound and saved
         if trainer.world.main:
             warnings.warn(f"evaluation at step {trainer.step} failed: {error}", stacklevel=2)
+    except (RuntimeError, MemoryError) as error:
+        if trainer.world.size > 1 or not is_out_of_memory(error):  # several ranks would wait for the one that is out of it
+            raise
+        warnings.warn(f"evaluation at step {trainer.step} failed: out of memory ({told(error)})", stacklevel=2)
     trainer.model.train()
     seconds = time.perf_counter() - started
     trainer.pace.took(seconds)
@@ -67,7 +72,7 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
     pipeline = trainer.pipeline()
     pipeline.model.eval()
     prompts = preview_prompts(trainer)
-    samples = sample_over_ranks(trainer.world, pipeline, prompts, seed=1_000)
+    samples = sample_over_ranks(trainer.world, pipeline, prompts, _most(trainer), seed=1_000)
     if trainer.stopping():
         return {}
     picture = grid(samples.images, samples.prompts, columns=min(8, math.ceil(math.sqrt(len(prompts)))))
@@ -76,7 +81,7 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
         from flowt2i.evaluation.scenes import FIRST_SEED, score_images
 
         asked = scenes.prompts(trainer.config.train.seed, trainer.config.train.score_prompts, heldout=False)
-        drawn = sample_over_ranks(trainer.world, pipeline, asked, seed=FIRST_SEED, steps=min(SCORE_STEPS, trainer.config.sample.steps))
+        drawn = sample_over_ranks(trainer.world, pipeline, asked, _most(trainer), seed=FIRST_SEED, steps=score_steps(trainer.config.sample))
         values["score"] = score_images(drawn.images, asked)["all"]["accuracy"]
     elif not trainer.description.is_scenes and not trainer.config.data.subset and trainer.config.train.score_images:
         values |= trainer.kernel_score(trainer, pipeline)
@@ -92,7 +97,12 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
     return values
 
 
-def sample_over_ranks(world: World, pipeline: Pipeline, prompts: list[str], seed: int, **settings: Any) -> Samples:
+def _most(trainer: "Trainer") -> int:
+    """How many pictures the memory takes at once where it takes a micro-batch in training, which keeps what every block has put out."""
+    return max(8, 2 * trainer.micro)
+
+
+def sample_over_ranks(world: World, pipeline: Pipeline, prompts: list[str], most: int = AT_ONCE, *, seed: int, **settings: Any) -> Samples:
     """`pipeline.sample` with the prompts divided over the ranks, as many for each: all pictures, on every rank. UserError on all where one fails.
 
     A batch that fails on one rank does not end its work: the others would wait for it in the next pass of a sharded model.
@@ -101,10 +111,11 @@ def sample_over_ranks(world: World, pipeline: Pipeline, prompts: list[str], seed
         raise UserError("an empty prompt: say what the picture should show")
     share = world.share(len(prompts))
     parts: list[Samples] = []
+    together = min(AT_ONCE, most)
     failure: UserError | None = None
-    for rows in np.split(share, range(AT_ONCE, len(share), AT_ONCE)):
+    for rows in np.split(share, range(together, len(share), together)):
         try:
-            parts.append(pipeline.sample([prompts[k] for k in rows], seed=seed + int(rows.min(initial=len(prompts))), batch_size=AT_ONCE, **settings))
+            parts.append(pipeline.sample([prompts[k] for k in rows], seed=seed + int(rows.min(initial=len(prompts))), batch_size=together, **settings))
         except UserError as error:
             failure = failure or error
     if world.any(failure is not None):
@@ -118,7 +129,7 @@ def loss_on_heldout(trainer: "Trainer", objective: Objective) -> dict[str, float
     """On held-out images (or on the training subset, where memorising is the aim), see `evaluation.validation`."""
     dataset, text_of = (trainer.dataset, trainer.text_of) if trainer.config.data.subset else (trainer.heldout, trainer.heldout_text_of)
     count = min(trainer.config.train.eval_images, trainer.count if trainer.config.data.subset else len(dataset))
-    return heldout_loss(objective, dataset, trainer.latents, text_of, count, trainer.config.train.eval_images, trainer.world)
+    return heldout_loss(objective, dataset, trainer.latents, text_of, count, trainer.config.train.eval_images, trainer.world, min(AT_ONCE, _most(trainer)))
 
 
 def preview_prompts(trainer: "Trainer") -> list[str]:
@@ -139,7 +150,7 @@ def side_by_side(trainer: "Trainer", pipeline: Pipeline) -> Any:
     shown = min(trainer.count, 32)
     captions = [trainer.dataset.caption(i) for i in range(shown)]
     originals = real_images(trainer.dataset, pipeline.codec, np.arange(shown))
-    samples = resize(sample_over_ranks(trainer.world, pipeline, captions, seed=1_000).images, originals.shape[1])
+    samples = resize(sample_over_ranks(trainer.world, pipeline, captions, _most(trainer), seed=1_000).images, originals.shape[1])
     columns, images, labels = 8, [], []
     for start in range(0, shown, columns):
         row = slice(start, min(start + columns, shown))

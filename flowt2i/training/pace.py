@@ -20,6 +20,7 @@ from flowt2i.description import DatasetDescription
 from flowt2i.guidance import on_interval
 from flowt2i.human import duration
 from flowt2i.schedules import make_times
+from flowt2i.settings import own_steps
 from flowt2i.solvers import SOLVERS, Velocity
 from flowt2i.training.distributed import World
 
@@ -91,7 +92,12 @@ def passes(config: Config, description: DatasetDescription) -> int:
     else:
         scored = 0 if config.data.subset else train.score_images
     previews = len(sample.prompts[: sample.images]) or sample.images
-    return validated + previews * of_a_picture(sample, sample.steps) + scored * of_a_picture(sample, min(SCORE_STEPS, sample.steps))
+    return validated + previews * of_a_picture(sample, own_steps(sample)) + scored * of_a_picture(sample, score_steps(sample))
+
+
+def score_steps(sample: SampleConfig) -> int:
+    """Steps of the pictures that are scored while training."""
+    return min(SCORE_STEPS, own_steps(sample))
 
 
 def of_a_picture(sample: SampleConfig, steps: int) -> int:

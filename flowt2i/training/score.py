@@ -10,7 +10,7 @@ from flowt2i.errors import UserError
 from flowt2i.evaluation import nets, pictures, reference
 from flowt2i.evaluation.kid import kernel_distance
 from flowt2i.pipeline import Pipeline
-from flowt2i.training.pace import SCORE_STEPS
+from flowt2i.training.pace import score_steps
 
 if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
@@ -75,7 +75,7 @@ class KernelScore:
 
     def _features_of_drawn(self, net: nets.FeatureNet, trainer: "Trainer", pipeline: Pipeline, asked: list[str]) -> torch.Tensor:
         """Of a picture of each caption, number k with the seed STRIDE + k as `flowt2i evaluate` has it: [N, dim], over all ranks, the same on each."""
-        steps = min(SCORE_STEPS, trainer.config.sample.steps)
+        steps = score_steps(trainer.config.sample)
 
         def work(part: range) -> np.ndarray:
             drawn = pipeline.sample(asked[part.start : part.stop], seed=pictures.STRIDE + part.start, steps=steps, batch_size=TOGETHER)
