@@ -1,4 +1,4 @@
-# On a fresh clone: `make quickstart` trains a model and draws with it, `make test` checks everything. Both make .venv by themselves.
+# On a fresh clone: `make quickstart` trains a model and draws with it, `make test` checks it. Both make .venv by themselves.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all lint clean
@@ -8,8 +8,8 @@ SEED ?= 0
 COUNT ?= 40000
 DATA ?= data/scenes
 OUT ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
-# training time: the preset's own on a CPU, less where a GPU does far more in it
-MINUTES ?= $(if $(shell command -v nvidia-smi),1.5)
+# training time: the preset's own on a CPU, less where a GPU does far more in it (one that torch can use, once it is installed)
+MINUTES ?= $$($(BIN)/python -c 'import torch; print(1.5 if torch.cuda.is_available() else "")')
 # more settings of the training; without units for bf16 a narrower network, which learns more in the time there (docs/experiments.md)
 # (a run that is there goes on as it began)
 SETTINGS ?= $$(if [ -e $(OUT)/config.json ]; then grep -q '"width": 128,' $(OUT)/config.json && echo $(NARROW); \
@@ -53,7 +53,7 @@ quickstart: $(VENV)/.ready ## prepare the built-in data, train, draw samples.png
 	@echo "== 1/4 data: $(COUNT) captioned scenes -> $(DATA)"
 	$(FLOW) prepare scenes --out $(DATA) --count $(COUNT)
 	@echo "== 2/4 training -> $(OUT) (stop it with Ctrl-C and run the same command again: it goes on where it was)"
-	$(FLOW) train --config quickstart --data $(DATA) --out $(OUT) --resume latest --train.seed $(SEED) $(if $(MINUTES),--train.minutes $(MINUTES)) $(SETTINGS)
+	minutes=$(MINUTES); $(FLOW) train --config quickstart --data $(DATA) --out $(OUT) --resume latest --train.seed $(SEED) $${minutes:+--train.minutes $$minutes} $(SETTINGS)
 	@echo "== 3/4 pictures of examples/scenes.txt -> samples.png"
 	$(FLOW) generate --prompts examples/scenes.txt --model $(OUT) --out $(OUT)/pictures/samples.png
 	cp $(OUT)/pictures/samples.png samples.png

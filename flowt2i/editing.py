@@ -20,6 +20,7 @@ from flowt2i import flow
 from flowt2i.data.images import load_fitted
 from flowt2i.data.sample import Dropped
 from flowt2i.errors import UserError
+from flowt2i.precision import double
 from flowt2i.shapes import Shape
 from flowt2i.solvers import Velocity
 
@@ -79,13 +80,13 @@ def slerp(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
 
     Between two draws of Gaussian noise a straight line would run through noise that is too weak, which the network never saw.
     """
-    cosine = F.cosine_similarity(first.double().flatten(1), second.double().flatten(1)).clamp(-1, 1).view(-1, 1, 1, 1)
+    one, other, rest, share = map(double, (first, second, 1 - share, share))
+    cosine = F.cosine_similarity(one.flatten(1), other.flatten(1)).clamp(-1, 1).view(-1, 1, 1, 1)
     angle = cosine.arccos()
     straight = angle.sin() < 1e-6  # the same or opposite: there is no one great circle
     sine = angle.sin().where(~straight, torch.ones_like(angle))
-    a, b = ((1 - share) * angle).sin() / sine, (share * angle).sin() / sine
-    a, b = a.where(~straight, (1 - share).to(a.dtype)), b.where(~straight, share.to(b.dtype))
-    return (a * first + b * second).to(first.dtype)
+    a, b = (rest * angle).sin() / sine, (share * angle).sin() / sine
+    return (a.where(~straight, rest) * one + b.where(~straight, share) * other).to(first)
 
 
 def start_from(data: Tensor, noise: Tensor, strength: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowt2i.precision import double
 from flowt2i.schedules import shift_times
 
 Prediction = Literal["v", "x"]
@@ -65,8 +66,8 @@ def times(
     """
     if distribution == "uniform":
         return shift_times(uniform, shift) if shift != 1 else uniform
-    normal = torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))
-    shaped = torch.sigmoid(mean + std * normal).to(uniform.dtype)
+    normal = torch.special.ndtri(double(uniform).clamp(1e-6, 1 - 1e-6))
+    shaped = torch.sigmoid(mean + std * normal).to(uniform)
     mixed = torch.where(choice < uniform_share, uniform, shaped)
     return shift_times(mixed, shift) if shift != 1 else mixed  # bit for bit what it was, where nothing is shifted
 

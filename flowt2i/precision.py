@@ -28,6 +28,11 @@ def to_draw(precision: str, device: torch.device) -> Precision:
     return "fp32" if precision == "fp32" else resolved("auto", device)
 
 
+def double(x: torch.Tensor) -> torch.Tensor:
+    """In float64, on the CPU where the device has none (Apple's)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context in which a network computes in a precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

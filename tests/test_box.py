@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from flowt2i import Pipeline, box, hub
 from flowt2i.cli import main
+from flowt2i.commands.common import newest_run
 from flowt2i.data import scenes, scenes_check
 from flowt2i.data.options import PrepareOptions
 from flowt2i.data.prepare import prepare
-from flowt2i.demo import Library
+from flowt2i.demo import Library, library
 from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import scenes as scenes_score
@@ -172,6 +173,13 @@ def test_the_newest_run_comes_before_it(boxed, tiny_run, capsys):
     shutil.copytree(tiny_run, "runs/mine")
     assert main(["generate", "a red circle", "--steps", "1"]) == 0
     assert "model: runs/mine, the newest" in capsys.readouterr().err and read_settings(Path("picture.png"))["model"] == "mine"
+    shutil.copytree(tiny_run, "runs/older")
+    for path, date in ((Path("runs/older/checkpoints"), 1_000_000_000), (Path("runs/mine/checkpoints"), 1_100_000_000)):
+        for step in path.iterdir():
+            os.utime(step, (date, date))
+    Path("runs/older/evaluation").mkdir()  # looking at a run makes it no newer
+    Path("runs/begun/checkpoints").mkdir(parents=True)
+    assert newest_run() == Path("runs/mine") == library.found()[0]
 
 
 def test_evaluate_and_export_take_it_and_leave_the_package_as_it_was(boxed, capsys):

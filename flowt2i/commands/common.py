@@ -102,11 +102,13 @@ def only_dataset() -> Path:
 
 
 def newest_run() -> Path:
-    """Under runs/. UserError where there is none."""
-    runs = sorted((p for p in Path("runs").glob("*") if (p / "checkpoints").exists()), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError("which model? give --model PATH (no run under runs/: train one, for instance with `make quickstart`)")
-    return runs[-1]
+    """Under runs/, by the date of its newest checkpoint. UserError where there is none."""
+    from flowt2i.training import checkpoint
+
+    dated = [(checkpoint.folder(run, steps[-1]).stat().st_mtime, run) for run in Path("runs").glob("*") if (steps := checkpoint.list_steps(run))]
+    if not dated:
+        raise UserError("which model? give --model PATH (no run with a checkpoint under runs/: train one, for instance with `make quickstart`)")
+    return max(dated)[1]
 
 
 def model_of(given: Path | None) -> Path:

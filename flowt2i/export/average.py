@@ -8,6 +8,7 @@ import torch
 from flowt2i import hub
 from flowt2i.errors import UserError
 from flowt2i.pipeline import Pipeline
+from flowt2i.precision import double
 from flowt2i.pretrained import looks_like_path
 from flowt2i.training import checkpoint
 
@@ -17,13 +18,13 @@ def average_into(pipeline: Pipeline, others: Sequence[str | Path], weights: str)
 
     weights: "ema", "raw" or "auto", of each of them. UserError where one of them is another kind of model, whose weights mean something else.
     """
-    means = {name: tensor.double() for name, tensor in pipeline.model.state_dict().items()}
+    means = {name: double(tensor) for name, tensor in pipeline.model.state_dict().items()}
     for name in others:
         other = Pipeline.from_pretrained(checkpoint.find(hub.local(name)), weights=weights, device=pipeline.device)
         if what := _difference(pipeline, other):
             raise UserError(f"--average {name}: {what}: average models that were trained on from one model")
         for key, tensor in other.model.state_dict().items():
-            means[key] += tensor.double()
+            means[key] += double(tensor)
     with torch.no_grad():
         for key, tensor in pipeline.model.state_dict().items():
             tensor.copy_(means[key] / (1 + len(others)))
