@@ -78,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if rest and not getattr(args, "overrides", False):
             what = f"option {rest[0].partition('=')[0]}" if rest[0].startswith("-") else f"argument {rest[0]!r}"
-            meant = f" (--model {rest[0]}?)" if hasattr(args, "model") and not rest[0].startswith("-") else ""
+            meant = f" (--model {rest[0]}?)" if hasattr(args, "model") and not hasattr(args, "prompts") and not rest[0].startswith("-") else ""
             raise UserError(f"unknown {what}{meant}; see `flowt2i {args.command} --help`")
         args.rest = rest
         return int(args.run(args))

@@ -1,6 +1,7 @@
 """Pictures and how they came about: what `Pipeline.sample` gives, and the PNG text that tells it."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -62,7 +63,15 @@ def save_png(picture: Image.Image, path: Path | IO[bytes]) -> None:
     """Save a picture with the settings in its `info` as PNG text, to a path or an open file."""
     text = PngInfo()
     text.add_text("flowt2i", str(picture.info.get("flowt2i", "")))
-    picture.save(path, "PNG", pnginfo=text)
+    if not isinstance(path, Path):
+        picture.save(path, "PNG", pnginfo=text)
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}")  # a name that pictures have is one of a whole picture, whatever happens
+    try:
+        picture.save(aside, "PNG", pnginfo=text)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_settings(picture: Picture) -> dict[str, Any]:

@@ -152,16 +152,19 @@ class Pipeline:
                 told |= {"mask": name_of(mask), "mask_pixels": editing.fingerprint(drawing.given.pixels)}
 
         def samples(images: list[np.ndarray], of: Sequence[editing.Start], so_far: int) -> Samples:
-            ways, seconds = [s.way() for s in of], time.perf_counter() - started
+            ways, seconds = [s.way() for s in of], time.perf_counter() - started - outside
             prompts, own_seeds, each = [s.prompt for s in of], [s.seed for s in of], round(drawing.evaluated / so_far)
             return Samples(np.concatenate(images), prompts, own_seeds, told, each, seconds, ways if any(ways) else [], self.told())
 
         images: list[np.ndarray] = []
+        outside = 0.0  # seconds that `done` took
         for first in range(0, len(starts), size):
             batch = starts[first : first + size]
             images.append(drawing.batch(batch, preview, preview_every))
             if done:
-                done(first, samples(images[-1:], batch, first + len(batch)))
+                drawn_in, left = samples(images[-1:], batch, first + len(batch)), time.perf_counter()
+                done(first, drawn_in)
+                outside += time.perf_counter() - left
             if progress:
                 progress(len(batch))
         return samples(images, starts, len(starts))

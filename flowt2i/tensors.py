@@ -14,10 +14,13 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     path.touch()
     mode = path.stat().st_mode  # as the process's umask has it, which cannot be asked for without changing it for all threads
     save_file(tensors, path, metadata)
-    path.chmod(mode)
+    if path.stat().st_mode != mode:  # not every file system takes a mode
+        path.chmod(mode)
 
 
 def share_tensors(folder: Path, like: Path) -> None:
     """Give every tensor file that another library wrote below `folder` the mode of the file `like`."""
+    mode = like.stat().st_mode
     for path in folder.rglob("*.safetensors"):
-        path.chmod(like.stat().st_mode)
+        if path.stat().st_mode != mode:
+            path.chmod(mode)

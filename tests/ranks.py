@@ -67,7 +67,7 @@ def fault(kind: str, rank: int, step: int) -> Any:
     if kind == "memory":
         return short_of_memory(rank, most=step)
     if kind == "disk":
-        return mock.patch.object(checkpoint, "save_file", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        return mock.patch.object(checkpoint, "save_tensors", side_effect=OSError(errno.ENOSPC, "No space left on device"))
     here = lambda trainer: trainer.world.rank == rank and trainer.step == step
     if kind in ("late", "signal"):
         agree = Trainer._agree
@@ -230,17 +230,17 @@ def error_of(work: Callable[[], Any]) -> str:
 
 def slow_disk(run: str, data: str, words: list[str]) -> list[int]:
     """Two saves that each take three times as long as ranks wait for each other; the checkpoints that are there then."""
-    world, save_file = distributed.start(), checkpoint.save_file
+    world, save_tensors = distributed.start(), checkpoint.save_tensors
     tensors = {"model": {"number": torch.ones(1)}}
 
     def slow(*args: Any) -> None:
         time.sleep(3)
-        save_file(*args)
+        save_tensors(*args)
 
     saver = Saver(world, Path(run), keep_recent=3, keep_every=0)
     world.any(False)
     _set_pg_timeout(timedelta(seconds=1))
-    with mock.patch.object(checkpoint, "save_file", slow):
+    with mock.patch.object(checkpoint, "save_tensors", slow):
         for step in (1, 2):
             saver.save(step, tensors, {"state.json": "{}", "config.json": "{}"}, {})
         saver.wait()

@@ -120,3 +120,11 @@ def test_missing_and_empty_folders(tmp_path):
         checkpoint.find(tmp_path / "none")
     with pytest.raises(UserError, match="no checkpoint yet"):
         checkpoint.find(tmp_path)
+
+
+def test_what_was_cut_after_the_step_that_training_goes_on_from_is_moved_away(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    (checkpoint.folder(tmp_path, 2) / "manifest.json").unlink()
+    assert [path.name for path in checkpoint.set_aside(tmp_path, 1)] == ["superseded_00000002"]
+    assert checkpoint.newest_good(tmp_path) == checkpoint.folder(tmp_path, 1)  # and nothing is warned of

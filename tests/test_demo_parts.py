@@ -19,9 +19,10 @@ from demoing import PROMPTS, write_model
 
 from flowt2i import box
 from flowt2i.cli import main
+from flowt2i.config import SampleConfig
 from flowt2i.demo import Library, board, drawing, found, parse_auth, serve
 from flowt2i.demo.guard import HERE, Guard, allowed
-from flowt2i.demo.limits import MOST_UPDATES, Request, check, readable
+from flowt2i.demo.limits import MOST_UPDATES, Request, check, own_settings, readable
 from flowt2i.errors import UserError
 from flowt2i.pipeline import Pipeline, Samples
 from flowt2i.solvers import SOLVERS, ToleranceError
@@ -357,3 +358,8 @@ def test_without_gradio_it_says_what_to_install(run: Path, monkeypatch: pytest.M
 def test_ports_out_of_range(run: Path, port: int) -> None:
     with pytest.raises(UserError, match="out of range"):
         serve(Library([run]), port, block=False)
+
+
+def test_a_models_own_settings_are_what_a_visitor_may_ask_for():
+    assert own_settings(SampleConfig(steps=250, guidance=30.0)) == {"steps": 200, "guidance": 20, "solver": "euler"}
+    assert own_settings(SampleConfig(schedule="0,0.5,1"))["steps"] == 2, "times that are written out say how many steps they are"

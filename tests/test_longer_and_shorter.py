@@ -55,14 +55,14 @@ KILLER = """
 import os, signal, sys
 from flowt2i import cli
 from flowt2i.training import checkpoint
-save_file, calls = checkpoint.save_file, 0
+save_tensors, calls = checkpoint.save_tensors, 0
 def deadly(*args):
     global calls
-    save_file(*args)
+    save_tensors(*args)
     calls += 1
     if calls == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_file = deadly
+checkpoint.save_tensors = deadly
 sys.exit(cli.main(sys.argv[2:]))
 """
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from test_ranks import STEADY, ranks
 
+from flowt2i.cli import main
 from flowt2i.config import resolve
 from flowt2i.description import DatasetDescription
 from flowt2i.editing import Start
 from flowt2i.errors import UserError
 from flowt2i.evaluation.frechet import Moments, frechet_distance, transport
+from flowt2i.training import checkpoint
 from flowt2i.training.compose import Parted, composed, expected, parted, styles_of
 from flowt2i.training.loop import Trainer, train
 from flowt2i.training.matching import Recent, require
@@ -146,6 +148,16 @@ def test_a_resume_is_exact_between_two_looks_at_the_distance(scenes_data, tiny, 
     assert found["equal"] and "matching" in found["tensors"]
     with pytest.raises(UserError, match=r"match\.weight"):
         fit(scenes_data, tmp_path / "part", *words, "--train.steps", "11", "--match.weight", "1", resume="latest")
+
+
+@needs_net
+def test_what_a_model_knows_of_words_stays_as_it_is(scenes_data, tiny, tmp_path):
+    fit(scenes_data, tmp_path / "model", *tiny, "--train.steps", "2")
+    words = ["--init", tmp_path / "model", "--config", "quickstart", "--data", scenes_data, "--out", tmp_path / "run", *tiny, *SMALL, "--train.steps", "2"]
+    assert main(["train", *map(str, words)]) == 0
+    before, after = (checkpoint.load_tensors(checkpoint.find(tmp_path / run) / f"{stem}.safetensors") for run, stem in (("model", "ema"), ("run", "model")))
+    kept = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert {name for name in before if name.startswith("caption_encoder.")} <= kept and not any(name.startswith("blocks.") for name in kept)
 
 
 @needs_net

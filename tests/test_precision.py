@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,3 +171,9 @@ def test_make_goes_on_with_the_network_that_it_began_with(width, narrow, tmp_pat
     words = ["make", "-s", "-f", str(tmp_path / "asking.mk"), "asked", f"OUT={tmp_path}"]
     told = subprocess.run(words, cwd=Path(__file__).parents[1], env=clean, capture_output=True, text=True, check=True).stdout
     assert ("--model.width 128" in told) == narrow and "told:" in told
+
+
+def test_float64_where_the_device_has_none():
+    """Apple's GPUs: the result is on the CPU."""
+    on_mps = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: torch.ones(2))
+    assert precision.double(on_mps).dtype == precision.double(torch.ones(2)).dtype == torch.float64

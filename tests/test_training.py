@@ -116,9 +116,12 @@ def test_minutes_fix_the_steps_once(scenes_data, tiny, tmp_path):
     assert summary["step"] >= 30
     state = checkpoint.read_state(checkpoint.newest_good(tmp_path / "run"))
     assert state["steps"] == state["step"] == summary["step"]
-    with pytest.warns(UserWarning, match=f"laid out for 0.05 minutes, which made {summary['step']} steps, and ends there"):
+    with pytest.warns(UserWarning, match=f"laid out for 0.05 minutes, which made {summary['step']:,} steps, and ends there"):
         again = fit("quickstart", scenes_data, tmp_path / "run", *tiny, "--train.minutes", "2", resume="latest")
     assert again["step"] == summary["step"]
+    fit("quickstart", scenes_data, tmp_path / "counted", *tiny, "--train.steps", "2")
+    with pytest.warns(UserWarning, match="laid out for 2 steps and ends there"):
+        assert fit("quickstart", scenes_data, tmp_path / "counted", *tiny, "--train.minutes", "2", resume="latest")["step"] == 2
 
 
 def test_an_evaluation_that_runs_out_of_memory_does_not_end_the_training(scenes_data, tiny, tmp_path, monkeypatch):
@@ -148,7 +151,20 @@ def test_an_evaluation_takes_few_pictures_at_once_where_training_does_and_says_t
     for micro in (1, 8):
         seen.clear()
         run = tmp_path / str(micro)
-        words = ["--train.steps", "1", "--train.micro_batch", str(micro), "--train.score_prompts", "20", "--sample.guidance", "1", "--sample.steps", "2"]
+        words = [
+            "--train.steps",
+            "1",
+            "--train.micro_batch",
+            str(micro),
+            "--train.score_prompts",
+            "20",
+            "--sample.guidance",
+            "1",
+            "--sample.steps",
+            "2",
+            "--train.eval_images",
+            "19",
+        ]
         fit("debug", scenes_data, run, *tiny, *words, "--train.dry_run", "false")
         told[micro] = (max(seen), json.loads((run / "eval.jsonl").read_text().splitlines()[-1]))
     assert told[1][0] == 8 and told[8][0] > 8

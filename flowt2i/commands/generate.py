@@ -10,7 +10,7 @@ from flowt2i import __version__
 from flowt2i.commands.common import add_model, add_sampling, examples, load_pipeline, sampling
 from flowt2i.errors import UserError
 
-MOST = 10_000  # pictures of one call: all of them are kept until they are written
+MOST = 10_000  # pictures of one call: all of them are kept for the grid
 
 
 def add(commands: Any) -> None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"cannot write --out {args.out}: {error.strerror}") from error
     total = max(1, len(prompts)) * max(1, args.num)
     files = [args.out] if total == 1 else [args.out.with_name(f"{args.out.stem}-{i:03d}.png") for i in range(total)]
-    for file in {args.out, *files}:  # before the work, not after it
+    for file in [args.out, *files]:  # before the work, not after it
         if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
             raise UserError(f"cannot write {file}: give --out another name or folder")
     from tqdm import tqdm

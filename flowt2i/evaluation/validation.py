@@ -29,10 +29,17 @@ def heldout_loss(
 
     at_once: how many go through the network in one pass.
     """
+    together = min(64, most)
 
     def loss(rows: np.ndarray, t: Tensor, draw: stream.Draw) -> Tensor:
-        parts = [slice(first, min(first + at_once, len(rows))) for first in range(0, len(rows), at_once)]
-        return torch.cat([loss_of(dataset.fetch(rows[part]), t[part], draw, part) for part in parts])
+        found = []
+        for first in range(0, together, at_once):
+            part = slice(first, min(first + at_once, len(rows)))
+            if first < len(rows):
+                found.append(loss_of(dataset.fetch(rows[part]), t[part], draw, part))
+            elif world.size > 1:  # as many passes of every batch, however short: a sharded model needs every rank at each
+                loss_of(dataset.fetch(rows[:1]), t[:1], draw, slice(1))
+        return torch.cat(found)
 
     def loss_of(batch: Batch, t: Tensor, draw: stream.Draw, part: slice) -> Tensor:
         data = latents(batch, None if draw.latent_noise is None else draw.latent_noise[part])
@@ -40,7 +47,7 @@ def heldout_loss(
 
     codec = dataset.description.codec
     shaped = zip(dataset.by_bucket(count), map(codec.latent_shape, dataset.description.sizes))
-    return validation_loss(loss, list(shaped), min(64, most), codec.kind == "vae", world)
+    return validation_loss(loss, list(shaped), together, codec.kind == "vae", world)
 
 
 def validation_loss(

@@ -200,7 +200,7 @@ def newest_good(run: Path) -> Path | None:
 def set_aside(run: Path, step: int) -> list[Path]:
     """Rename the checkpoints of a run after `step` to `superseded_…`: training goes on from there on another branch. Returns the new names."""
     moved = []
-    for later in (s for s in list_steps(run) if s > step):
+    for later in (s for s in list_steps(run, whole=False) if s > step):
         name = folder(run, later).with_name(f"superseded_{later:08d}")
         shutil.rmtree(name, ignore_errors=True)
         os.replace(folder(run, later), name)

@@ -31,7 +31,7 @@ from flowt2i.training.tracking import Tracker
 if TYPE_CHECKING:
     from flowt2i.training.loop import Trainer
 
-AT_ONCE = 64  # pictures that go through the network together on a rank; fewer where training has to take few at a time (`_most`)
+AT_ONCE = 64  # pictures that go through the network together on a rank; fewer where training has to take few at a time (`Trainer.at_once`)
 
 
 def evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
     pipeline = trainer.pipeline()
     pipeline.model.eval()
     prompts = preview_prompts(trainer)
-    samples = sample_over_ranks(trainer.world, pipeline, prompts, _most(trainer), seed=1_000)
+    samples = sample_over_ranks(trainer.world, pipeline, prompts, trainer.at_once, seed=1_000)
     if trainer.stopping():
         return {}
     picture = grid(samples.images, samples.prompts, columns=min(8, math.ceil(math.sqrt(len(prompts)))))
@@ -81,7 +81,7 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
         from flowt2i.evaluation.scenes import FIRST_SEED, score_images
 
         asked = scenes.prompts(trainer.config.train.seed, trainer.config.train.score_prompts, heldout=False)
-        drawn = sample_over_ranks(trainer.world, pipeline, asked, _most(trainer), seed=FIRST_SEED, steps=score_steps(trainer.config.sample))
+        drawn = sample_over_ranks(trainer.world, pipeline, asked, trainer.at_once, seed=FIRST_SEED, steps=score_steps(trainer.config.sample))
         values["score"] = score_images(drawn.images, asked)["all"]["accuracy"]
     elif not trainer.description.is_scenes and not trainer.config.data.subset and trainer.config.train.score_images:
         values |= trainer.kernel_score(trainer, pipeline)
@@ -95,11 +95,6 @@ def _evaluate(trainer: "Trainer", tracker: Tracker | None, last: bool) -> dict[s
         if memorised:
             tracker.image(trainer.step, "memorised", memorised)
     return values
-
-
-def _most(trainer: "Trainer") -> int:
-    """How many pictures the memory takes at once where it takes a micro-batch in training, which keeps what every block has put out."""
-    return max(8, 2 * trainer.micro)
 
 
 def sample_over_ranks(world: World, pipeline: Pipeline, prompts: list[str], most: int = AT_ONCE, *, seed: int, **settings: Any) -> Samples:
@@ -129,7 +124,7 @@ def loss_on_heldout(trainer: "Trainer", objective: Objective) -> dict[str, float
     """On held-out images (or on the training subset, where memorising is the aim), see `evaluation.validation`."""
     dataset, text_of = (trainer.dataset, trainer.text_of) if trainer.config.data.subset else (trainer.heldout, trainer.heldout_text_of)
     count = min(trainer.config.train.eval_images, trainer.count if trainer.config.data.subset else len(dataset))
-    return heldout_loss(objective, dataset, trainer.latents, text_of, count, trainer.config.train.eval_images, trainer.world, min(AT_ONCE, _most(trainer)))
+    return heldout_loss(objective, dataset, trainer.latents, text_of, count, trainer.config.train.eval_images, trainer.world, min(AT_ONCE, trainer.at_once))
 
 
 def preview_prompts(trainer: "Trainer") -> list[str]:
@@ -150,7 +145,7 @@ def side_by_side(trainer: "Trainer", pipeline: Pipeline) -> Any:
     shown = min(trainer.count, 32)
     captions = [trainer.dataset.caption(i) for i in range(shown)]
     originals = real_images(trainer.dataset, pipeline.codec, np.arange(shown))
-    samples = resize(sample_over_ranks(trainer.world, pipeline, captions, _most(trainer), seed=1_000).images, originals.shape[1])
+    samples = resize(sample_over_ranks(trainer.world, pipeline, captions, trainer.at_once, seed=1_000).images, originals.shape[1])
     columns, images, labels = 8, [], []
     for start in range(0, shown, columns):
         row = slice(start, min(start + columns, shown))

@@ -112,6 +112,8 @@ class Trainer:
             start.load(self.model, init)
         if config.train.lora:
             lora.inject(self.model, config.train.lora)
+        if config.match.weight and config.origin and self.model.caption_encoder:  # drawings have no gradient for it; that of the few true
+            self.model.caption_encoder.requires_grad_(False)  # pictures beside them would move it as far as any weight, for optimizers scale what they get
         self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
         self.computes = world.on_main(lambda: precision.resolved(config.train.precision, device))
         self.objective = Objective(self.model, config.flow, self.computes)
@@ -347,6 +349,11 @@ class Trainer:
         norm = clip_gradients(self.model, self.config.optim.clip)
         loss_value, norm_value, stop = self._agree(total, norm)
         return Outcome(loss_value, norm_value, stop, statistics)
+
+    @property
+    def at_once(self) -> int:
+        """Pictures for a pass of an evaluation: twice what a training pass takes, of which every block keeps what it has put out; guidance doubles them."""
+        return max(8, 2 * self.micro)
 
     def _rows(self) -> list[slice]:
         """Rows of the global batch that this rank works through, one slice a micro-batch."""

@@ -4,8 +4,8 @@ A flow is trained on single steps from true pictures; what its own drawing makes
 `generate` would, and lowers the Fréchet distance of all that was drawn lately to the training pictures (FD-loss: Yang et al., 2604.28190). Its Gaussians
 are those of thousands of pictures, its gradient is that of one batch: for features x it is `x - T(x)`, where T carries the Gaussian of the drawn onto
 that of the real ones (`frechet.transport`), so the loss is the squared distance to T(x), held fixed. The last passes of a drawing are differentiated
-(`match.live`); those before them decide what the picture is of, and are not, nor is the caption encoder. (Of several kinds the covariances are pooled in
-part: then the moves are those between the pooled Gaussians.)
+(`match.live`); those before them decide what the picture is of, and are not, nor is the caption encoder, whose weights do not train meanwhile.
+(Of several kinds the covariances are pooled in part: then the moves are those between the pooled Gaussians.)
 
 A distance of distributions does not ask for the right picture: besides (`match.expected`), features are drawn towards those of the caption's own picture, or of
 a caption that has none (`match.composed`) towards those that `compose.expected` tells.

@@ -68,7 +68,9 @@ def load(trainer: "Trainer", source: Path, theirs: Config) -> None:
     trainer.step = state["step"]
     if trainer.config.train.minutes:
         trainer.steps = state["steps"]
-        _warn_of_other_minutes(trainer, theirs)
+        if trainer.steps:  # 0: stopped before its speed was known
+            _warn_of_other_minutes(trainer, theirs)
+            trainer.config.train.minutes = theirs.train.minutes or trainer.config.train.minutes
     _warn_of_another_schedule(trainer, theirs, state["steps"])
     _warn_of_another_precision(trainer, source, state)
 
@@ -94,9 +96,10 @@ def require_ours(trainer: "Trainer", source: Path) -> Config:
 def _warn_of_other_minutes(trainer: "Trainer", theirs: Config) -> None:
     """A run by time became one by steps at its start: its learning rate falls towards the last of them."""
     before, now = theirs.train.minutes, trainer.config.train.minutes
-    if trainer.world.main and before and before != now:
+    if trainer.world.main and before != now:
+        length = f"{before:g} minutes, which made {trainer.steps:,} steps," if before else f"{trainer.steps:,} steps"
         warnings.warn(
-            f"this run was laid out for {before:g} minutes, which made {trainer.steps:,} steps, and ends there: --train.steps N in place of "
+            f"this run was laid out for {length} and ends there: --train.steps N in place of "
             f"--train.minutes {now:g} lengthens it, another --out begins a new run",
             stacklevel=2,
         )

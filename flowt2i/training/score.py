@@ -78,7 +78,7 @@ class KernelScore:
         steps = score_steps(trainer.config.sample)
 
         def work(part: range) -> np.ndarray:
-            drawn = pipeline.sample(asked[part.start : part.stop], seed=pictures.STRIDE + part.start, steps=steps, batch_size=TOGETHER)
+            drawn = pipeline.sample(asked[part.start : part.stop], seed=pictures.STRIDE + part.start, steps=steps, batch_size=min(TOGETHER, trainer.at_once))
             return net(drawn.images).numpy()
 
         found = pictures.over_ranks(trainer.world, len(asked), work, (net.dim,), np.float32, False, "", TOGETHER)
