@@ -14,9 +14,13 @@ import torch
 from PIL import Image
 
 from flowt2i.config import PRESETS, resolve
+from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.errors import UserError
+from flowt2i.evaluation.validation import heldout_loss
 from flowt2i.training import checkpoint, loop
+from flowt2i.training.distributed import World
 from flowt2i.training.loop import Stopped, Trainer, train
+from flowt2i.training.objective import Terms
 from flowt2i.verify_resume import compare
 
 
@@ -169,6 +173,23 @@ def test_an_evaluation_takes_few_pictures_at_once_where_training_does_and_says_t
         told[micro] = (max(seen), json.loads((run / "eval.jsonl").read_text().splitlines()[-1]))
     assert told[1][0] == 8 and told[8][0] > 8
     assert told[1][1]["validation"] == pytest.approx(told[8][1]["validation"], rel=1e-4) and told[1][1]["score"] == told[8][1]["score"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_validation_takes_as_many_passes_of_every_batch_on_several_ranks(scenes_data, monkeypatch, size):
+    """A sharded model needs every rank at each of them; the last batch here has 3 pictures, where 16 would be two passes."""
+    passes: list[int] = []
+
+    def objective(data, noise, t, text, mask):
+        passes.append(len(data))
+        return Terms(t * (1 + noise.mean((1, 2, 3))), data)
+
+    dataset = ImageTextDataset(scenes_data, "heldout")
+    monkeypatch.setattr(World, "share", lambda self, count: np.arange(count))
+    monkeypatch.setattr(World, "collect", lambda self, mine, count: mine)
+    latents, text = lambda batch, _: batch.stored.float(), lambda batch: batch.ids
+    found = [heldout_loss(objective, dataset, latents, text, 19, 16, World(0, size, torch.device("cpu")), at_once)["loss"] for at_once in (16, 8)]
+    assert passes == [16, 3, 8, 8, 3] + [1] * (size - 1) and found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(scenes_data, tiny, tmp_path):
