@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,8 @@ def _training(pipeline: Pipeline, facts: dict[str, Any], dtype: str) -> str:
 
 
 def _averaged(others: list[str]) -> str:
-    return f"; the mean of this training's and those of {', '.join(f'`{other}`' for other in others)}" if others else ""
+    named = [f"`{other}`" + (f" ({count} times)" if count > 1 else "") for other, count in Counter(others).items()]
+    return f"; the mean of this training's and those of {', '.join(named)}" if named else ""
 
 
 def _count(number: int | None) -> str:
