@@ -83,6 +83,7 @@ def collect(runs: list[Path], alike: list[str], because: str) -> dict[str, Any]:
     reference = {
         "preset": first.preset, "codec": description.codec.kind, "image_size": description.codec.image_size, "flow": first.flow.model_dump(),
         "samples": [on_track.drawn_with(sample) for sample in (first.sample, *others)], "prediction": first.model.prediction,
+        "network": {name: getattr(first.model, name) for name in on_track.NETWORK},
     }  # fmt: skip
     if others:
         reference["samples_alike"] = because

@@ -87,7 +87,7 @@ def test_the_mean_of_several_trainings(run, trained, scenes_data, tmp_path, one_
         assert torch.allclose((2 * a + b) / 3, mean, atol=1e-6)
     assert not torch.equal(states[0]["unembed.weight"], states[2]["unembed.weight"])
     card, mark = (tmp_path / "mean" / "README.md").read_text(), json.loads((tmp_path / "mean" / "export.json").read_text())
-    assert f"the mean of this training's and those of `{other.name}`, `{run.name}`" in card and str(run.parent) not in card
+    assert other.name == run.name and f"the mean of this training's and those of `{run.name}` (2 times)" in card and str(run.parent) not in card
     assert mark["training"]["averaged"] == [other.name, run.name] and mark["training"]["scores"] == {}
     export(tmp_path / "mean", tmp_path / "again", samples=0, device="cpu")
     assert json.loads((tmp_path / "again" / "export.json").read_text())["training"]["averaged"] == [other.name, run.name]

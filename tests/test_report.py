@@ -341,7 +341,10 @@ def test_curves_survive_a_log_that_a_kill_cut_short(tmp_path):
 
 
 def test_training_says_how_it_stands(scenes_data, tiny, tmp_path, capsys, monkeypatch):
-    reference = on_track.load("quickstart")
-    monkeypatch.setattr(on_track, "load", lambda preset: reference | {"runs": [{"seed": 0, "validation": [[8, 9.0], [64, 9.0]], "score": []}]})
-    train(resolve("quickstart", [*tiny, "--train.steps", "2", "--train.dry_run", "false"]), scenes_data, tmp_path / "run", progress=True)
+    reference, config = on_track.load("quickstart"), resolve("quickstart", [*tiny, "--train.steps", "2", "--train.dry_run", "false"])
+    network = {"width": config.model.width, "depth": config.model.depth}
+    monkeypatch.setattr(
+        on_track, "load", lambda preset: reference | {"network": network, "runs": [{"seed": 0, "validation": [[8, 9.0], [64, 9.0]], "score": []}]}
+    )
+    train(config, scenes_data, tmp_path / "run", progress=True)
     assert re.search(r"(ahead|behind|on track) at 16 images: validation loss [\d.]+, ours 9.0000 \(quickstart on scenes\)", capsys.readouterr().err)

@@ -1,7 +1,7 @@
 """Am I on track? A run held against the curves that our own trainings of its preset drew: loss and score against images seen.
 
 The curves are package data, `reference_curves/PRESET.json`, written by `python benchmarks/reference_curve.py` from the log.jsonl and eval.jsonl of runs.
-They hold for the preset's network on the built-in scenes; a loss is compared only where it means the same (flow settings, prediction, image size),
+They hold for one size of network on the built-in scenes; a loss is compared only where it means the same (flow settings, prediction, image size),
 a score only where the pictures were drawn alike: by the settings that the curves were drawn with, first of `samples`, or by others there that were measured
 to score the same.
 The learning rate falls over the second half of a run, so a run that is laid out for far fewer or more images than ours is ahead or behind in between.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flowt2i.config import PRESETS, Config, FlowConfig, SampleConfig, resolve
+from flowt2i.config import PRESETS, Config, FlowConfig, SampleConfig
 from flowt2i.description import DatasetDescription
 from flowt2i.evaluation.intervals import wilson
 from flowt2i.settings import NAMES
@@ -24,6 +24,7 @@ from flowt2i.training.tracking import read_log
 
 TOLERANCE = 0.1  # of a loss. A choice: the spread of seeds at one length is not measured (our runs, 113,000 to 134,000 images long, end within 7%)
 REACH = 1.05  # a curve is still read this far past its ends
+NETWORK = ("width", "depth")  # the size of a network, as the curves tell that of theirs
 Points = list[list[float]]  # [images seen, value], in order
 
 
@@ -58,8 +59,7 @@ def comparable(config: Config, description: DatasetDescription) -> tuple[dict[st
         return None, set()
     if description.codec.kind != reference["codec"] or description.codec.image_size != reference["image_size"]:
         return None, set()
-    usual = resolve(config.preset).model
-    if (config.model.width, config.model.depth) != (usual.width, usual.depth):
+    if {name: getattr(config.model, name) for name in NETWORK} != reference["network"]:
         return None, set()  # another size of network learns at another pace
     same_loss = config.flow == FlowConfig(**reference["flow"]) and config.model.prediction == reference["prediction"]
     same_pictures = drawn_with(config.sample) in [drawn_with(SampleConfig(**settings)) for settings in reference["samples"]]
