@@ -1,7 +1,6 @@
 """Pictures and how they came about: what `Pipeline.sample` gives, and the PNG text that tells it."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from flowt2i import __version__
 from flowt2i.editing import Picture
 from flowt2i.errors import UserError
+from flowt2i.files import whole
 
 
 @dataclass
@@ -66,12 +66,8 @@ def save_png(picture: Image.Image, path: Path | IO[bytes]) -> None:
     if not isinstance(path, Path):
         picture.save(path, "PNG", pnginfo=text)
         return
-    aside = path.with_name(f".{path.name}.{os.getpid()}")  # a name that pictures have is one of a whole picture, whatever happens
-    try:
+    with whole(path) as aside:
         picture.save(aside, "PNG", pnginfo=text)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_settings(picture: Picture) -> dict[str, Any]:

@@ -361,5 +361,5 @@ def test_ports_out_of_range(run: Path, port: int) -> None:
 
 
 def test_a_models_own_settings_are_what_a_visitor_may_ask_for():
-    assert own_settings(SampleConfig(steps=250, guidance=30.0)) == {"steps": 200, "guidance": 20, "solver": "euler"}
-    assert own_settings(SampleConfig(schedule="0,0.5,1"))["steps"] == 2, "times that are written out say how many steps they are"
+    assert own_settings(SampleConfig(steps=250, guidance=30.0)) == (200, 20, "euler")
+    assert own_settings(SampleConfig(schedule="0,0.5,1")).steps == 2, "times that are written out say how many steps they are"

@@ -47,7 +47,7 @@ class Api:
     async def models(self, _: HttpRequest) -> Response:
         listed = []
         for name, card in self.library.cards.items():
-            defaults = own_settings(card.config.sample)
+            defaults = own_settings(card.config.sample)._asdict()
             listed.append({"name": name, "parameters": card.parameters, "image_size": card.description.codec.image_size, "shapes": card.shapes,
                            "defaults": defaults, "prompts": card.prompts})  # fmt: skip
         return JSONResponse({"models": listed})
@@ -98,7 +98,7 @@ class Api:
         if unknown:
             raise UserError(f"no setting {unknown[0][:40]!r}{nearest(unknown[0][:40], FIELDS)}")
         model = body.get("model", self.library.first)
-        given = {**own_settings(self.library.card(model).config.sample), "seed": 0, "num": 1, "negative": "", "shape": "", **body}
+        given = {**own_settings(self.library.card(model).config.sample)._asdict(), "seed": 0, "num": 1, "negative": "", "shape": "", **body}
         settings: dict[str, Any] = {name: given.get(name) for name in FIELDS if name != "model"}
         return model, check(**settings)._replace(updates=0)  # nobody watches
 

@@ -20,9 +20,17 @@ SWEEP = (1, 2, 4, 8, 16, 50)  # numbers of steps that "Quality against steps" co
 REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def own_settings(own: SampleConfig) -> dict[str, Any]:
-    """Steps, guidance and solver of a model where the visitor gives none, within what a visitor may ask for."""
-    return {"steps": min(own_steps(own), MOST_STEPS), "guidance": min(own.guidance, MOST_GUIDANCE), "solver": own.solver}
+class OwnSettings(NamedTuple):
+    """How a model draws where the visitor says nothing."""
+
+    steps: int
+    guidance: float
+    solver: str
+
+
+def own_settings(own: SampleConfig) -> OwnSettings:
+    """A model's own, within what a visitor may ask for."""
+    return OwnSettings(min(own_steps(own), MOST_STEPS), min(own.guidance, MOST_GUIDANCE), own.solver)
 
 
 class Request(NamedTuple):

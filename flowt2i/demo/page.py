@@ -131,7 +131,7 @@ def spoken(act: Callable[..., Board]) -> Callable[..., Board]:
 def page(library: Library) -> gr.Blocks:
     """The page, its queue set up, not yet served."""
     card = library.card(library.first)
-    own_steps, own_guidance, own_solver = own_settings(card.config.sample).values()
+    own_steps, own_guidance, own_solver = own_settings(card.config.sample)
     second = library.names[1] if len(library.names) > 1 else library.first
 
     def buttons(words: str, name: str) -> tuple[gr.Button, gr.Button]:
@@ -220,7 +220,7 @@ def page(library: Library) -> gr.Blocks:
             first = card.prompts[0] if example and prompt not in card.prompts else gr.skip()
             info, chips = gr.Dropdown(info=card.facts), chip_row(card.prompts)
             shapes = gr.Dropdown(card.shapes, value=card.shapes[0], visible=len(card.shapes) > 1)
-            return [info, chips, first, *own_settings(card.config.sample).values(), shapes]
+            return [info, chips, first, *own_settings(card.config.sample), shapes]
 
         quietly: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
         model.input(on_model, [model, prompt], [model, chips, prompt, steps, guidance, solver, shape], **quietly)

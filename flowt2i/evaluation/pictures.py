@@ -20,6 +20,7 @@ from flowt2i.data.images import load_square, to_rgb
 from flowt2i.data.sample import IMAGE_SUFFIXES, Dropped
 from flowt2i.errors import UserError
 from flowt2i.evaluation.nets import FeatureNet, fingerprint_tensors, resize
+from flowt2i.files import whole
 from flowt2i.pipeline import Pipeline
 from flowt2i.shapes import Shape
 from flowt2i.training.distributed import World
@@ -162,13 +163,10 @@ def _read(path: Path, count: int) -> np.ndarray | None:
 
 def _write(path: Path, images: np.ndarray) -> None:
     """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("wb") as file:
+        with whole(path) as aside, aside.open("wb") as file:
             np.save(file, images)
-        aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"cannot keep pictures in {path.parent} ({error.strerror}): make room there") from error
 
 

@@ -23,9 +23,9 @@ from flowt2i.description import DatasetDescription
 from flowt2i.errors import UserError
 from flowt2i.evaluation import pictures
 from flowt2i.evaluation.nets import RESIZE, FeatureNet, resize
+from flowt2i.files import save_tensors
 from flowt2i.pipeline import Pipeline
 from flowt2i.shapes import Shape
-from flowt2i.tensors import save_tensors
 from flowt2i.training.distributed import World
 
 MOST = 50_000  # pictures; of more, these many at even distances

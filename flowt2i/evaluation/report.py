@@ -18,6 +18,7 @@ from flowt2i.errors import UserError
 from flowt2i.evaluation import page
 from flowt2i.evaluation.charts import Series, line_chart, percent, short
 from flowt2i.evaluation.intervals import wilson
+from flowt2i.files import whole
 from flowt2i.score import Score
 
 
@@ -65,9 +66,8 @@ def write(report: Report, pictures: Pictures, out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
-            aside = path.with_name(path.name + ".tmp")
-            aside.write_text(text, "utf-8", errors="replace")  # captions may hold halves of characters, which no encoding has
-            aside.replace(path)
+            with whole(path) as aside:
+                aside.write_text(text, "utf-8", errors="replace")  # captions may hold halves of characters, which no encoding has
     except OSError as error:
         raise UserError(f"cannot write the report into {out} ({error.strerror}): give another --out") from error
     return list(files)

@@ -18,9 +18,9 @@ from flowt2i.export.carry import self_contained
 from flowt2i.export.diffusers_model import FlowT2ITransformer
 from flowt2i.export.diffusers_pipeline import FlowT2IPipeline
 from flowt2i.export.facts import euler_steps
+from flowt2i.files import share_tensors
 from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import quiet
-from flowt2i.tensors import share_tensors
 
 CODE = "flowt2i_transformer"
 

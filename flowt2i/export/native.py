@@ -16,10 +16,10 @@ import torch
 from flowt2i import exported
 from flowt2i.description import DatasetDescription
 from flowt2i.export.facts import public_config, public_source
+from flowt2i.files import save_tensors
 from flowt2i.hub import PATTERNS
 from flowt2i.pipeline import Pipeline
 from flowt2i.pretrained import find_pretrained, weight_files
-from flowt2i.tensors import save_tensors
 
 TRAVELS = {Path(pattern).suffix for pattern in PATTERNS}  # what is fetched from the hub, and nothing else
 

@@ -26,8 +26,8 @@ from torch import nn
 
 from flowt2i import box, exported
 from flowt2i.errors import UserError
+from flowt2i.files import save_tensors
 from flowt2i.human import size
-from flowt2i.tensors import save_tensors
 from flowt2i.training.lora import has_adapters, merged
 from flowt2i.training.parallel import share_like
 

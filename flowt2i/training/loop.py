@@ -112,8 +112,9 @@ class Trainer:
             start.load(self.model, init)
         if config.train.lora:
             lora.inject(self.model, config.train.lora)
-        if config.match.weight and config.origin and self.model.caption_encoder:  # drawings have no gradient for it; that of the few true
-            self.model.caption_encoder.requires_grad_(False)  # pictures beside them would move it as far as any weight, for optimizers scale what they get
+        if config.match.weight and config.origin and self.model.caption_encoder:
+            # Drawings have no gradient for it, and optimizers scale what they get: the few true pictures' alone would move it as far as all else.
+            self.model.caption_encoder.requires_grad_(False)
         self.ema = EMA(self.model, config.train.ema) if config.train.ema else None
         self.computes = world.on_main(lambda: precision.resolved(config.train.precision, device))
         self.objective = Objective(self.model, config.flow, self.computes)

@@ -70,7 +70,7 @@ def load(trainer: "Trainer", source: Path, theirs: Config) -> None:
         trainer.steps = state["steps"]
         if trainer.steps:  # 0: stopped before its speed was known
             _warn_of_other_minutes(trainer, theirs)
-            trainer.config.train.minutes = theirs.train.minutes or trainer.config.train.minutes
+            trainer.config.train.minutes = theirs.train.minutes or trainer.config.train.minutes  # checkpoints go on telling what laid it out
     _warn_of_another_schedule(trainer, theirs, state["steps"])
     _warn_of_another_precision(trainer, source, state)
 

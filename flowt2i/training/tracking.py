@@ -11,6 +11,7 @@ from PIL import Image
 
 from flowt2i.config import Config
 from flowt2i.errors import UserError
+from flowt2i.files import whole
 
 
 class Tracker:
@@ -114,6 +115,5 @@ def _cut(path: Path, step: int) -> None:
     """Drop lines past the step that a resume continues from, so that no step stands in a log twice."""
     if not path.exists():
         return
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in read_log(path, step)))
-    aside.replace(path)
+    with whole(path) as aside:
+        aside.write_text("".join(json.dumps(line) + "\n" for line in read_log(path, step)))
