@@ -46,8 +46,8 @@ from flowt2i.evaluation.pictures import features as features_of
 from flowt2i.evaluation.reference import real_images, same_data, spread
 from flowt2i.grid import grid
 from flowt2i.pipeline import Pipeline, save_png
+from flowt2i.styles import Parted, parted
 from flowt2i.training import checkpoint, start
-from flowt2i.training.compose import Parted, parted
 from flowt2i.training.distributed import World
 
 SHOWN = 24  # held-out captions in the picture

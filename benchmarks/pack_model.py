@@ -11,6 +11,7 @@
 3. WORK/final/NAME       with scores and samples of seeds 0 to 15; NAME.md under benchmarks/notes/ ends the card (`--notes` names another file)
 4. flowt2i/models/NAME   the same, put in place whole or not at all
 
+Further words, `--sample.field value`, say how it draws of its own, where otherwise than before.
 Nothing is put in place where the weights of all packaged models together would be larger than the limit, or where a file names a folder of this machine.
 """
 
@@ -87,7 +88,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--num", type=int, default=PUBLISHED, help=f"pictures of each score (default {PUBLISHED:,})")
     parser.add_argument("--work", type=Path, metavar="DIR", help="what is kept between two calls (default runs/packing/NAME)")
     parser.add_argument("--to", type=Path, default=box.BOX, metavar="DIR", help="folder of the packaged models (default: the package's own)")
-    args = parser.parse_args(words)
+    args, sample = parser.parse_known_args(words)
     if Path(args.name).name != args.name or args.name.startswith((".", "_")):
         raise UserError(f"--name {args.name!r} is no name of a model: give one word, such as scenes")
     work = args.work or Path("runs") / "packing" / args.name
@@ -98,7 +99,7 @@ def main(words: list[str] | None = None) -> None:
     metrics = tuple(name.strip() for name in args.metrics.split(",") if name.strip())
 
     candidate, final = (work / stage / args.name for stage in ("candidate", "final"))
-    export(args.model, candidate, dtype="bf16", told=Told(args.license, args.source), samples=0, force=True, average=args.average)
+    export(args.model, candidate, dtype="bf16", told=Told(args.license, args.source), samples=0, force=True, average=args.average, sample=sample)
     check_size(candidate, args.to / args.name)
     if not args.source and not DatasetDescription.load(candidate).is_scenes:
         raise UserError("whose pictures was it trained on? name them for the card with --source, and say in --notes under which terms they are")
@@ -107,7 +108,7 @@ def main(words: list[str] | None = None) -> None:
     if not given:
         print(f"scored in {time.perf_counter() - started:.0f} s")
     told = Told(args.license, args.source, notes.read_text() if notes.is_file() else "", measured)
-    export(args.model, final, dtype="bf16", told=told, samples=16, force=True, average=args.average, progress=True)
+    export(args.model, final, dtype="bf16", told=told, samples=16, force=True, average=args.average, progress=True, sample=sample)
     check_size(final, args.to / args.name)
     check_private(final)
     target = args.to / args.name

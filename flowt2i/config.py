@@ -214,9 +214,22 @@ class SampleConfig(_Section):
     guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the contrast added by guidance that is taken back")
     guidance_from: float = Field(0.0, ge=0, le=1, description="guidance from this time on (0: noise, 1: data)")
     guidance_until: float = Field(1.0, ge=0, le=1, description="guidance before this time only")
+    analogy: float = Field(
+        0.0, ge=0, le=1, description='of captions "SUBJECT, STYLE": how far a drawing begins by what is known of the subject in its other styles; '
+        "0: not at all",
+    )  # fmt: skip
+    analogy_until: float = Field(0.1, ge=0, le=1, description="the beginning: before this time (0: noise, 1: data)")
+    styles: list[str] = Field([], description="the styles, as JSON: the last part of each caption, behind its last comma")
     zero_init: float = Field(0.0, ge=0, le=0.99, description="drawing begins at this time, with the noise as it is (CFG-Zero*: 0.04)")
     images: int = Field(16, ge=1, description="images in a preview grid")
     prompts: list[str] = Field([], description="prompts of the preview grid, as JSON; empty: captions from the held-out split")
+
+    @field_validator("styles")
+    @classmethod
+    def _are_different(cls, styles: list[str]) -> list[str]:
+        if len(set(styles)) < len(styles) or not all(style.strip() and ", " not in style for style in styles):
+            raise PydanticCustomError("styles", "give different texts without a comma, each the last part of some captions")
+        return styles
 
     @field_validator("schedule")
     @classmethod

@@ -13,10 +13,11 @@ from flowt2i import settings as choices
 from flowt2i.codec import stored_to_latents
 from flowt2i.editing import Picture, Start
 from flowt2i.errors import UserError
-from flowt2i.guidance import Branches, Captions, TextVelocity, between, conditional, together
+from flowt2i.guidance import Branches, Captions, TextVelocity, analogous, between, conditional, together
 from flowt2i.schedules import times_from
 from flowt2i.shapes import Shape
 from flowt2i.solvers import ToleranceError, Velocity
+from flowt2i.styles import Parted, parted
 
 if TYPE_CHECKING:
     from flowt2i.pipeline import Pipeline
@@ -154,20 +155,57 @@ class Drawing:
         def good(velocities: tuple[Tensor, ...]) -> Tensor:
             return between(velocities[0], velocities[1], mix) if len(wanted) == 2 else velocities[0]
 
+        def by_analogy(branches: Branches) -> Branches:
+            """The velocities under what is wanted, changed by analogies; those behind them as they are."""
+            if not any(analogies):
+                return branches
+
+            def changed(z: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+                found = list(branches(z, t))
+                for k, analogy in enumerate(analogies):
+                    found[k] = analogy(found[k], z, t) if analogy else found[k]
+                return tuple(found)
+
+            return changed
+
         field = self._counted(self.pipeline.field)
+        analogies = [self._analogy(field, group) for group in wanted]
         away = [[self.negative or ""] * len(starts)] if choices.is_guided(self.settings) and self.guide is None else []
         captions = _encode(self.pipeline, wanted + away)
-        ours = _branches(field, captions[: len(wanted)])
+        ours = by_analogy(_branches(field, captions[: len(wanted)]))
         if self.guide is not None:
             theirs = _branches(self._counted(self.guide.field), _encode(self.guide, wanted))
             pair: Branches = lambda z, t: (good(ours(z, t)), good(theirs(z, t)))
         else:
-            both = _branches(field, captions)
+            both = by_analogy(_branches(field, captions))
             pair = lambda z, t: (good(velocities := both(z, t)), velocities[-1])
         velocity = choices.guide(self.settings, alone=lambda z, t: good(ours(z, t)), pair=pair)
         if self.given and self.given.latents is not None:
             velocity = editing.keep_outside(velocity, self.given.data, self.given.latents)
         return velocity
+
+    def _analogy(self, field: TextVelocity, prompts: list[str]) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """(velocity under the prompts, z, t) -> the same, by analogy with the model's other styles while it is early; None where nothing is to be changed."""
+        share, until, styles = self.settings["analogy"], self.settings["analogy_until"], self.pipeline.config.sample.styles
+        parts = [parted(prompt) for prompt in prompts]
+        if not share or not until or not any(part.style in styles for part in parts):
+            return None
+        # One row for each prompt. A prompt without a style is compared with itself, which changes nothing.
+        others = [[style for style in styles if style != part.style] if part.style in styles else [] for part in parts]
+        elsewhere = lambda k: [(str(Parted(part.subject, own[k])), own[k]) if own else (prompt, "") for prompt, part, own in zip(prompts, parts, others)]
+        style = [part.style if own else "" for part, own in zip(parts, others)]
+        pairs = [list(zip(*elsewhere(k))) for k in range(len(styles) - 1)]
+        captions = _encode(self.pipeline, [style, *(list(side) for pair in pairs for side in pair)])
+        # One caption at a time: no more pictures in a batch than guidance has.
+        each = [conditional(field, *caption) for caption in captions]
+
+        def changed(good: Tensor, z: Tensor, t: Tensor) -> Tensor:
+            if float(t) >= until - 1e-6:
+                return good
+            alone, *told = (velocity(z, t) for velocity in each)
+            return analogous(good, alone, list(zip(told[::2], told[1::2])), share)
+
+        return changed
 
     def _counted(self, field: TextVelocity) -> TextVelocity:
         def count(z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Time runs from noise (t = 0) to data (t = 1); the papers' scale `w` is our `scal
 CFG-Zero*), and `w + 1` in Ho & Salimans.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -82,6 +82,17 @@ def on_interval(inside: Velocity, outside: Velocity, start: float, end: float) -
 def _time(t: Tensor) -> float:
     """The time as it was meant: 0.7 in fp32 lies below 0.7."""
     return round(float(t), 6)
+
+
+def analogous(good: Tensor, style: Tensor, others: Sequence[tuple[Tensor, Tensor]], share: float) -> Tensor:
+    """`good + share (mean_s (subject in style s - style s) - (good - style))`: what a subject adds to a style, learned from its other styles.
+
+    good: the velocity under "SUBJECT, STYLE"; style: under the style alone; others: under the same subject in each other style, and under that style
+    alone. Differences of predictions under parts of captions, as in composed diffusion (Liu et al. 2206.01714, eq. 11); the analogy is ours.
+    Near the noise, where layout and colours are decided, these are much alike in all styles, and a subject may have been seen in another one only.
+    """
+    elsewhere = torch.stack([subject - alone for subject, alone in others]).mean(0)
+    return good + share * (elsewhere - (good - style))
 
 
 def between(first: Tensor, second: Tensor, share: Tensor) -> Tensor:

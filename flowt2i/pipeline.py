@@ -114,7 +114,7 @@ class Pipeline:
         """Draw `num` pictures of each prompt. Picture k of the call has the seed `seed + k`, whatever batch it falls into.
 
         steps, solver, guidance, shift, and in `more` every other setting of `SampleConfig` (schedule, tolerance, guidance_rule, guidance_rescale,
-        guidance_from, guidance_until, zero_init): None takes the model's own.
+        guidance_from, guidance_until, analogy, analogy_until, zero_init): None takes the model's own.
         width, height: of the pictures, in pixels, both or neither (the model's own size); see `size`.
         negative: what guidance leads away from, instead of the empty caption. guide: a weaker model that guidance leads away from instead (autoguidance).
         seeds: one for each prompt, in place of `seed` and `num`.

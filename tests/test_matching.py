@@ -14,8 +14,9 @@ from flowt2i.description import DatasetDescription
 from flowt2i.editing import Start
 from flowt2i.errors import UserError
 from flowt2i.evaluation.frechet import Moments, frechet_distance, transport
+from flowt2i.styles import Parted, parted, styles_of
 from flowt2i.training import checkpoint
-from flowt2i.training.compose import Parted, composed, expected, parted, styles_of
+from flowt2i.training.compose import composed, expected
 from flowt2i.training.loop import Trainer, train
 from flowt2i.training.matching import Recent, require
 from flowt2i.verify_resume import compare

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowt2i.commands.common import MODEL, OR_ELSE, add_json, add_moved, examples, model_of
+from flowt2i.config import parse_overrides
 from flowt2i.errors import UserError
 from flowt2i.human import size
 
@@ -22,6 +23,7 @@ def add(commands: Any) -> None:
             "flowt2i export runs/a --average runs/b runs/c --to exports/mean   # of three trainings on from one model",
             "flowt2i export runs/quickstart --to exports/scenes-diffusers --format diffusers",
             "flowt2i export runs/quickstart --to exports/scenes-onnx --format onnx",
+            "flowt2i export runs/quickstart --to exports/scenes --sample.guidance 2   # any setting of how it draws of its own (`train --help`)",
         ),
     )
     parser.add_argument("model", nargs="?", metavar="RUN", help=f"{MODEL} (default: {OR_ELSE})")
@@ -53,7 +55,7 @@ def add(commands: Any) -> None:
     add_moved(parser)
     parser.add_argument("--device", help="where samples are drawn: cpu, cuda, … (default: the best there is)")
     add_json(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,11 +63,15 @@ def run(args: argparse.Namespace) -> int:
     from flowt2i.export.export import export
     from flowt2i.exported import read_scores
 
+    stray = next((field for field, _ in parse_overrides(args.rest) if not field.startswith("sample.")), None)
+    if stray:
+        raise UserError(f"unknown option --{stray}; see `flowt2i export --help`")
     told = Told(args.license, args.source, read_text(args.notes), read_scores(args.scores) if args.scores else None)
     model = args.model or model_of(None)
     result = export(
         model, args.to, format=args.format, weights=args.weights, dtype=args.dtype, told=told, samples=args.samples, nets=args.take_nets,
         force=args.force, average=args.average, push=args.push, private=args.private, codec=args.codec, text=args.text, device=args.device, progress=True,
+        sample=args.rest,
     )  # fmt: skip
     if args.json:
         print(json.dumps(result))

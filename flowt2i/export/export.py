@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flowt2i import exported, hub
+from flowt2i.config import parse_overrides, set_field
 from flowt2i.errors import UserError, nearest
 from flowt2i.export import card, folder, native
 from flowt2i.export.average import average_into
@@ -49,13 +50,14 @@ def check(to: Path, format: str, dtype: str, told: Told, samples: int, nets: boo
 def export(
     model: str | Path, to: Path, *, format: str = "flowt2i", weights: str = "auto", dtype: str = "fp32", told: Told | None = None, samples: int = 16,
     nets: bool = False, force: bool = False, average: Sequence[str | Path] = (), push: str = "", private: bool = False, codec: str | None = None,
-    text: str | None = None, device: str | None = None, progress: bool = False,
+    text: str | None = None, device: str | None = None, progress: bool = False, sample: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Write `to` from a run, a checkpoint, an export of ours, a packaged model or a hub id, and send it to the hub as `push`. Returns what was done.
 
     average: other models, of whose weights and its own the mean is written. told: licence, names and scores for the card. nets: take VAE and text encoder
-    along where the hub has them too. codec, text: where they are, if they moved. UserError in one line for what the user can mend; `to` is then as it was
-    (a push that fails leaves it complete).
+    along where the hub has them too. sample: `--sample.field value` words, how the exported model is to draw of its own, where otherwise than before.
+    codec, text: where they are, if they moved. UserError in one line for what the user can mend; `to` is then as it was (a push that fails leaves it
+    complete).
     """
     told = told or Told()
     check(to, format, dtype, told, samples, nets, push, private, force)
@@ -67,6 +69,11 @@ def export(
     if told.source and pipeline.description.is_scenes:
         raise UserError("--source: this model was trained on the built-in scenes, which its card names: leave it out")
     facts = training_facts(source, pipeline)
+    for field, value in parse_overrides(sample):
+        if not field.startswith("sample."):
+            raise UserError(f"--{field} is no way of drawing: an export takes --sample.* alone")
+        set_field(pipeline.config, field, value)
+    pipeline.settings()  # its UserError where they do not go together
     if average:
         facts["averaged"] = [*facts["averaged"], *average_into(pipeline, average, weights)]
         facts["scores"] = {}  # those that the run recorded are of its own weights

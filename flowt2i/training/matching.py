@@ -33,7 +33,8 @@ from flowt2i.errors import UserError
 from flowt2i.evaluation.frechet import Moments, transport
 from flowt2i.evaluation.reference import spread
 from flowt2i.pipeline import Pipeline
-from flowt2i.training.compose import Parted, composed, expected, parted, styles_of
+from flowt2i.styles import Parted, parted, styles_of
+from flowt2i.training.compose import composed, expected
 from flowt2i.training.distributed import World
 
 REFRESH = 8  # steps between two looks at the distances, whose eigenvalues take some seconds of a CPU

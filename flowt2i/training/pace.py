@@ -108,6 +108,8 @@ def of_a_picture(sample: SampleConfig, steps: int) -> int:
     def counting(each: int) -> Velocity:
         return lambda z, t: passes.append(each) or torch.zeros_like(z)  # type: ignore[func-returns-value]
 
+    compared = 2 * len(sample.styles) - 1 if sample.analogy else 0  # captions beside a picture's own (`guidance.analogous`)
     velocity = on_interval(counting(2), counting(1), sample.guidance_from, sample.guidance_until) if sample.guidance != 1 else counting(1)
-    SOLVERS[solver](velocity, torch.zeros(1, 1, 1, 1), make_times(sample.schedule, steps, sample.shift))
+    early = on_interval(counting(compared), counting(0), 0, sample.analogy_until)
+    SOLVERS[solver](lambda z, t: velocity(z, t) + early(z, t), torch.zeros(1, 1, 1, 1), make_times(sample.schedule, steps, sample.shift))
     return sum(passes)

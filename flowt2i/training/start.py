@@ -61,6 +61,7 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
     config.sample.shift = min(max(config.sample.shift * ratio, SHIFTS[0]), SHIFTS[1])
     sample = config.sample  # the interval moves as the solver's times do: guided are the same steps
     sample.guidance_from, sample.guidance_until = shift_times(sample.guidance_from, ratio), shift_times(sample.guidance_until, ratio)
+    sample.analogy_until = shift_times(sample.analogy_until, ratio)
     asked = dict(parse_overrides(words))
     if asked.get("train.lora", "0") != "0":
         config.optim.name = "adamw"  # adapters are thin: there is nothing for Muon to make orthogonal

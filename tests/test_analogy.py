@@ -1,0 +1,127 @@
+"""Drawing a subject by analogy with its other styles: the formula in closed form, drawings of a tiny model, what it costs and what it leaves alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from flowt2i import Pipeline
+from flowt2i.cli import main
+from flowt2i.config import SampleConfig, resolve
+from flowt2i.drawing import Noise
+from flowt2i.errors import UserError
+from flowt2i.guidance import analogous
+from flowt2i.styles import parted
+from flowt2i.training.pace import of_a_picture
+
+STYLES = ["flat style", "old style", "round style"]
+STYLED, PLAIN = "a red circle, flat style", "a red circle"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_run):
+    """The tiny model with its weights shaken, so that its pictures depend on every word."""
+    pipeline = Pipeline.from_pretrained(tiny_run, device="cpu")
+    g = torch.Generator().manual_seed(0)
+    for weight in pipeline.model.parameters():
+        if weight.ndim == 2:
+            weight.add_(torch.randn(weight.shape, generator=g) * weight.shape[1] ** -0.5)
+    pipeline.config.sample = SampleConfig(steps=4, styles=STYLES, analogy_until=0.3)
+    return pipeline
+
+
+def test_where_subject_and_style_add_up_nothing_changes():
+    g = torch.Generator().manual_seed(0)
+    subject, *styles = torch.randn(4, 2, 3, 4, 4, generator=g).unbind()
+    good, others = subject + styles[0], [(subject + style, style) for style in styles[1:]]
+    for share in (0.0, 0.5, 1.0):
+        assert torch.allclose(analogous(good, styles[0], others, share), good, atol=1e-6)
+
+
+def test_what_a_subject_adds_is_learned_from_its_other_styles():
+    """In numbers: it adds 1 to this style, 3 and 5 to the others."""
+    style, others = torch.tensor(10.0), [(torch.tensor(23.0), torch.tensor(20.0)), (torch.tensor(35.0), torch.tensor(30.0))]
+    found = [analogous(torch.tensor(11.0), style, others, share).item() for share in (0.0, 0.5, 1.0)]
+    assert found == [11.0, 12.5, 14.0]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_drawing_follows_the_formula_while_it_is_early(pipeline, guidance):
+    """One Euler step after another from the same noise, by hand."""
+    found = pipeline.sample(STYLED, seed=5, guidance=guidance, analogy=0.5)
+    z, times = Noise([5], (3, 64, 64), pipeline.device)(), torch.linspace(0, 1, 5)
+    with torch.inference_mode():
+        text, mask = pipeline.encode([STYLED, "", "flat style", f"{PLAIN}, old style", "old style", f"{PLAIN}, round style", "round style"])
+        for t, after in zip(times, times[1:]):
+            good, empty, style, *told = pipeline.field(z.repeat(7, 1, 1, 1), t, text, mask).split(1)
+            if t < 0.3:
+                good = analogous(good, style, [(told[0], told[1]), (told[2], told[3])], 0.5)
+            z = z + (after - t) * (empty + guidance * (good - empty))
+    assert np.abs(pipeline.to_images(z).astype(int) - found.images.astype(int)).max() <= 1
+    assert found.settings["analogy"] == 0.5 and found.evaluations == 4 * int(guidance) + 2 * 5  # five captions more in the first two steps
+
+
+def test_only_captions_in_a_style_are_changed_and_cost_more(pipeline):
+    settings = {"seed": 5, "guidance": 2.0}
+    plain, same = (pipeline.sample(PLAIN, analogy=share, **settings) for share in (0.0, 0.5))
+    assert np.array_equal(plain.images, same.images) and plain.evaluations == same.evaluations == 8
+    without, styled = (pipeline.sample(STYLED, analogy=share, **settings) for share in (0.0, 0.5))
+    assert np.abs(without.images.astype(int) - styled.images.astype(int)).max() > 10
+    both = pipeline.sample([STYLED, PLAIN], seeds=[5, 5], analogy=0.5, guidance=2.0).images
+    for alone, beside in zip((styled, plain), both):  # a picture does not depend on its neighbours
+        assert np.abs(alone.images[0].astype(int) - beside.astype(int)).max() <= 1
+    over = pipeline.sample(STYLED, analogy=0.5, analogy_until=0.0, **settings)
+    assert np.array_equal(over.images, without.images) and over.evaluations == 8
+
+
+def test_between_two_prompts_each_has_its_own(pipeline):
+    other = "a blue star, old style"
+    ends = [pipeline.sample(prompt, seed=5, analogy=0.5).images for prompt in (STYLED, other)]
+    for mix, end in zip((0.0, 1.0), ends):
+        mixed = pipeline.sample(STYLED, seed=5, to=other, mix=mix, analogy=0.5).images
+        assert np.abs(mixed.astype(int) - end.astype(int)).max() <= 1
+
+
+def test_the_cost_of_a_picture_is_told_before_it_is_drawn(pipeline):
+    sample = SampleConfig(steps=4, styles=STYLES, analogy=0.5, analogy_until=0.3, guidance=2.0)
+    assert of_a_picture(sample, 4) == pipeline.sample(STYLED, analogy=0.5, guidance=2.0).evaluations
+    assert of_a_picture(sample.model_copy(update={"analogy": 0.0}), 4) == 8
+
+
+def test_pictures_say_it_and_are_drawn_again(pipeline, tmp_path):
+    first = pipeline.sample(STYLED, seed=5, analogy=0.5)
+    first.pictures()[0].save(tmp_path / "one.png")
+    told = json.loads(first.pictures()[0].info["flowt2i"])
+    assert told["analogy"] == 0.5 and told["analogy_until"] == 0.3
+    assert np.array_equal(pipeline.redraw(told).images, first.images)
+
+
+def test_an_export_may_draw_otherwise(tiny_run, tmp_path, capsys):
+    words = ["export", str(tiny_run), "--to", str(tmp_path / "out"), "--samples", "0"]
+    assert main([*words, "--sample.styles", json.dumps(STYLES), "--sample.analogy", "0.5", "--sample.steps=7"]) == 0
+    own = Pipeline.from_pretrained(tmp_path / "out", device="cpu").config.sample
+    before = Pipeline.from_pretrained(tiny_run, device="cpu").config.sample
+    assert own == before.model_copy(update={"styles": STYLES, "analogy": 0.5, "steps": 7})
+    capsys.readouterr()
+    for stray, told in (
+        (["--licence", "mit"], "unknown option --licence"),
+        (["--model.width", "7"], "unknown option --model.width"),
+        (["--sample.analogy", "0.5"], "names none"),
+        (["--sample.stps", "5"], "no setting --sample.stps"),
+    ):
+        assert main([*words, "--force", *stray]) == 2 and told in capsys.readouterr().err
+    assert Pipeline.from_pretrained(tmp_path / "out", device="cpu").config.sample == own  # nothing lost
+
+
+def test_what_cannot_be_is_refused_in_one_line(pipeline, tiny_run, capsys):
+    with pytest.raises(UserError, match=r"analogy 2\.0 is out of range"):
+        pipeline.sample(STYLED, analogy=2.0)
+    with pytest.raises(UserError, match="names none"):
+        Pipeline.from_pretrained(tiny_run, device="cpu").sample(STYLED, analogy=0.5)
+    assert main(["generate", STYLED, "--model", str(tiny_run), "--analogy", "0.5"]) == 2 and "names none" in capsys.readouterr().err
+    for styles in ('["flat style", "flat style"]', '["flat, style", "old style"]', '[" "]'):
+        with pytest.raises(UserError, match="different texts without a comma"):
+            resolve("quickstart", ["--sample.styles", styles])
+    assert resolve("quickstart", ["--sample.styles", json.dumps(STYLES), "--sample.analogy", "0.4"]).sample.styles == STYLES
+    assert parted(STYLED).style in STYLES
