@@ -17,7 +17,7 @@ from flowt2i.guidance import Branches, Captions, TextVelocity, analogous, betwee
 from flowt2i.schedules import times_from
 from flowt2i.shapes import Shape
 from flowt2i.solvers import ToleranceError, Velocity
-from flowt2i.styles import Parted, parted
+from flowt2i.styles import compared, parted
 
 if TYPE_CHECKING:
     from flowt2i.pipeline import Pipeline
@@ -187,17 +187,10 @@ class Drawing:
     def _analogy(self, field: TextVelocity, prompts: list[str]) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """(velocity under the prompts, z, t) -> the same, by analogy with the model's other styles while it is early; None where nothing is to be changed."""
         share, until, styles = self.settings["analogy"], self.settings["analogy_until"], self.pipeline.config.sample.styles
-        parts = [parted(prompt) for prompt in prompts]
-        if not share or not until or not any(part.style in styles for part in parts):
+        if not share or not until or not any(parted(prompt).style in styles for prompt in prompts):
             return None
-        # One row for each prompt. A prompt without a style is compared with itself, which changes nothing.
-        others = [[style for style in styles if style != part.style] if part.style in styles else [] for part in parts]
-        elsewhere = lambda k: [(str(Parted(part.subject, own[k])), own[k]) if own else (prompt, "") for prompt, part, own in zip(prompts, parts, others)]
-        style = [part.style if own else "" for part, own in zip(parts, others)]
-        pairs = [list(zip(*elsewhere(k))) for k in range(len(styles) - 1)]
-        captions = _encode(self.pipeline, [style, *(list(side) for pair in pairs for side in pair)])
-        # One caption at a time: no more pictures in a batch than guidance has.
-        each = [conditional(field, *caption) for caption in captions]
+        captions = _encode(self.pipeline, compared([parted(prompt) for prompt in prompts], styles))
+        each = [conditional(field, *caption) for caption in captions]  # one at a time: no more pictures in a batch than guidance has
 
         def changed(good: Tensor, z: Tensor, t: Tensor) -> Tensor:
             if float(t) >= until - 1e-6:

@@ -16,13 +16,28 @@ class Parted(NamedTuple):
     style: str
 
     def __str__(self) -> str:
-        return f"{self.subject}, {self.style}"
+        return f"{self.subject}, {self.style}" if self.style else self.subject
 
 
 def parted(caption: str) -> Parted:
     """Without a comma the style is empty."""
     subject, comma, style = caption.rpartition(", ")
     return Parted(subject, style) if comma else Parted(caption, "")
+
+
+def compared(captions: Sequence[Parted], styles: Sequence[str]) -> list[list[str]]:
+    """What drawings by analogy compare with, each for every caption: its style alone; then, in turns, its subject in another style and that style alone.
+
+    A caption in none of the styles is compared with itself and the empty caption, which changes nothing (`guidance.analogous`).
+    """
+    columns = []
+    for caption in captions:
+        if caption.style in styles:
+            pairs = [(str(Parted(caption.subject, style)), style) for style in styles if style != caption.style]
+            columns.append([caption.style, *(text for pair in pairs for text in pair)])
+        else:
+            columns.append(["", *[str(caption), ""] * (len(styles) - 1)])
+    return [list(row) for row in zip(*columns)]
 
 
 def styles_of(captions: Sequence[Parted]) -> list[str]:

@@ -12,7 +12,7 @@ from flowt2i.config import SampleConfig, resolve
 from flowt2i.drawing import Noise
 from flowt2i.errors import UserError
 from flowt2i.guidance import analogous
-from flowt2i.styles import parted
+from flowt2i.styles import compared, parted
 from flowt2i.training.pace import of_a_picture
 
 STYLES = ["flat style", "old style", "round style"]
@@ -44,6 +44,16 @@ def test_what_a_subject_adds_is_learned_from_its_other_styles():
     style, others = torch.tensor(10.0), [(torch.tensor(23.0), torch.tensor(20.0)), (torch.tensor(35.0), torch.tensor(30.0))]
     found = [analogous(torch.tensor(11.0), style, others, share).item() for share in (0.0, 0.5, 1.0)]
     assert found == [11.0, 12.5, 14.0]
+
+
+def test_what_a_caption_is_compared_with():
+    captions = [parted(caption) for caption in (STYLED, "a dog, big, old style", PLAIN, "a cat, other style")]
+    assert [list(column) for column in zip(*compared(captions, STYLES))] == [
+        ["flat style", "a red circle, old style", "old style", "a red circle, round style", "round style"],
+        ["old style", "a dog, big, flat style", "flat style", "a dog, big, round style", "round style"],
+        ["", PLAIN, "", PLAIN, ""],
+        ["", "a cat, other style", "", "a cat, other style", ""],
+    ]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
