@@ -100,6 +100,9 @@ class FlowConfig(_Section):
         0.0, ge=0, lt=1, description="share of captions with commas of which only one side of a comma is kept, so that a name or a style alone is known too"
     )
     floor: float = Field(0.05, gt=0, lt=1, description="x-prediction: the loss divides by 1 - t, kept above this")
+    edges: float = Field(
+        0.0, ge=0, description="weight of the differences between neighbouring places of the error beside its squares: outlines are learned sooner; 0: none"
+    )
     perceptual: float = Field(
         0.0, ge=0, description="weight of a perceptual loss of the predicted picture (EfficientNet-lite1) beside the flow's; 0: none. Pixel codec only"
     )

@@ -72,14 +72,26 @@ def times(
     return shift_times(mixed, shift) if shift != 1 else mixed  # bit for bit what it was, where nothing is shifted
 
 
-def loss_per_image(output: Tensor, data: Tensor, noise: Tensor, t: Tensor, prediction: Prediction, floor: float = 0.05) -> Tensor:
-    """Mean squared velocity error of each image [B], in fp32.
+def velocity_error(output: Tensor, data: Tensor, noise: Tensor, t: Tensor, prediction: Prediction, floor: float = 0.05) -> Tensor:
+    """How far the network's velocity is from the wanted one [B, C, H, W], in fp32.
 
     For "x" the error of the predicted data over `max(1 - t, floor)`: the same as the velocity's error wherever the floor does not act.
     Below the floor the smallest errors next to the data would outweigh all else (JiT, sec. 3 and table 1).
     """
     if prediction == "v":
-        error = output.float() - velocity_target(data, noise)
-    else:
-        error = (output.float() - data) / _per_image(1 - t, data).clamp_min(floor)
+        return output.float() - velocity_target(data, noise)
+    return (output.float() - data) / _per_image(1 - t, data).clamp_min(floor)
+
+
+def loss_per_image(error: Tensor) -> Tensor:
+    """Mean square of each image's error [B]."""
     return error.square().flatten(1).mean(1)
+
+
+def edges_per_image(error: Tensor) -> Tensor:
+    """Mean square of the differences between neighbours, across and down, of each image's error [B].
+
+    With the loss itself the squared norm of a Sobolev space: it has the same minimum, the conditional mean, at any weight, and gives what is fine more of
+    the gradient. To the pattern of k waves over N places it adds `4 sin^2(pi k / N)` times that pattern's own square, in each direction.
+    """
+    return loss_per_image(error.diff(dim=-1)) + loss_per_image(error.diff(dim=-2))

@@ -1,5 +1,6 @@
 """The mathematics of the flow, on cases with known answers."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,15 +41,33 @@ def test_loss_of_x_is_the_velocitys_loss_away_from_the_floor(batch):
     t = t * 0.9
     guess = data + 0.1 * torch.randn(data.shape, generator=torch.Generator().manual_seed(1))
     z = flow.interpolate(data, noise, t)
-    by_x = flow.loss_per_image(guess, data, noise, t, "x")
-    by_v = flow.loss_per_image(flow.to_velocity(guess, z, t, "x"), data, noise, t, "v")
-    assert torch.allclose(by_x, by_v, rtol=1e-3)
-    assert torch.all(flow.loss_per_image(data, data, noise, torch.ones(8), "x") == 0)
+    by_x = flow.velocity_error(guess, data, noise, t, "x")
+    by_v = flow.velocity_error(flow.to_velocity(guess, z, t, "x"), data, noise, t, "v")
+    assert torch.allclose(by_x, by_v, atol=1e-3) and torch.allclose(flow.loss_per_image(by_x), flow.loss_per_image(by_v), rtol=1e-3)
+    assert torch.all(flow.velocity_error(data, data, noise, torch.ones(8), "x") == 0)
 
 
 def test_loss_is_finite_at_the_data():
     data, noise = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
-    assert torch.isfinite(flow.loss_per_image(noise, data, noise, torch.tensor([1.0, 0.999]), "x")).all()
+    assert torch.isfinite(flow.velocity_error(noise, data, noise, torch.tensor([1.0, 0.999]), "x")).all()
+
+
+@pytest.mark.parametrize("across, down", [(0, 0), (1, 0), (0, 3), (5, 2), (16, 16)])
+def test_edges_weigh_each_pattern_of_waves_by_how_fine_it_is(across, down):
+    n = 32
+    places = torch.arange(n * 8, dtype=torch.float64) * 2 * torch.pi / n  # eight periods: the one difference too few at the border is small
+    waves = torch.cos(across * places)[None, :] * torch.cos(down * places)[:, None]
+    error = waves.expand(2, 3, -1, -1) * torch.tensor([1.0, 3.0], dtype=torch.float64).view(2, 1, 1, 1)
+    factor = sum(4 * np.sin(np.pi * k / n) ** 2 for k in (across, down))
+    assert torch.allclose(flow.edges_per_image(error), factor * flow.loss_per_image(error), rtol=0.02, atol=1e-9)
+
+
+def test_edges_do_not_move_the_minimum():
+    """Of pictures that may be either of two, the mean remains the best guess."""
+    either = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    guess = either.mean(0, keepdim=True).requires_grad_(True)
+    (flow.loss_per_image(guess - either) + 7 * flow.edges_per_image(guess - either)).mean().backward()
+    assert guess.grad.abs().max() < 1e-12
 
 
 def test_times_follow_their_distribution():

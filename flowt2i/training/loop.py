@@ -473,7 +473,9 @@ class Trainer:
             "latent_mean": data.mean().item(), "latent_std": data.std().item(),
             "velocity_target_std": target.std().item(), "velocity_std": velocity.std().item(), "velocity_mean": velocity.mean().item(),
         }  # fmt: skip
-        return found if terms.perceptual is None else found | {"flow_loss": terms.losses.mean().item(), "perceptual_loss": terms.perceptual.mean().item()}
+        beside = {"edges_loss": terms.edges, "perceptual_loss": terms.perceptual}
+        told = {name: term.mean().item() for name, term in beside.items() if term is not None}
+        return found | {"flow_loss": terms.losses.mean().item()} | told if told else found
 
     def _loader(self) -> Iterator[Batch]:
         sampler = stream.StepSampler(self.config.train.seed, self.buckets, self.config.data.batch_size, self.micro, self.world.rank, self.world.size, self.step)

@@ -14,11 +14,12 @@ from flowt2i.perceptual import PerceptualLoss
 class Terms(NamedTuple):
     losses: Tensor  # [b], of the flow
     output: Tensor  # [b, C, H, W], what the network put out
-    perceptual: Tensor | None = None  # [b], weighed; None: not asked for
+    edges: Tensor | None = None  # [b], weighed; None: not asked for
+    perceptual: Tensor | None = None  # likewise
 
     def mean(self) -> Tensor:
         """What is differentiated."""
-        return (self.losses if self.perceptual is None else self.losses + self.perceptual).mean()
+        return sum((term for term in (self.edges, self.perceptual) if term is not None), self.losses).mean()
 
 
 class Objective(nn.Module):
@@ -34,7 +35,8 @@ class Objective(nn.Module):
         with precision.autocast(self.computes, data.device):
             features = self.model.encode_captions(text, mask) if text.dtype == torch.int64 else text
             output = self.model(z, t, features, mask)
-        return Terms(flow.loss_per_image(output, data, noise, t, self.model.config.target, self.config.floor), output)
+        error = flow.velocity_error(output, data, noise, t, self.model.config.target, self.config.floor)
+        return Terms(flow.loss_per_image(error), output, self.config.edges * flow.edges_per_image(error) if self.config.edges else None)
 
 
 def with_perceptual(terms: Terms, net: PerceptualLoss | None, data: Tensor, noise: Tensor, t: Tensor, prediction: flow.Prediction, config: FlowConfig) -> Terms:
