@@ -62,6 +62,18 @@ def build_parser(command: str | None = None) -> Parser:
     return parser
 
 
+def apart(words: list[str]) -> tuple[list[str], list[str]]:
+    """Settings, `--section.field value` as `parse_overrides` reads them, apart from the rest: a value is not taken for an argument of the command."""
+    kept: list[str] = []
+    given: list[str] = []
+    is_open = False  # whether the word before is a setting whose value may follow
+    for word in words:
+        is_setting = word.startswith("--") and "." in word.partition("=")[0]
+        (given if is_setting or (is_open and not word.startswith("--")) else kept).append(word)
+        is_open = is_setting and "=" not in word
+    return kept, given
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 (a mistake the user can mend), 3 (stopped by a signal, all saved)."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
@@ -74,7 +86,9 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.parse_args(words[:1])  # --help and --version end here, and so does an option that is none
         parser.print_help()
         return 0
+    words, given = apart(words)
     args, rest = build_parser(words[0]).parse_known_args(words)
+    rest = [*rest, *given]
     try:
         if rest and not getattr(args, "overrides", False):
             what = f"option {rest[0].partition('=')[0]}" if rest[0].startswith("-") else f"argument {rest[0]!r}"

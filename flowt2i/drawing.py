@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from flowt2i import settings as choices
 from flowt2i.codec import stored_to_latents
 from flowt2i.editing import Picture, Start
 from flowt2i.errors import UserError
-from flowt2i.guidance import Branches, Captions, TextVelocity, analogous, between, conditional, together
+from flowt2i.guidance import Branches, Captions, TextVelocity, analogous, between, conditional, on_interval, together
 from flowt2i.schedules import times_from
 from flowt2i.shapes import Shape
 from flowt2i.solvers import ToleranceError, Velocity
@@ -191,14 +192,13 @@ class Drawing:
             return None
         captions = _encode(self.pipeline, compared([parted(prompt) for prompt in prompts], styles))
         each = [conditional(field, *caption) for caption in captions]  # one at a time: no more pictures in a batch than guidance has
+        styled = torch.tensor([parted(prompt).style in styles for prompt in prompts], device=self.pipeline.device).view(-1, 1, 1, 1)
 
         def changed(good: Tensor, z: Tensor, t: Tensor) -> Tensor:
-            if float(t) >= until - 1e-6:
-                return good
             alone, *told = (velocity(z, t) for velocity in each)
-            return analogous(good, alone, list(zip(told[::2], told[1::2])), share)
+            return torch.where(styled, analogous(good, alone, list(zip(told[::2], told[1::2])), share), good)
 
-        return changed
+        return lambda good, z, t: on_interval(partial(changed, good), lambda z, t: good, 0, until)(z, t)
 
     def _counted(self, field: TextVelocity) -> TextVelocity:
         def count(z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:

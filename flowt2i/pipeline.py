@@ -207,6 +207,9 @@ class Pipeline:
         before: dict[str, Any] = {name: told[name] for name in ("model", "weights", "step") if name in told}
         if any(self.told().get(name) != value for name, value in before.items()):
             warnings.warn(f"the picture was drawn by {_name(before)}, and this is {_name(self.told())}: it will differ", stacklevel=2)
+        told.setdefault("analogy", 0.0)  # pictures from before it
+        if told["analogy"] and "analogy" not in instead and len(self.config.sample.styles) < 2:
+            told["analogy"] = 0.0  # another model's, of which was just warned
         wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "step", "init_pixels", "mask_pixels")} | instead
         for name in ("init", "mask", "guide"):
             if isinstance(wanted.get(name), str) and name not in instead and not os.path.exists(wanted[name]):

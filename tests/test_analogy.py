@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from flowt2i import Pipeline
-from flowt2i.cli import main
+from flowt2i.cli import apart, main
 from flowt2i.config import SampleConfig, resolve
+from flowt2i.description import DatasetDescription
 from flowt2i.drawing import Noise
 from flowt2i.errors import UserError
+from flowt2i.evaluation.pictures import Drawing
 from flowt2i.guidance import analogous
 from flowt2i.styles import compared, parted
+from flowt2i.training import start
 from flowt2i.training.pace import of_a_picture
 
 STYLES = ["flat style", "old style", "round style"]
@@ -105,6 +108,45 @@ def test_pictures_say_it_and_are_drawn_again(pipeline, tmp_path):
     told = json.loads(first.pictures()[0].info["flowt2i"])
     assert told["analogy"] == 0.5 and told["analogy_until"] == 0.3
     assert np.array_equal(pipeline.redraw(told).images, first.images)
+    older = {name: value for name, value in told.items() if not name.startswith("analogy")}
+    own = pipeline.config.sample
+    pipeline.config.sample = own.model_copy(update={"analogy": 0.5})  # the model's own by now, but not when that picture was drawn
+    try:
+        assert np.array_equal(pipeline.redraw(older).images, pipeline.sample(STYLED, seed=5, analogy=0.0).images)
+        pipeline.config.sample = own.model_copy(update={"styles": []})  # another model
+        assert np.array_equal(pipeline.redraw(told).images, pipeline.sample(STYLED, seed=5).images)
+    finally:
+        pipeline.config.sample = own
+
+
+def test_a_model_that_goes_on_with_other_data_has_no_styles_until_it_is_told(tiny_run, scenes_data):
+    found = start.find(tiny_run)
+    found.config.sample.styles, found.config.sample.analogy = STYLES, 0.5
+    data = DatasetDescription.load(scenes_data)
+    same = start.configuration("tiny", found, data, []).sample
+    assert (same.styles, same.analogy) == (STYLES, 0.5)
+    other = data.model_copy(update={"fingerprint": "0" * len(data.fingerprint)})
+    assert start.configuration("tiny", found, other, []).sample.styles == [] and start.configuration("tiny", found, other, []).sample.analogy == 0
+    asked = start.configuration("tiny", found, other, ["--sample.styles", json.dumps(STYLES), "--sample.analogy", "0.3"]).sample
+    assert (asked.styles, asked.analogy) == (STYLES, 0.3)
+
+
+def test_kept_pictures_are_of_their_styles(pipeline):
+    prints = set()
+    own = pipeline.config.sample
+    for styles, share in ((STYLES, 0.5), (STYLES[:2], 0.5), (STYLES, 0.0), (STYLES[:2], 0.0)):
+        pipeline.config.sample = own.model_copy(update={"styles": styles})
+        prints.add(Drawing(pipeline, [STYLED], 0, {"analogy": share}).fingerprint())
+    pipeline.config.sample = own
+    assert len(prints) == 3  # without analogy styles do not matter
+
+
+def test_settings_are_told_from_arguments():
+    words = ["export", "--sample.guidance", "2", "runs/a", "--to", "x", "--flow.logit_mean", "-0.8", "--sample.steps=7", "runs/b", "--train.ema", "--json"]
+    assert apart(words) == (
+        ["export", "runs/a", "--to", "x", "runs/b", "--json"],
+        ["--sample.guidance", "2", "--flow.logit_mean", "-0.8", "--sample.steps=7", "--train.ema"],
+    )
 
 
 def test_an_export_may_draw_otherwise(tiny_run, tmp_path, capsys):
@@ -113,12 +155,15 @@ def test_an_export_may_draw_otherwise(tiny_run, tmp_path, capsys):
     own = Pipeline.from_pretrained(tmp_path / "out", device="cpu").config.sample
     before = Pipeline.from_pretrained(tiny_run, device="cpu").config.sample
     assert own == before.model_copy(update={"styles": STYLES, "analogy": 0.5, "steps": 7})
+    before_the_run = ["export", "--to", str(tmp_path / "first"), "--samples", "0", "--sample.guidance", "2", str(tiny_run)]
+    assert main(before_the_run) == 0 and Pipeline.from_pretrained(tmp_path / "first", device="cpu").config.sample.guidance == 2
     capsys.readouterr()
     for stray, told in (
         (["--licence", "mit"], "unknown option --licence"),
         (["--model.width", "7"], "unknown option --model.width"),
         (["--sample.analogy", "0.5"], "names none"),
         (["--sample.stps", "5"], "no setting --sample.stps"),
+        (["--format", "diffusers", "--sample.styles", json.dumps(STYLES), "--sample.analogy", "0.5"], "does not draw by analogy"),
     ):
         assert main([*words, "--force", *stray]) == 2 and told in capsys.readouterr().err
     assert Pipeline.from_pretrained(tmp_path / "out", device="cpu").config.sample == own  # nothing lost
@@ -129,6 +174,10 @@ def test_what_cannot_be_is_refused_in_one_line(pipeline, tiny_run, capsys):
         pipeline.sample(STYLED, analogy=2.0)
     with pytest.raises(UserError, match="names none"):
         Pipeline.from_pretrained(tiny_run, device="cpu").sample(STYLED, analogy=0.5)
+    with pytest.raises(UserError, match="there are none"):
+        resolve("quickstart", ["--sample.analogy", "0.5"])
+    words = ["evaluate", "--images", str(tiny_run), "--data", str(tiny_run), "--metrics", "kid", "--analogy", "0.5"]
+    assert main(words) == 2 and "analogy" in capsys.readouterr().err  # what would do nothing is refused
     assert main(["generate", STYLED, "--model", str(tiny_run), "--analogy", "0.5"]) == 2 and "names none" in capsys.readouterr().err
     for styles in ('["flat style", "flat style"]', '["flat, style", "old style"]', '[" "]'):
         with pytest.raises(UserError, match="different texts without a comma"):

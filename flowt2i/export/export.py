@@ -73,7 +73,13 @@ def export(
         if not field.startswith("sample."):
             raise UserError(f"--{field} is no way of drawing: an export takes --sample.* alone")
         set_field(pipeline.config, field, value)
-    pipeline.settings()  # its UserError where they do not go together
+    own = pipeline.settings()  # its UserError where they do not go together
+    if sample:
+        facts["scores"] = {}  # those that the run recorded are of its own way of drawing
+    if own["analogy"] and format != "flowt2i":
+        if any(field == "sample.analogy" for field, _ in parse_overrides(sample)):
+            raise UserError(f"--format {format} does not draw by analogy: leave out --sample.analogy")
+        pipeline.config.sample.analogy = 0.0  # samples and card are of what it does
     if average:
         facts["averaged"] = [*facts["averaged"], *average_into(pipeline, average, weights)]
         facts["scores"] = {}  # those that the run recorded are of its own weights

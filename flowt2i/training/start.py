@@ -55,6 +55,7 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
         config.optim.schedule_steps, config.data.subset, config.train.stop_after = 0, 0, ""  # the length of that run, and what it was cut to
     if data.fingerprint != start.description.fingerprint:
         config.sample.prompts = []  # previews show captions of the new data
+        config.sample.analogy, config.sample.styles = 0.0, []  # likewise for its styles
     ratio = grow.time_shift(start.description.codec.shape, data.codec.shape)
     config.flow.time_shift *= ratio
     config.flow.perceptual_from = shift_times(config.flow.perceptual_from, ratio)
