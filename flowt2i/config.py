@@ -333,7 +333,7 @@ def resolve(preset: str | None, overrides: Sequence[str] = (), base: Config | No
         set_field(config, key, value)
     asked = {key for key, _ in pairs}
     if config.sample.analogy and len(config.sample.styles) < 2:
-        raise UserError("sample.analogy compares styles, and there are none: give at least two as --sample.styles, or leave it out")
+        raise UserError("sample.analogy compares styles: give at least two as --sample.styles, or leave it out")
     if "train.steps" in asked and "train.minutes" not in asked:
         config.train.minutes = 0.0  # a number of steps was asked for, so the preset's time no longer decides
     return config

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -157,17 +156,13 @@ class Drawing:
             return between(velocities[0], velocities[1], mix) if len(wanted) == 2 else velocities[0]
 
         def by_analogy(branches: Branches) -> Branches:
-            """The velocities under what is wanted, changed by analogies; those behind them as they are."""
-            if not any(analogies):
-                return branches
+            """The velocities under what is wanted, changed by analogies while it is early; those behind them as they are."""
 
             def changed(z: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-                found = list(branches(z, t))
-                for k, analogy in enumerate(analogies):
-                    found[k] = analogy(found[k], z, t) if analogy else found[k]
-                return tuple(found)
+                found = branches(z, t)
+                return *(analogy(v, z, t) if analogy else v for v, analogy in zip(found, analogies)), *found[len(analogies) :]
 
-            return changed
+            return on_interval(changed, branches, 0, self.settings["analogy_until"]) if any(analogies) else branches
 
         field = self._counted(self.pipeline.field)
         analogies = [self._analogy(field, group) for group in wanted]
@@ -186,19 +181,19 @@ class Drawing:
         return velocity
 
     def _analogy(self, field: TextVelocity, prompts: list[str]) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        """(velocity under the prompts, z, t) -> the same, by analogy with the model's other styles while it is early; None where nothing is to be changed."""
-        share, until, styles = self.settings["analogy"], self.settings["analogy_until"], self.pipeline.config.sample.styles
-        if not share or not until or not any(parted(prompt).style in styles for prompt in prompts):
+        """(velocity under the prompts, z, t) -> the same, by analogy with the model's other styles; None where that changes nothing."""
+        share, styles, parts = self.settings["analogy"], self.pipeline.config.sample.styles, [parted(prompt) for prompt in prompts]
+        styled = torch.tensor([part.style in styles for part in parts], device=self.pipeline.device).view(-1, 1, 1, 1)
+        if not share or not styled.any():
             return None
-        captions = _encode(self.pipeline, compared([parted(prompt) for prompt in prompts], styles))
-        each = [conditional(field, *caption) for caption in captions]  # one at a time: no more pictures in a batch than guidance has
-        styled = torch.tensor([parted(prompt).style in styles for prompt in prompts], device=self.pipeline.device).view(-1, 1, 1, 1)
+        # One at a time: no more pictures in a batch than guidance has.
+        each = [conditional(field, *caption) for caption in _encode(self.pipeline, compared(parts, styles))]
 
         def changed(good: Tensor, z: Tensor, t: Tensor) -> Tensor:
             alone, *told = (velocity(z, t) for velocity in each)
             return torch.where(styled, analogous(good, alone, list(zip(told[::2], told[1::2])), share), good)
 
-        return lambda good, z, t: on_interval(partial(changed, good), lambda z, t: good, 0, until)(z, t)
+        return changed
 
     def _counted(self, field: TextVelocity) -> TextVelocity:
         def count(z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:

@@ -70,6 +70,21 @@ def tiny_run(trained, scenes_data) -> Path:
     return trained(scenes_data, "--train.steps", "4", "--optim.lr", "1e-2", "--train.ema", "0.5", "--train.checkpoint_every", "2")
 
 
+@pytest.fixture(scope="module")
+def shaken(tiny_run):
+    """A pipeline of the tiny model, its weights shaken so that its pictures depend on every word, seed and time, as four steps of training cannot make them."""
+    import torch
+
+    from flowt2i import Pipeline
+
+    pipeline = Pipeline.from_pretrained(tiny_run, device="cpu")
+    g = torch.Generator().manual_seed(0)
+    for weight in pipeline.model.parameters():
+        if weight.ndim == 2:
+            weight.add_(torch.randn(weight.shape, generator=g) * weight.shape[1] ** -0.5)
+    return pipeline
+
+
 @pytest.fixture
 def one_line(capsys) -> Callable[[], str]:
     """one_line(): what was said on stderr, which must be one line."""

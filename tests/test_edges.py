@@ -1,18 +1,16 @@
 """Differences between neighbours in the loss (`flow.edges`): counted in training as they are weighed, never in validation. The mathematics: test_flow.py."""
 
-import json
-
 import pytest
 import torch
 
 from flowt2i.config import resolve
 from flowt2i.training.loop import train
 from flowt2i.training.objective import Terms
+from flowt2i.training.tracking import read_log
 
 
 def log(run, name="log.jsonl"):
-    lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return {line["step"]: line for line in lines if "loss" in line or "validation" in line}
+    return {line["step"]: line for line in read_log(run / name) if "loss" in line or "validation" in line}
 
 
 def test_what_is_differentiated_is_the_sum_of_what_is_asked_for():

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from flowt2i.commands.common import MODEL, OR_ELSE, add_json, add_moved, examples, model_of
-from flowt2i.config import parse_overrides
 from flowt2i.errors import UserError
 from flowt2i.human import size
 
@@ -63,9 +62,6 @@ def run(args: argparse.Namespace) -> int:
     from flowt2i.export.export import export
     from flowt2i.exported import read_scores
 
-    stray = next((field for field, _ in parse_overrides(args.rest) if not field.startswith("sample.")), None)
-    if stray:
-        raise UserError(f"unknown option --{stray}; see `flowt2i export --help`")
     told = Told(args.license, args.source, read_text(args.notes), read_scores(args.scores) if args.scores else None)
     model = args.model or model_of(None)
     result = export(

@@ -20,8 +20,12 @@ FORMATS = ("flowt2i", "diffusers", "onnx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check(to: Path, format: str, dtype: str, told: Told, samples: int, nets: bool, push: str, private: bool, force: bool) -> None:
+def check(to: Path, format: str, dtype: str, told: Told, samples: int, nets: bool, push: str, private: bool, force: bool,
+          sample: Sequence[str]) -> None:  # fmt: skip
     """UserError for whatever cannot work, before anything is loaded."""
+    stray = next((field for field, _ in parse_overrides(sample) if not field.startswith("sample.")), None)
+    if stray:
+        raise UserError(f"unknown option --{stray} (of settings an export takes --sample.* alone); see `flowt2i export --help`")
     if format not in FORMATS:
         raise UserError(f"no format {format!r}{nearest(format, FORMATS)}")
     if dtype not in DTYPES:
@@ -60,7 +64,7 @@ def export(
     complete).
     """
     told = told or Told()
-    check(to, format, dtype, told, samples, nets, push, private, force)
+    check(to, format, dtype, told, samples, nets, push, private, force, sample)
     from tqdm import tqdm
 
     source = checkpoint.find(hub.local(model))
@@ -70,14 +74,12 @@ def export(
         raise UserError("--source: this model was trained on the built-in scenes, which its card names: leave it out")
     facts = training_facts(source, pipeline)
     for field, value in parse_overrides(sample):
-        if not field.startswith("sample."):
-            raise UserError(f"--{field} is no way of drawing: an export takes --sample.* alone")
         set_field(pipeline.config, field, value)
     own = pipeline.settings()  # its UserError where they do not go together
     if sample:
         facts["scores"] = {}  # those that the run recorded are of its own way of drawing
-    if own["analogy"] and format != "flowt2i":
-        if any(field == "sample.analogy" for field, _ in parse_overrides(sample)):
+    if format != "flowt2i":
+        if own["analogy"] and "sample.analogy" in dict(parse_overrides(sample)):
             raise UserError(f"--format {format} does not draw by analogy: leave out --sample.analogy")
         pipeline.config.sample.analogy = 0.0  # samples and card are of what it does
     if average:
