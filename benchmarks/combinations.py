@@ -70,11 +70,13 @@ def blurred(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius))) for image in images])
 
 
-def styles_seen(known: np.ndarray, shown: list[Parted], pictures: dict[str, np.ndarray], asked: list[Parted], progress: bool) -> dict[str, Any]:
+def styles_seen(
+    known: np.ndarray, shown: list[Parted], pictures: dict[str, np.ndarray], asked: list[Parted], progress: bool, seed: int = 0
+) -> dict[str, Any]:
     """How often a network trained on the pictures `known` under captions `shown` sees the asked style in each set of pictures; uint8 [n, S, S, 3] all."""
     index = {style: k for k, style in enumerate(sorted({style for _, style in shown}))}
     labels = lambda captions: torch.tensor([index[style] for _, style in captions])
-    judge = style_judge.trained(known, labels(shown), len(index), progress)
+    judge = style_judge.trained(known, labels(shown), len(index), progress, seed)
     hits = {name: style_judge.seen(judge, images) == labels(asked) for name, images in pictures.items()}
     return {name: tally(int(hit.sum()), len(hit)) for name, hit in hits.items()}
 
@@ -118,7 +120,7 @@ def measure(context: Context, data: Path) -> tuple[dict[str, Any], np.ndarray, n
         "n": len(asked),
         "frechet": {name: frechet_distance(Moments.of(x), of_train) for name, x in sides.items()},
         "kid": {name: kernel_distance(x, known)._asdict() for name, x in sides.items()},
-        "style": styles_seen(everything, shown, {"drawn": images, "real": real}, asked, context.progress),
+        "style": styles_seen(everything, shown, {"drawn": images, "real": real}, asked, context.progress, context.seed),
         "subject": subjects_found(known, shown, drawn, truth, net(blurred(real)).double(), asked),
         "protocol": f"{net.name}, {context.asked}, {context.protocol()}",
     }
@@ -162,6 +164,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared data with a held-out part that training did not see")
     parser.add_argument("--name", help="of the results (default: the model's folder)")
     parser.add_argument("--num", type=int, default=0, help="held-out captions that are asked (default: all, once)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawings, and of the network that judges styles: tells what chance does to the scores (default: 0)")
     parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help="look for near copies too: as many pictures again")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(words)
@@ -176,14 +179,14 @@ def main(words: list[str] | None = None) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     ours = Path(args.model).exists() and not box.holds(folder)  # neither the package nor the hub's cache is a place for pictures
     kept = checkpoint.home(folder) if ours else None
-    context = Context(World(0, 1, pipeline.device), num, pipeline, args.data, run=kept, source=folder)
+    context = Context(World(0, 1, pipeline.device), num, pipeline, args.data, seed=args.seed, run=kept, source=folder)
     if not same_data(DatasetDescription.load(args.data), pipeline.description):
         raise UserError(f"{args.data} is not what {args.model} was trained on: it may have seen the pictures that are held out there; give its own data")
     if args.copies:
         memorisation.check(context)
     found, real, drawn = measure(context, args.data)
     file = args.results / f"combinations-{args.name or Path(args.model).name}"
-    write = lambda: file.with_suffix(".json").write_text(json.dumps(machine.facts(pipeline.device) | {"model": args.model} | found, indent=1) + "\n")
+    write = lambda: file.with_suffix(".json").write_text(json.dumps(machine.facts(pipeline.device) | {"model": args.model, "seed": args.seed} | found, indent=1) + "\n")
     write()
     if args.copies:
         found["copies"] = copies(context, file.with_name(f"{file.name}-copies.png"))

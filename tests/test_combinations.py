@@ -36,6 +36,7 @@ def test_the_judge_of_styles_learns_what_parts_them_and_is_the_same_each_time(co
     torch.rand(1)  # what was drawn before does not matter
     again = judge.trained(images[:64], labels[:64], 2)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+    assert not torch.equal(judge.trained(images[:64], labels[:64], 2, seed=1)[0].weight, net[0].weight)
 
 
 def test_a_picture_is_looked_for_among_those_of_its_style_only(combinations):
@@ -78,9 +79,10 @@ def pairs(tmp_path_factory):
 @pytest.mark.skipif(not has_efficientnet(), reason="EfficientNet-lite0 is not installed")
 def test_the_whole_on_a_tiny_model(combinations, trained, pairs, tmp_path, capsys):
     run = trained(pairs, "--train.steps", "4")
-    words = ["--model", str(run), "--data", str(pairs), "--name", "t", "--no-copies", "--results", str(tmp_path)]
+    words = ["--model", str(run), "--data", str(pairs), "--name", "t", "--seed", "1", "--no-copies", "--results", str(tmp_path)]
     combinations.main(words)
     told = json.loads((tmp_path / "combinations-t.json").read_text())
+    assert told["seed"] == 1 and "seed 1" in told["protocol"]
     assert told["n"] >= 32 and told["frechet"]["drawn"] > told["frechet"]["floor"] > 0 and "heldout captions" in told["protocol"]
     # real pictures can be told by their style; these drawings, noise after four steps, by nothing
     assert told["style"]["real"]["accuracy"] > 0.9 and told["subject"]["real, blurred"]["accuracy"] > 2 * told["subject"]["drawn"]["accuracy"]
