@@ -70,9 +70,7 @@ def blurred(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius))) for image in images])
 
 
-def styles_seen(
-    known: np.ndarray, shown: list[Parted], pictures: dict[str, np.ndarray], asked: list[Parted], progress: bool, seed: int = 0
-) -> dict[str, Any]:
+def styles_seen(known: np.ndarray, shown: list[Parted], pictures: dict[str, np.ndarray], asked: list[Parted], progress: bool, seed: int = 0) -> dict[str, Any]:
     """How often a network trained on the pictures `known` under captions `shown` sees the asked style in each set of pictures; uint8 [n, S, S, 3] all."""
     index = {style: k for k, style in enumerate(sorted({style for _, style in shown}))}
     labels = lambda captions: torch.tensor([index[style] for _, style in captions])
@@ -164,7 +162,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared data with a held-out part that training did not see")
     parser.add_argument("--name", help="of the results (default: the model's folder)")
     parser.add_argument("--num", type=int, default=0, help="held-out captions that are asked (default: all, once)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawings, and of the network that judges styles: tells what chance does to the scores (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the drawings, and of the network that judges styles: tells what chance does to the scores (default: 0)"
+    )
     parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help="look for near copies too: as many pictures again")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(words)
@@ -186,7 +186,8 @@ def main(words: list[str] | None = None) -> None:
         memorisation.check(context)
     found, real, drawn = measure(context, args.data)
     file = args.results / f"combinations-{args.name or Path(args.model).name}"
-    write = lambda: file.with_suffix(".json").write_text(json.dumps(machine.facts(pipeline.device) | {"model": args.model, "seed": args.seed} | found, indent=1) + "\n")
+    about = machine.facts(pipeline.device) | {"model": args.model, "seed": args.seed}
+    write = lambda: file.with_suffix(".json").write_text(json.dumps(about | found, indent=1) + "\n")
     write()
     if args.copies:
         found["copies"] = copies(context, file.with_name(f"{file.name}-copies.png"))

@@ -222,6 +222,13 @@ class SampleConfig(_Section):
         "0: not at all",
     )  # fmt: skip
     analogy_until: float = Field(0.1, ge=0, le=1, description="the beginning: before this time (0: noise, 1: data)")
+    style_contrast: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="of the same captions, after the beginning: how much more a drawing has of what sets its style apart from the others; 0: no more",
+    )
+    style_contrast_until: float = Field(0.5, ge=0, le=1, description="and that before this time")
     styles: list[str] = Field([], description="the styles, as JSON: the last part of each caption, behind its last comma")
     zero_init: float = Field(0.0, ge=0, le=0.99, description="drawing begins at this time, with the noise as it is (CFG-Zero*: 0.04)")
     images: int = Field(16, ge=1, description="images in a preview grid")
@@ -332,8 +339,9 @@ def resolve(preset: str | None, overrides: Sequence[str] = (), base: Config | No
     for key, value in pairs:
         set_field(config, key, value)
     asked = {key for key, _ in pairs}
-    if config.sample.analogy and len(config.sample.styles) < 2:
-        raise UserError("sample.analogy compares styles: give at least two as --sample.styles, or leave it out")
+    for name in ("analogy", "style_contrast"):
+        if getattr(config.sample, name) and len(config.sample.styles) < 2:
+            raise UserError(f"sample.{name} compares styles: give at least two as --sample.styles, or leave it out")
     if "train.steps" in asked and "train.minutes" not in asked:
         config.train.minutes = 0.0  # a number of steps was asked for, so the preset's time no longer decides
     return config

@@ -13,7 +13,7 @@ from flowt2i import settings as choices
 from flowt2i.codec import stored_to_latents
 from flowt2i.editing import Picture, Start
 from flowt2i.errors import UserError
-from flowt2i.guidance import Branches, Captions, TextVelocity, analogous, between, conditional, on_interval, together
+from flowt2i.guidance import Branches, Captions, TextVelocity, analogous, between, conditional, contrasted, on_interval, together
 from flowt2i.schedules import times_from
 from flowt2i.shapes import Shape
 from flowt2i.solvers import ToleranceError, Velocity
@@ -22,6 +22,7 @@ from flowt2i.styles import compared, parted
 if TYPE_CHECKING:
     from flowt2i.pipeline import Pipeline
 
+Change = Callable[[Tensor, Tensor, Tensor], Tensor]  # (velocity, z, t) -> the one in its place
 Preview = Callable[[int, int, np.ndarray], None]  # (step, steps, images uint8 [B, H, W, 3] of the predicted clean pictures)
 
 
@@ -162,10 +163,20 @@ class Drawing:
                 found = branches(z, t)
                 return *(analogy(v, z, t) if analogy else v for v, analogy in zip(found, analogies)), *found[len(analogies) :]
 
-            return on_interval(changed, branches, 0, self.settings["analogy_until"]) if any(analogies) else branches
+            return on_interval(changed, branches, 0, begun) if any(analogies) else branches
+
+        def with_contrast(velocity: Velocity) -> Velocity:
+            """The velocity with more of the styles after that."""
+
+            def changed(z: Tensor, t: Tensor) -> Tensor:
+                found = velocity(z, t)
+                return good(tuple(contrast(found, z, t) if contrast else found for contrast in contrasts))
+
+            return on_interval(changed, velocity, begun, self.settings["style_contrast_until"]) if any(contrasts) else velocity
 
         field = self._counted(self.pipeline.field)
-        analogies = [self._analogy(field, group) for group in wanted]
+        begun = self.settings["analogy_until"]
+        analogies, contrasts = zip(*(self._by_other_styles(field, group) for group in wanted))
         away = [[self.negative or ""] * len(starts)] if choices.is_guided(self.settings) and self.guide is None else []
         captions = _encode(self.pipeline, wanted + away)
         ours = by_analogy(_branches(field, captions[: len(wanted)]))
@@ -175,25 +186,30 @@ class Drawing:
         else:
             both = by_analogy(_branches(field, captions))
             pair = lambda z, t: (good(velocities := both(z, t)), velocities[-1])
-        velocity = choices.guide(self.settings, alone=lambda z, t: good(ours(z, t)), pair=pair)
+        velocity = with_contrast(choices.guide(self.settings, alone=lambda z, t: good(ours(z, t)), pair=pair))
         if self.given and self.given.latents is not None:
             velocity = editing.keep_outside(velocity, self.given.data, self.given.latents)
         return velocity
 
-    def _analogy(self, field: TextVelocity, prompts: list[str]) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        """(velocity under the prompts, z, t) -> the same, by analogy with the model's other styles; None where that changes nothing."""
-        share, styles, parts = self.settings["analogy"], self.pipeline.config.sample.styles, [parted(prompt) for prompt in prompts]
+    def _by_other_styles(self, field: TextVelocity, prompts: list[str]) -> tuple[Change | None, Change | None]:
+        """What analogy makes of the velocity under the prompts, and contrast of the one to follow; None where that is nothing."""
+        analogy, contrast = self.settings["analogy"], self.settings["style_contrast"]
+        styles, parts = self.pipeline.config.sample.styles, [parted(prompt) for prompt in prompts]
         styled = torch.tensor([part.style in styles for part in parts], device=self.pipeline.device).view(-1, 1, 1, 1)
-        if not share or not styled.any():
-            return None
+        if not (analogy or contrast) or not styled.any():
+            return None, None
         # One at a time: no more pictures in a batch than guidance has.
         each = [conditional(field, *caption) for caption in _encode(self.pipeline, compared(parts, styles))]
 
-        def changed(good: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        def by_analogy(good: Tensor, z: Tensor, t: Tensor) -> Tensor:
             alone, *told = (velocity(z, t) for velocity in each)
-            return torch.where(styled, analogous(good, alone, list(zip(told[::2], told[1::2])), share), good)
+            return torch.where(styled, analogous(good, alone, list(zip(told[::2], told[1::2])), analogy), good)
 
-        return changed
+        def by_contrast(guided: Tensor, z: Tensor, t: Tensor) -> Tensor:
+            alone, *others = (velocity(z, t) for velocity in each[::2])
+            return torch.where(styled, contrasted(guided, alone, others, contrast), guided)
+
+        return by_analogy if analogy else None, by_contrast if contrast else None
 
     def _counted(self, field: TextVelocity) -> TextVelocity:
         def count(z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:

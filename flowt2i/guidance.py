@@ -99,6 +99,15 @@ def analogous(good: Tensor, style: Tensor, others: Sequence[tuple[Tensor, Tensor
     return good + share * (elsewhere - (good - style))
 
 
+def contrasted(velocity: Tensor, style: Tensor, others: Sequence[Tensor], weight: float) -> Tensor:
+    """`velocity + weight (style - mean_s style s)`: more of what sets a style apart from the others, whatever the subject.
+
+    velocity: the guided one of "SUBJECT, STYLE"; style: the velocity under the style alone; others: under each other style alone. A conjunction with the
+    one and negations of the others, as in composed diffusion (Liu et al. 2206.01714, eq. 11 and 12).
+    """
+    return velocity + weight * (style - torch.stack(list(others)).mean(0))
+
+
 def between(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
     """Velocities under two prompts mixed, `(1 - share) first + share second` with share [B, 1, 1, 1].
 

@@ -42,7 +42,8 @@ class Samples:
 _TEXTS = ("prompt", "to", "solver", "schedule", "guidance_rule", "negative", "guide", "init", "mask", "init_pixels", "mask_pixels",
           "model", "weights", "version")  # fmt: skip
 _INTEGERS = ("seed", "to_seed", "steps", "step", "width", "height")
-_NUMBERS = ("mix", "shift", "tolerance", "guidance", "guidance_rescale", "guidance_from", "guidance_until", "analogy", "analogy_until", "zero_init", "strength")
+_NUMBERS = ("mix", "shift", "tolerance", "guidance", "guidance_rescale", "guidance_from", "guidance_until", "analogy", "analogy_until",
+            "style_contrast", "style_contrast_until", "zero_init", "strength")  # fmt: skip
 
 
 def checked(told: dict[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Pipeline:
         """Draw `num` pictures of each prompt. Picture k of the call has the seed `seed + k`, whatever batch it falls into.
 
         steps, solver, guidance, shift, and in `more` every other setting of `SampleConfig` (schedule, tolerance, guidance_rule, guidance_rescale,
-        guidance_from, guidance_until, analogy, analogy_until, zero_init): None takes the model's own.
+        guidance_from, guidance_until, analogy, analogy_until, style_contrast, style_contrast_until, zero_init): None takes the model's own.
         width, height: of the pictures, in pixels, both or neither (the model's own size); see `size`.
         negative: what guidance leads away from, instead of the empty caption. guide: a weaker model that guidance leads away from instead (autoguidance).
         seeds: one for each prompt, in place of `seed` and `num`.
@@ -207,9 +207,10 @@ class Pipeline:
         before: dict[str, Any] = {name: told[name] for name in ("model", "weights", "step") if name in told}
         if any(self.told().get(name) != value for name, value in before.items()):
             warnings.warn(f"the picture was drawn by {_name(before)}, and this is {_name(self.told())}: it will differ", stacklevel=2)
-        told.setdefault("analogy", 0.0)  # pictures from before it
-        if told["analogy"] and "analogy" not in instead and len(self.config.sample.styles) < 2:
-            told["analogy"] = 0.0  # another model's, of which was just warned
+        for name in ("analogy", "style_contrast"):
+            told.setdefault(name, 0.0)  # pictures from before it
+            if told[name] and name not in instead and len(self.config.sample.styles) < 2:
+                told[name] = 0.0  # another model's, of which was just warned
         wanted = {name: value for name, value in told.items() if name not in ("version", "model", "weights", "step", "init_pixels", "mask_pixels")} | instead
         for name in ("init", "mask", "guide"):
             if isinstance(wanted.get(name), str) and name not in instead and not os.path.exists(wanted[name]):

@@ -15,14 +15,14 @@ from flowt2i.schedules import check_schedule, make_times, written
 from flowt2i.solvers import SOLVERS, Solver, Velocity, dopri5, sde
 
 NAMES = ("steps", "solver", "schedule", "shift", "tolerance", "guidance", "guidance_rule", "guidance_rescale", "guidance_from", "guidance_until", "analogy",
-         "analogy_until", "zero_init")  # fmt: skip
+         "analogy_until", "style_contrast", "style_contrast_until", "zero_init")  # fmt: skip
 ALWAYS = ("steps", "solver", "guidance", "shift")  # told even where they are at their defaults
 RULES = get_args(SampleConfig.model_fields["guidance_rule"].annotation)
 # What numbers mean, beside the range that their field in `SampleConfig` states.
 HINTS = {
     "steps": "", "shift": " (1: as the schedule says)", "tolerance": "", "guidance": " (1: none)", "guidance_rescale": " (0: none)",
     "guidance_from": " (0: noise, 1: data)", "guidance_until": " (0: noise, 1: data)", "analogy": " (0: none)",
-    "analogy_until": " (0: noise, 1: data)", "zero_init": " (0: none)",
+    "analogy_until": " (0: noise, 1: data)", "style_contrast": " (0: none)", "style_contrast_until": " (0: noise, 1: data)", "zero_init": " (0: none)",
 }  # fmt: skip
 
 
@@ -53,8 +53,12 @@ def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{name.replace('_', ' ')} {chosen[name]} is out of range: choose {least:g} to {most:g}{hint}")
     if chosen["guidance_from"] >= chosen["guidance_until"]:
         raise UserError(f"the guidance interval {chosen['guidance_from']:g} to {chosen['guidance_until']:g} is empty: the first time must be the smaller one")
-    if chosen["analogy"] and len(own.styles) < 2:
-        raise UserError("analogy compares styles, and this model names none (`sample.styles`, at least two): leave it out")
+    for name in ("analogy", "style_contrast"):
+        if chosen[name] and len(own.styles) < 2:
+            raise UserError(f"{name.replace('_', ' ')} compares styles, and this model names none (`sample.styles`, at least two): leave it out")
+    first, last = chosen["analogy_until"], chosen["style_contrast_until"]
+    if chosen["style_contrast"] and first >= last:
+        raise UserError(f"style contrast acts after analogy, which ends at {first:g}, so not until {last:g}: choose a later style_contrast_until")
     make_times(chosen["schedule"], chosen["steps"], chosen["shift"])  # its UserError before the work
     return chosen
 

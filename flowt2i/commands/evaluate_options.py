@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from flowt2i.evaluation.metrics import Context
     from flowt2i.training.distributed import World
 
-SAMPLING = ("steps", "solver", "schedule", "shift", "tolerance", "guidance", "guidance_rule", "guidance_rescale", "analogy", "zero_init", "negative",
-            "guide")  # fmt: skip
+SAMPLING = ("steps", "solver", "schedule", "shift", "tolerance", "guidance", "guidance_rule", "guidance_rescale", "analogy", "style_contrast", "zero_init",
+            "negative", "guide")  # fmt: skip
 OF_MODELS = (*SAMPLING, "guidance_interval", "heldout_pairs", "clip", "codec", "text", "compile")  # how pictures are drawn, and of what
 OF_METRICS = {"net": ("frechet", "kid", "memorisation"), "reference": ("fid", "frechet", "kid")}
 NOT_COMPARED = {  # what --compare does not look at

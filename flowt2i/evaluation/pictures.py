@@ -45,8 +45,9 @@ class Drawing:
     def fingerprint(self) -> str:
         """sha256 of all that the pictures depend on, but their number: weights (a guide's too), settings, seed. Prompts are looked at block by block."""
         digest = hashlib.sha256(b"pictures-2")
-        facts = [self.pipeline.settings(**self.settings), self.seed, BLOCK, self.pipeline.computes, self.pipeline.description.codec.fingerprint]
-        if self.pipeline.settings(**self.settings)["analogy"]:
+        settings = self.pipeline.settings(**self.settings)
+        facts = [settings, self.seed, BLOCK, self.pipeline.computes, self.pipeline.description.codec.fingerprint]
+        if settings["analogy"] or settings["style_contrast"]:
             facts.append(self.pipeline.config.sample.styles)
         guide = self.pipeline._guide(self.settings.get("guide"))
         if guide is not None:  # its path may hold another model by now

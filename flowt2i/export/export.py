@@ -79,9 +79,10 @@ def export(
     if sample:
         facts["scores"] = {}  # those that the run recorded are of its own way of drawing
     if format != "flowt2i":
-        if own["analogy"] and "sample.analogy" in dict(parse_overrides(sample)):
-            raise UserError(f"--format {format} does not draw by analogy: leave out --sample.analogy")
-        pipeline.config.sample.analogy = 0.0  # samples and card are of what it does
+        for name in ("analogy", "style_contrast"):
+            if own[name] and f"sample.{name}" in dict(parse_overrides(sample)):
+                raise UserError(f"--format {format} does not compare styles: leave out --sample.{name}")
+            setattr(pipeline.config.sample, name, 0.0)  # samples and card are of what it does
     if average:
         facts["averaged"] = [*facts["averaged"], *average_into(pipeline, average, weights)]
         facts["scores"] = {}  # those that the run recorded are of its own weights

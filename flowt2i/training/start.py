@@ -55,14 +55,14 @@ def configuration(name: str | Path, start: Start, data: DatasetDescription, word
         config.optim.schedule_steps, config.data.subset, config.train.stop_after = 0, 0, ""  # the length of that run, and what it was cut to
     if data.fingerprint != start.description.fingerprint:
         config.sample.prompts = []  # previews show captions of the new data
-        config.sample.analogy, config.sample.styles = 0.0, []  # likewise for its styles
+        config.sample.analogy, config.sample.style_contrast, config.sample.styles = 0.0, 0.0, []  # likewise for its styles
     ratio = grow.time_shift(start.description.codec.shape, data.codec.shape)
     config.flow.time_shift *= ratio
     config.flow.perceptual_from = shift_times(config.flow.perceptual_from, ratio)
     config.sample.shift = min(max(config.sample.shift * ratio, SHIFTS[0]), SHIFTS[1])
     sample = config.sample  # the interval moves as the solver's times do: guided are the same steps
     sample.guidance_from, sample.guidance_until = shift_times(sample.guidance_from, ratio), shift_times(sample.guidance_until, ratio)
-    sample.analogy_until = shift_times(sample.analogy_until, ratio)
+    sample.analogy_until, sample.style_contrast_until = shift_times(sample.analogy_until, ratio), shift_times(sample.style_contrast_until, ratio)
     asked = dict(parse_overrides(words))
     if asked.get("train.lora", "0") != "0":
         config.optim.name = "adamw"  # adapters are thin: there is nothing for Muon to make orthogonal
