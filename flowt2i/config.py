@@ -226,9 +226,9 @@ class SampleConfig(_Section):
         0.0,
         ge=0,
         le=10,
-        description="of the same captions, after the beginning: how much more a drawing has of what sets its style apart from the others; 0: no more",
+        description="of the same captions: how much more a drawing has of what sets its style apart from the others; 0: no more",
     )
-    style_contrast_until: float = Field(0.5, ge=0, le=1, description="and that before this time")
+    style_contrast_until: float = Field(0.3, ge=0, le=1, description="and that before this time (0: noise, 1: data)")
     styles: list[str] = Field([], description="the styles, as JSON: the last part of each caption, behind its last comma")
     zero_init: float = Field(0.0, ge=0, le=0.99, description="drawing begins at this time, with the noise as it is (CFG-Zero*: 0.04)")
     images: int = Field(16, ge=1, description="images in a preview grid")

@@ -13,7 +13,7 @@ from flowt2i import settings as choices
 from flowt2i.codec import stored_to_latents
 from flowt2i.editing import Picture, Start
 from flowt2i.errors import UserError
-from flowt2i.guidance import Branches, Captions, TextVelocity, analogous, between, conditional, contrasted, on_interval, together
+from flowt2i.guidance import Branches, Captions, TextVelocity, analogous, between, conditional, contrasted, time_of, together
 from flowt2i.schedules import times_from
 from flowt2i.shapes import Shape
 from flowt2i.solvers import ToleranceError, Velocity
@@ -156,60 +156,54 @@ class Drawing:
         def good(velocities: tuple[Tensor, ...]) -> Tensor:
             return between(velocities[0], velocities[1], mix) if len(wanted) == 2 else velocities[0]
 
-        def by_analogy(branches: Branches) -> Branches:
-            """The velocities under what is wanted, changed by analogies while it is early; those behind them as they are."""
+        def styled(branches: Branches) -> Branches:
+            """The velocities under what is wanted, changed by what the model says of its styles; those behind them as they are."""
 
             def changed(z: Tensor, t: Tensor) -> tuple[Tensor, ...]:
                 found = branches(z, t)
-                return *(analogy(v, z, t) if analogy else v for v, analogy in zip(found, analogies)), *found[len(analogies) :]
+                return *(change(v, z, t) if change else v for v, change in zip(found, changes)), *found[len(changes) :]
 
-            return on_interval(changed, branches, 0, begun) if any(analogies) else branches
-
-        def with_contrast(velocity: Velocity) -> Velocity:
-            """The velocity with more of the styles after that."""
-
-            def changed(z: Tensor, t: Tensor) -> Tensor:
-                found = velocity(z, t)
-                return good(tuple(contrast(found, z, t) if contrast else found for contrast in contrasts))
-
-            return on_interval(changed, velocity, begun, self.settings["style_contrast_until"]) if any(contrasts) else velocity
+            return changed if any(changes) else branches
 
         field = self._counted(self.pipeline.field)
-        begun = self.settings["analogy_until"]
-        analogies, contrasts = zip(*(self._by_other_styles(field, group) for group in wanted))
+        changes = [self._by_styles(field, group) for group in wanted]
         away = [[self.negative or ""] * len(starts)] if choices.is_guided(self.settings) and self.guide is None else []
         captions = _encode(self.pipeline, wanted + away)
-        ours = by_analogy(_branches(field, captions[: len(wanted)]))
+        ours = styled(_branches(field, captions[: len(wanted)]))
         if self.guide is not None:
             theirs = _branches(self._counted(self.guide.field), _encode(self.guide, wanted))
             pair: Branches = lambda z, t: (good(ours(z, t)), good(theirs(z, t)))
         else:
-            both = by_analogy(_branches(field, captions))
+            both = styled(_branches(field, captions))
             pair = lambda z, t: (good(velocities := both(z, t)), velocities[-1])
-        velocity = with_contrast(choices.guide(self.settings, alone=lambda z, t: good(ours(z, t)), pair=pair))
+        velocity = choices.guide(self.settings, alone=lambda z, t: good(ours(z, t)), pair=pair)
         if self.given and self.given.latents is not None:
             velocity = editing.keep_outside(velocity, self.given.data, self.given.latents)
         return velocity
 
-    def _by_other_styles(self, field: TextVelocity, prompts: list[str]) -> tuple[Change | None, Change | None]:
-        """What analogy makes of the velocity under the prompts, and contrast of the one to follow; None where that is nothing."""
-        analogy, contrast = self.settings["analogy"], self.settings["style_contrast"]
+    def _by_styles(self, field: TextVelocity, prompts: list[str]) -> Change | None:
+        """What analogy and style contrast make of the velocity under the prompts; None where that is nothing."""
+        until = {name: self.settings[f"{name}_until"] for name in ("analogy", "style_contrast") if self.settings[name]}
         styles, parts = self.pipeline.config.sample.styles, [parted(prompt) for prompt in prompts]
         styled = torch.tensor([part.style in styles for part in parts], device=self.pipeline.device).view(-1, 1, 1, 1)
-        if not (analogy or contrast) or not styled.any():
-            return None, None
+        if not until or not styled.any():
+            return None
         # One at a time: no more pictures in a batch than guidance has.
         each = [conditional(field, *caption) for caption in _encode(self.pipeline, compared(parts, styles))]
 
-        def by_analogy(good: Tensor, z: Tensor, t: Tensor) -> Tensor:
-            alone, *told = (velocity(z, t) for velocity in each)
-            return torch.where(styled, analogous(good, alone, list(zip(told[::2], told[1::2])), analogy), good)
+        def changed(good: Tensor, z: Tensor, t: Tensor) -> Tensor:
+            acting = [name for name, end in until.items() if time_of(t) < end]
+            if not acting:
+                return good
+            found, style, others = good, each[0](z, t), [velocity(z, t) for velocity in each[2::2]]
+            if "analogy" in acting:
+                subjects = [velocity(z, t) for velocity in each[1::2]]
+                found = analogous(found, style, list(zip(subjects, others)), self.settings["analogy"])
+            if "style_contrast" in acting:
+                found = contrasted(found, style, others, self.settings["style_contrast"])
+            return torch.where(styled, found, good)
 
-        def by_contrast(guided: Tensor, z: Tensor, t: Tensor) -> Tensor:
-            alone, *others = (velocity(z, t) for velocity in each[::2])
-            return torch.where(styled, contrasted(guided, alone, others, contrast), guided)
-
-        return by_analogy if analogy else None, by_contrast if contrast else None
+        return changed
 
     def _counted(self, field: TextVelocity) -> TextVelocity:
         def count(z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:

@@ -80,10 +80,10 @@ def on_interval(
 
     With the plain conditional field outside, a call there costs one evaluation instead of two.
     """
-    return lambda z, t: inside(z, t) if start <= _time(t) < end else outside(z, t)
+    return lambda z, t: inside(z, t) if start <= time_of(t) < end else outside(z, t)
 
 
-def _time(t: Tensor) -> float:
+def time_of(t: Tensor) -> float:
     """The time as it was meant: 0.7 in fp32 lies below 0.7."""
     return round(float(t), 6)
 
@@ -99,13 +99,13 @@ def analogous(good: Tensor, style: Tensor, others: Sequence[tuple[Tensor, Tensor
     return good + share * (elsewhere - (good - style))
 
 
-def contrasted(velocity: Tensor, style: Tensor, others: Sequence[Tensor], weight: float) -> Tensor:
-    """`velocity + weight (style - mean_s style s)`: more of what sets a style apart from the others, whatever the subject.
+def contrasted(good: Tensor, style: Tensor, others: Sequence[Tensor], weight: float) -> Tensor:
+    """`good + weight (style - mean_s style s)`: more of what sets a style apart from the others, whatever the subject.
 
-    velocity: the guided one of "SUBJECT, STYLE"; style: the velocity under the style alone; others: under each other style alone. A conjunction with the
-    one and negations of the others, as in composed diffusion (Liu et al. 2206.01714, eq. 11 and 12).
+    good: the velocity under "SUBJECT, STYLE"; style: under the style alone; others: under each other style alone. A conjunction with the one and
+    negations of the others, as in composed diffusion (Liu et al. 2206.01714, eq. 11 and 12).
     """
-    return velocity + weight * (style - torch.stack(list(others)).mean(0))
+    return good + weight * (style - torch.stack(list(others)).mean(0))
 
 
 def between(first: Tensor, second: Tensor, share: Tensor) -> Tensor:

@@ -56,9 +56,6 @@ def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
     for name in ("analogy", "style_contrast"):
         if chosen[name] and len(own.styles) < 2:
             raise UserError(f"{name.replace('_', ' ')} compares styles, and this model names none (`sample.styles`, at least two): leave it out")
-    first, last = chosen["analogy_until"], chosen["style_contrast_until"]
-    if chosen["style_contrast"] and first >= last:
-        raise UserError(f"style contrast acts after analogy, which ends at {first:g}, so not until {last:g}: choose a later style_contrast_until")
     make_times(chosen["schedule"], chosen["steps"], chosen["shift"])  # its UserError before the work
     return chosen
 

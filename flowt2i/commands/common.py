@@ -56,7 +56,9 @@ def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first
     parser.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="share of the contrast added by guidance that is taken back, 0 to 1")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "UNTIL"), help="guidance between these times only (0: noise, 1: data)")
     parser.add_argument("--analogy", type=float, metavar="SHARE", help='of prompts "SUBJECT, STYLE": at first as the subject is in the other styles, 0 to 1')
-    parser.add_argument("--style-contrast", type=float, metavar="WEIGHT", help="of the same prompts: then more of what sets the style apart, 0 to 10")
+    parser.add_argument(
+        "--style-contrast", type=float, metavar="WEIGHT", help="of the same prompts: more of what sets the style apart from the others, 0 to 10"
+    )
     parser.add_argument("--zero-init", type=float, metavar="TIME", help="begin at this time, with the noise as it is (CFG-Zero*: 0.04; default 0)")
     parser.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from, instead of the empty caption")
     parser.add_argument("--guide", metavar="PATH", help="a weaker model that guidance leads away from instead (autoguidance)")
