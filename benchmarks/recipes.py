@@ -40,6 +40,7 @@ RECIPES = {
     "quickstart-uniform-times": Recipe("quickstart", ("--flow.times", "uniform"), "training times uniform"),
     "quickstart-v": Recipe("quickstart", ("--model.prediction", "v"), "the network puts out the velocity"),
     "quickstart-floor-0.05": Recipe("quickstart", ("--flow.floor", "0.05"), "the general floor of the x-loss"),
+    "quickstart-no-edges": Recipe("quickstart", ("--flow.edges", "0"), "the squares of the error alone"),
     "quickstart-learned-positions": Recipe("quickstart", ("--model.positions", "learned"), "learned positions"),
     "quickstart-sincos-positions": Recipe("quickstart", ("--model.positions", "sincos"), "no rotary positions"),
     "quickstart-no-bottleneck": Recipe("quickstart", ("--model.bottleneck", "0"), "no bottleneck in the patch embedding"),

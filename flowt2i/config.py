@@ -315,7 +315,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
         "data": {"batch_size": 32},
         "model": {"width": 192, "depth": 6, "heads": 6, "time_width": 192, "text_width": 192, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64, "masks": 4},
-        "flow": {"logit_mean": -1.3, "floor": 0.4},
+        "flow": {"logit_mean": -1.3, "floor": 0.4, "edges": 4.0},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
         "train": {"minutes": 13, "micro_batch": 0, "ema": 0.99, "eval_every": 0, "checkpoint_every": 500},
         "sample": {"steps": 10, "shift": 3.0, "guidance": 3.0, "guidance_until": 0.3},

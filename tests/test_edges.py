@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flowt2i.config import resolve
+from flowt2i.errors import UserError
 from flowt2i.training.loop import train
 from flowt2i.training.objective import Terms
 from flowt2i.training.tracking import read_log
@@ -33,3 +34,11 @@ def test_training_uses_them_and_says_so(scenes_data, tiny, tmp_path):
     # After one step at a small rate the networks are nearly the same, and so is what validation tells of them: it has no edges in it.
     held = [log(tmp_path / name, "eval.jsonl")[1]["validation"]["loss"] for name in ("without", "twice")]
     assert held[1] == pytest.approx(held[0], rel=0.05)
+
+
+def test_a_run_from_before_they_were_the_presets_is_told_how_to_go_on(scenes_data, tiny, tmp_path):
+    train(resolve("quickstart", [*tiny, "--train.steps", "1", "--flow.edges", "0"]), scenes_data, tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match=r"made with another flow\.edges: resume with --flow\.edges 0\.0, or start a new run"):
+        train(resolve("quickstart", [*tiny, "--train.steps", "2"]), scenes_data, tmp_path / "run", "latest", progress=False)
+    train(resolve("quickstart", [*tiny, "--train.steps", "2", "--flow.edges", "0.0"]), scenes_data, tmp_path / "run", "latest", progress=False)
+    assert max(log(tmp_path / "run", "eval.jsonl")) == 2

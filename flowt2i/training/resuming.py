@@ -88,8 +88,10 @@ def require_ours(trainer: "Trainer", source: Path) -> Config:
         section, _, field = name.partition(".")
         a, b = (getattr(c, section) if not field else getattr(getattr(c, section), field) for c in (theirs, trainer.config))
         if a != b:
-            what = name if field else f"{section}.{next(f for f in type(a).model_fields if getattr(a, f) != getattr(b, f))}"
-            raise UserError(f"the checkpoint {source} was made with another {what}: resume with the same settings, or start a new run with another --out")
+            other = field or next(f for f in type(a).model_fields if getattr(a, f) != getattr(b, f))
+            value = json.dumps(getattr(getattr(theirs, section), other)).strip('"')  # as the command line takes it
+            what = f"{section}.{other}"
+            raise UserError(f"the checkpoint {source} was made with another {what}: resume with --{what} {value}, or start a new run with another --out")
     return theirs
 
 
