@@ -13,6 +13,7 @@ MINUTES ?= $$($(BIN)/python -c 'import torch; print(1.5 if torch.cuda.is_availab
 # more settings of the training; without units for bf16 a narrower network, which learns more in the time there (docs/experiments.md)
 # (a run that is there goes on as it began)
 SETTINGS ?= $$(if [ -e $(OUT)/config.json ]; then grep -q '"width": 128,' $(OUT)/config.json && echo $(NARROW); \
+	  grep -q '"edges": 4' $(OUT)/config.json || echo --flow.edges 0; \
 	else [ "$$($(BIN)/python -m flowt2i.precision)" = bf16 ] || echo $(NARROW); fi)
 NARROW := --model.width 128 --model.heads 4 --model.time_width 128 --model.text_width 128
 SLOW ?=

@@ -185,7 +185,7 @@ def main(words: list[str] | None = None) -> None:
     if args.copies:
         memorisation.check(context)
     found, real, drawn = measure(context, args.data)
-    file = args.results / f"combinations-{args.name or Path(args.model).name}"
+    file = args.results / f"combinations-{args.name or Path(args.model).name}{f'-seed{args.seed}' if args.seed else ''}"
     about = machine.facts(pipeline.device) | {"model": args.model, "seed": args.seed}
     write = lambda: file.with_suffix(".json").write_text(json.dumps(about | found, indent=1) + "\n")
     write()

@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from flowt2i import shapes
 from flowt2i.errors import UserError, nearest
 from flowt2i.schedules import check_schedule
+from flowt2i.styles import BY_STYLES
 
 
 class _Section(BaseModel):
@@ -226,7 +227,7 @@ class SampleConfig(_Section):
         0.0,
         ge=0,
         le=10,
-        description="of the same captions: how much more a drawing has of what sets its style apart from the others; 0: no more",
+        description='of captions "SUBJECT, STYLE": how much more a drawing has of what sets its style apart from the others; 0: as it is',
     )
     style_contrast_until: float = Field(0.3, ge=0, le=1, description="and that before this time (0: noise, 1: data)")
     styles: list[str] = Field([], description="the styles, as JSON: the last part of each caption, behind its last comma")
@@ -339,7 +340,7 @@ def resolve(preset: str | None, overrides: Sequence[str] = (), base: Config | No
     for key, value in pairs:
         set_field(config, key, value)
     asked = {key for key, _ in pairs}
-    for name in ("analogy", "style_contrast"):
+    for name in BY_STYLES:
         if getattr(config.sample, name) and len(config.sample.styles) < 2:
             raise UserError(f"sample.{name} compares styles: give at least two as --sample.styles, or leave it out")
     if "train.steps" in asked and "train.minutes" not in asked:

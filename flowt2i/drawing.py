@@ -17,7 +17,7 @@ from flowt2i.guidance import Branches, Captions, TextVelocity, analogous, betwee
 from flowt2i.schedules import times_from
 from flowt2i.shapes import Shape
 from flowt2i.solvers import ToleranceError, Velocity
-from flowt2i.styles import compared, parted
+from flowt2i.styles import BY_STYLES, compared, parted
 
 if TYPE_CHECKING:
     from flowt2i.pipeline import Pipeline
@@ -183,10 +183,10 @@ class Drawing:
 
     def _by_styles(self, field: TextVelocity, prompts: list[str]) -> Change | None:
         """What analogy and style contrast make of the velocity under the prompts; None where that is nothing."""
-        until = {name: self.settings[f"{name}_until"] for name in ("analogy", "style_contrast") if self.settings[name]}
+        until = {name: self.settings[f"{name}_until"] for name in BY_STYLES if self.settings[name]}
         styles, parts = self.pipeline.config.sample.styles, [parted(prompt) for prompt in prompts]
-        styled = torch.tensor([part.style in styles for part in parts], device=self.pipeline.device).view(-1, 1, 1, 1)
-        if not until or not styled.any():
+        in_a_style = torch.tensor([part.style in styles for part in parts], device=self.pipeline.device).view(-1, 1, 1, 1)
+        if not until or not in_a_style.any():
             return None
         # One at a time: no more pictures in a batch than guidance has.
         each = [conditional(field, *caption) for caption in _encode(self.pipeline, compared(parts, styles))]
@@ -201,7 +201,7 @@ class Drawing:
                 found = analogous(found, style, list(zip(subjects, others)), self.settings["analogy"])
             if "style_contrast" in acting:
                 found = contrasted(found, style, others, self.settings["style_contrast"])
-            return torch.where(styled, found, good)
+            return torch.where(in_a_style, found, good)
 
         return changed
 

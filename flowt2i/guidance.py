@@ -8,7 +8,6 @@ CFG-Zero*), and `w + 1` in Ho & Salimans.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from flowt2i.solvers import Velocity
 TextVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z [B, C, H, W], t [], text [B, T, D], mask [B, T]) -> [B, C, H, W]
 Captions = tuple[Tensor, Tensor]  # text [B, T, D], mask [B, T]
 Branches = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (z, t) -> velocities under several captions
-Field = TypeVar("Field", Tensor, tuple[Tensor, ...])  # what a velocity, or branches, give
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (good, bad, z, t) -> velocity
 
 
@@ -73,10 +71,8 @@ def rescale(velocity: Tensor, good: Tensor, z: Tensor, t: Tensor, share: float) 
     return velocity + share * (ratio - 1) * (x - mean) / left
 
 
-def on_interval(
-    inside: Callable[[Tensor, Tensor], Field], outside: Callable[[Tensor, Tensor], Field], start: float, end: float
-) -> Callable[[Tensor, Tensor], Field]:
-    """One field, or one set of branches, for `start <= t < end`, another elsewhere: guidance on an interval (2404.07724, sec. 3, in our times).
+def on_interval(inside: Velocity, outside: Velocity, start: float, end: float) -> Velocity:
+    """One field for `start <= t < end`, another elsewhere: guidance on an interval (2404.07724, sec. 3, in our times).
 
     With the plain conditional field outside, a call there costs one evaluation instead of two.
     """

@@ -27,6 +27,7 @@ from flowt2i.editing import Picture
 from flowt2i.errors import UserError
 from flowt2i.model import FlowTransformer
 from flowt2i.pictures import Samples, checked, name_of, read_settings, save_png
+from flowt2i.styles import BY_STYLES
 from flowt2i.text import CaptionTokenizer, FrozenEncoder, load_encoder, load_tokenizer
 from flowt2i.training import checkpoint
 from flowt2i.training.compiling import compile_blocks, has_compiler
@@ -207,7 +208,7 @@ class Pipeline:
         before: dict[str, Any] = {name: told[name] for name in ("model", "weights", "step") if name in told}
         if any(self.told().get(name) != value for name, value in before.items()):
             warnings.warn(f"the picture was drawn by {_name(before)}, and this is {_name(self.told())}: it will differ", stacklevel=2)
-        for name in ("analogy", "style_contrast"):
+        for name in BY_STYLES:
             told.setdefault(name, 0.0)  # pictures from before it
             if told[name] and name not in instead and len(self.config.sample.styles) < 2:
                 told[name] = 0.0  # another model's, of which was just warned

@@ -13,6 +13,7 @@ from flowt2i.errors import UserError, nearest
 from flowt2i.guidance import Branches
 from flowt2i.schedules import check_schedule, make_times, written
 from flowt2i.solvers import SOLVERS, Solver, Velocity, dopri5, sde
+from flowt2i.styles import BY_STYLES
 
 NAMES = ("steps", "solver", "schedule", "shift", "tolerance", "guidance", "guidance_rule", "guidance_rescale", "guidance_from", "guidance_until", "analogy",
          "analogy_until", "style_contrast", "style_contrast_until", "zero_init")  # fmt: skip
@@ -53,7 +54,7 @@ def resolve(own: SampleConfig, given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{name.replace('_', ' ')} {chosen[name]} is out of range: choose {least:g} to {most:g}{hint}")
     if chosen["guidance_from"] >= chosen["guidance_until"]:
         raise UserError(f"the guidance interval {chosen['guidance_from']:g} to {chosen['guidance_until']:g} is empty: the first time must be the smaller one")
-    for name in ("analogy", "style_contrast"):
+    for name in BY_STYLES:
         if chosen[name] and len(own.styles) < 2:
             raise UserError(f"{name.replace('_', ' ')} compares styles, and this model names none (`sample.styles`, at least two): leave it out")
     make_times(chosen["schedule"], chosen["steps"], chosen["shift"])  # its UserError before the work

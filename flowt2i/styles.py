@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+BY_STYLES = ("analogy", "style_contrast")  # what a drawing may do with a model's styles: settings, each with its end as `NAME_until`
 MOST_STYLES = 8  # each is a distribution to learn from its own pictures; captions that end in more kinds of words have none
 LEAST_SHARE = 0.01  # of the captions that must end in a style
 COVERED = 0.9  # of the captions that must end in one of the styles
@@ -26,9 +27,9 @@ def parted(caption: str) -> Parted:
 
 
 def compared(captions: Sequence[Parted], styles: Sequence[str]) -> list[list[str]]:
-    """What drawings by analogy compare with, each for every caption: its style alone; then, in turns, its subject in another style and that style alone.
+    """What analogy and contrast look at, each for every caption: its style alone; then, in turns, its subject in another style and that style alone.
 
-    A caption in none of the styles is compared with itself and the empty caption, which changes nothing (`guidance.analogous`).
+    So styles alone are the even ones and subjects the odd ones. A caption in none of the styles is compared with itself and the empty caption.
     """
     columns = []
     for caption in captions:

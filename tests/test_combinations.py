@@ -81,12 +81,12 @@ def test_the_whole_on_a_tiny_model(combinations, trained, pairs, tmp_path, capsy
     run = trained(pairs, "--train.steps", "4")
     words = ["--model", str(run), "--data", str(pairs), "--name", "t", "--seed", "1", "--no-copies", "--results", str(tmp_path)]
     combinations.main(words)
-    told = json.loads((tmp_path / "combinations-t.json").read_text())
+    told = json.loads((tmp_path / "combinations-t-seed1.json").read_text())
     assert told["seed"] == 1 and "seed 1" in told["protocol"]
     assert told["n"] >= 32 and told["frechet"]["drawn"] > told["frechet"]["floor"] > 0 and "heldout captions" in told["protocol"]
     # real pictures can be told by their style; these drawings, noise after four steps, by nothing
     assert told["style"]["real"]["accuracy"] > 0.9 and told["subject"]["real, blurred"]["accuracy"] > 2 * told["subject"]["drawn"]["accuracy"]
-    assert (tmp_path / "combinations-t.png").exists() and "subject found first" in (tmp_path / "combinations-t.md").read_text()
+    assert (tmp_path / "combinations-t-seed1.png").exists() and "subject found first" in (tmp_path / "combinations-t-seed1.md").read_text()
     assert "kernel distance" in capsys.readouterr().out
 
 

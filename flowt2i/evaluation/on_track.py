@@ -24,7 +24,7 @@ from flowt2i.training.tracking import read_log
 
 TOLERANCE = 0.1  # of a loss. A choice: the spread of seeds at one length is not measured (our runs, 113,000 to 134,000 images long, end within 7%)
 REACH = 1.05  # a curve is still read this far past its ends
-BESIDE = ("edges", "perceptual", "perceptual_size", "perceptual_from")  # of the flow settings: terms of the trained loss that validation leaves out
+BESIDE = {"edges", "perceptual", "perceptual_size", "perceptual_from"}  # of the flow settings: terms of the trained loss that validation leaves out
 NETWORK = ("width", "depth")  # the size of a network, as the curves tell that of theirs
 Points = list[list[float]]  # [images seen, value], in order
 
@@ -65,7 +65,7 @@ def comparable(config: Config, description: DatasetDescription) -> tuple[dict[st
     theirs = FlowConfig(**reference["flow"])
     same_prediction = config.model.prediction == reference["prediction"]
     same_loss = same_prediction and config.flow == theirs
-    same_validation = same_prediction and config.flow.model_copy(update={name: getattr(theirs, name) for name in BESIDE}) == theirs
+    same_validation = same_prediction and config.flow.model_dump(exclude=BESIDE) == theirs.model_dump(exclude=BESIDE)
     same_pictures = drawn_with(config.sample) in [drawn_with(SampleConfig(**settings)) for settings in reference["samples"]]
     return reference, {name for name, same in (("score", same_pictures), ("loss", same_loss), ("validation", same_validation)) if same}
 

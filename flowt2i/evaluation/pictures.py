@@ -23,6 +23,7 @@ from flowt2i.evaluation.nets import FeatureNet, fingerprint_tensors, resize
 from flowt2i.files import whole
 from flowt2i.pipeline import Pipeline
 from flowt2i.shapes import Shape
+from flowt2i.styles import BY_STYLES
 from flowt2i.training.distributed import World
 
 BLOCK = 64  # pictures drawn together; the same ones whatever the number of ranks, so that no picture depends on it
@@ -46,8 +47,11 @@ class Drawing:
         """sha256 of all that the pictures depend on, but their number: weights (a guide's too), settings, seed. Prompts are looked at block by block."""
         digest = hashlib.sha256(b"pictures-2")
         settings = self.pipeline.settings(**self.settings)
+        by_styles = any(settings[name] for name in BY_STYLES)
+        if not by_styles:  # as pictures were kept before there were such settings
+            settings = {name: value for name, value in settings.items() if not name.startswith(BY_STYLES)}
         facts = [settings, self.seed, BLOCK, self.pipeline.computes, self.pipeline.description.codec.fingerprint]
-        if settings["analogy"] or settings["style_contrast"]:
+        if by_styles:
             facts.append(self.pipeline.config.sample.styles)
         guide = self.pipeline._guide(self.settings.get("guide"))
         if guide is not None:  # its path may hold another model by now

@@ -14,6 +14,7 @@ from flowt2i.export.average import average_into
 from flowt2i.export.card import Told
 from flowt2i.export.facts import training_facts
 from flowt2i.pipeline import Pipeline
+from flowt2i.styles import BY_STYLES
 from flowt2i.training import checkpoint
 
 FORMATS = ("flowt2i", "diffusers", "onnx")
@@ -79,7 +80,7 @@ def export(
     if sample:
         facts["scores"] = {}  # those that the run recorded are of its own way of drawing
     if format != "flowt2i":
-        for name in ("analogy", "style_contrast"):
+        for name in BY_STYLES:
             if own[name] and f"sample.{name}" in dict(parse_overrides(sample)):
                 raise UserError(f"--format {format} does not compare styles: leave out --sample.{name}")
             setattr(pipeline.config.sample, name, 0.0)  # samples and card are of what it does

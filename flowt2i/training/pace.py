@@ -108,9 +108,9 @@ def of_a_picture(sample: SampleConfig, steps: int) -> int:
     def counting(each: int) -> Velocity:
         return lambda z, t: passes.append(each) or torch.zeros_like(z)  # type: ignore[func-returns-value]
 
-    alone = max(sample.analogy_until if sample.analogy else 0.0, sample.style_contrast_until if sample.style_contrast else 0.0)
+    styles_until = max(sample.analogy_until if sample.analogy else 0.0, sample.style_contrast_until if sample.style_contrast else 0.0)
     velocity = on_interval(counting(2), counting(1), sample.guidance_from, sample.guidance_until) if sample.guidance != 1 else counting(1)
-    styles = on_interval(counting(len(sample.styles)), counting(0), 0, alone)  # captions beside a picture's own: its style and the others
+    styles = on_interval(counting(len(sample.styles)), counting(0), 0, styles_until)  # captions beside a picture's own: its style and the others
     subject = on_interval(counting(len(sample.styles) - 1), counting(0), 0, sample.analogy_until if sample.analogy else 0.0)  # and itself in those
     SOLVERS[solver](lambda z, t: velocity(z, t) + styles(z, t) + subject(z, t), torch.zeros(1, 1, 1, 1), make_times(sample.schedule, steps, sample.shift))
     return sum(passes)
