@@ -99,7 +99,7 @@ def test_only_times_behind_the_gate_count_and_both_predictions_are_one(net, pict
 
 
 def test_training_uses_it_and_says_so(scenes_data, tiny, tmp_path):
-    words = [*tiny, "--train.steps", "3"]
+    words = [*tiny, "--train.steps", "3", "--flow.edges", "0"]
     fit(scenes_data, tmp_path / "without", *words)
     fit(scenes_data, tmp_path / "with", *words, "--flow.perceptual", "0.5", "--flow.perceptual_from", "0.1")
     without, found = log(tmp_path / "without"), log(tmp_path / "with")
