@@ -102,7 +102,9 @@ class FlowConfig(_Section):
     )
     floor: float = Field(0.05, gt=0, lt=1, description="x-prediction: the loss divides by 1 - t, kept above this")
     edges: float = Field(
-        0.0, ge=0, description="weight of the differences between neighbouring places of the error beside its squares: outlines are learned sooner; 0: none"
+        0.0,
+        ge=0,
+        description="x-prediction: weight of the differences between neighbouring places of the error beside its squares: outlines are learned sooner",
     )
     perceptual: float = Field(
         0.0, ge=0, description="weight of a perceptual loss of the predicted picture (EfficientNet-lite1) beside the flow's; 0: none. Pixel codec only"

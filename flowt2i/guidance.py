@@ -72,7 +72,7 @@ def rescale(velocity: Tensor, good: Tensor, z: Tensor, t: Tensor, share: float) 
 
 
 def on_interval(inside: Velocity, outside: Velocity, start: float, end: float) -> Velocity:
-    """One field for `start <= t < end`, another elsewhere: guidance on an interval (2404.07724, sec. 3, in our times).
+    """One field for `start <= t < end`, another elsewhere: guidance on an interval (Kynkäänniemi et al. 2404.07724, sec. 3, in our times).
 
     With the plain conditional field outside, a call there costs one evaluation instead of two.
     """

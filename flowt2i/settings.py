@@ -76,8 +76,9 @@ def _range(name: str) -> tuple[float, float]:
 
 def telling(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that say how a picture came about: the usual four, and what differs from the defaults."""
-    defaults = SampleConfig()
-    return {name: value for name, value in settings.items() if name in ALWAYS or name not in NAMES or value != getattr(defaults, name)}
+    defaults, idle = SampleConfig(), [f"{name}_until" for name in BY_STYLES if not settings.get(name)]
+    told = lambda name, value: name in ALWAYS or name not in NAMES or (value != getattr(defaults, name) and name not in idle)
+    return {name: value for name, value in settings.items() if told(name, value)}
 
 
 def describe(settings: dict[str, Any]) -> str:

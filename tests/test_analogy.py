@@ -14,6 +14,7 @@ from flowt2i.drawing import Noise
 from flowt2i.errors import UserError
 from flowt2i.evaluation.pictures import Drawing
 from flowt2i.guidance import analogous, contrasted
+from flowt2i.settings import telling
 from flowt2i.styles import compared, parted
 from flowt2i.training import start
 from flowt2i.training.pace import of_a_picture
@@ -74,9 +75,12 @@ def test_a_drawing_follows_the_formula_while_it_is_early(pipeline, guidance):
                 good = contrasted(good, style, [told[1], told[3]], 0.25)
             z = z + (after - t) * (empty + guidance * (good - empty))
     assert np.abs(pipeline.to_images(z).astype(int) - found.images.astype(int)).max() <= 1
-    assert (
-        found.settings["analogy"] == 0.5 and found.evaluations == 4 * int(guidance) + 2 * 5 + 3
-    )  # captions beside a picture's own: five in the first two steps, then three in one
+    assert found.evaluations == 4 * int(guidance) + 2 * 5 + 3  # captions beside a picture's own: five in the first two steps, then three in one
+
+
+def test_when_it_ends_is_told_where_it_acts(pipeline):
+    off, on = (telling(pipeline.settings(style_contrast=weight)) for weight in (0.0, 0.5))
+    assert "style_contrast_until" not in off and on["style_contrast_until"] == 0.6 and "analogy_until" not in on
 
 
 def test_only_captions_in_a_style_are_changed_and_cost_more(pipeline):

@@ -36,6 +36,13 @@ def test_training_uses_them_and_says_so(scenes_data, tiny, tmp_path):
     assert held[1] == pytest.approx(held[0], rel=0.05)
 
 
+def test_velocities_have_none(scenes_data, tiny, tmp_path):
+    words = [*tiny, "--train.steps", "1", "--model.prediction", "v"]
+    for name, weight in (("without", "0"), ("with", "4")):
+        train(resolve("quickstart", [*words, "--flow.edges", weight]), scenes_data, tmp_path / name, progress=False)
+    assert log(tmp_path / "with")[1]["loss"] == log(tmp_path / "without")[1]["loss"]
+
+
 def test_a_run_from_before_they_were_the_presets_is_told_how_to_go_on(scenes_data, tiny, tmp_path):
     train(resolve("quickstart", [*tiny, "--train.steps", "1", "--flow.edges", "0"]), scenes_data, tmp_path / "run", progress=False)
     with pytest.raises(UserError, match=r"made with another flow\.edges: resume with --flow\.edges 0\.0, or start a new run"):

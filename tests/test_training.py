@@ -60,8 +60,6 @@ def test_it_learns(block, scenes_data, tiny, tmp_path):
         "30",
         "--model.prediction",
         "v",
-        "--flow.edges",
-        "0",  # the noise in a velocity is all edges: with them sixty steps show little
     ]
     fit("quickstart", scenes_data, tmp_path / "run", *words)
     losses = [line["loss"] for line in log(tmp_path / "run").values()]

@@ -28,6 +28,7 @@ class Objective(nn.Module):
     def __init__(self, model: FlowTransformer, config: FlowConfig, computes: precision.Precision):
         super().__init__()
         self.model, self.config, self.computes = model, config, computes
+        self.edges = config.edges if model.config.target == "x" else 0.0  # what a velocity's error has of noise is edges everywhere
 
     def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Terms:
         """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]."""
@@ -36,7 +37,7 @@ class Objective(nn.Module):
             features = self.model.encode_captions(text, mask) if text.dtype == torch.int64 else text
             output = self.model(z, t, features, mask)
         error = flow.velocity_error(output, data, noise, t, self.model.config.target, self.config.floor)
-        return Terms(flow.loss_per_image(error), output, self.config.edges * flow.edges_per_image(error) if self.config.edges else None)
+        return Terms(flow.loss_per_image(error), output, self.edges * flow.edges_per_image(error) if self.edges else None)
 
 
 def with_perceptual(terms: Terms, net: PerceptualLoss | None, data: Tensor, noise: Tensor, t: Tensor, prediction: flow.Prediction, config: FlowConfig) -> Terms:

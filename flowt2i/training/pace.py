@@ -22,6 +22,7 @@ from flowt2i.human import duration
 from flowt2i.schedules import make_times
 from flowt2i.settings import own_steps
 from flowt2i.solvers import SOLVERS, Velocity
+from flowt2i.styles import BY_STYLES
 from flowt2i.training.distributed import World
 
 FREE = 60.0  # seconds of evaluations that are not held against the share
@@ -108,9 +109,9 @@ def of_a_picture(sample: SampleConfig, steps: int) -> int:
     def counting(each: int) -> Velocity:
         return lambda z, t: passes.append(each) or torch.zeros_like(z)  # type: ignore[func-returns-value]
 
-    styles_until = max(sample.analogy_until if sample.analogy else 0.0, sample.style_contrast_until if sample.style_contrast else 0.0)
+    ends = {name: getattr(sample, f"{name}_until") if getattr(sample, name) else 0.0 for name in BY_STYLES}
     velocity = on_interval(counting(2), counting(1), sample.guidance_from, sample.guidance_until) if sample.guidance != 1 else counting(1)
-    styles = on_interval(counting(len(sample.styles)), counting(0), 0, styles_until)  # captions beside a picture's own: its style and the others
-    subject = on_interval(counting(len(sample.styles) - 1), counting(0), 0, sample.analogy_until if sample.analogy else 0.0)  # and itself in those
+    styles = on_interval(counting(len(sample.styles)), counting(0), 0, max(ends.values()))  # captions beside a picture's own: its style and the others
+    subject = on_interval(counting(len(sample.styles) - 1), counting(0), 0, ends["analogy"])  # and itself in those
     SOLVERS[solver](lambda z, t: velocity(z, t) + styles(z, t) + subject(z, t), torch.zeros(1, 1, 1, 1), make_times(sample.schedule, steps, sample.shift))
     return sum(passes)
