@@ -3,13 +3,17 @@
 
     python benchmarks/projection.py                                  # 2 x RTX 3090, one H100, eight
     python benchmarks/projection.py --text-tokens 40 --shares 0.45   # shorter captions; one share of the cards' matrix units
+    python benchmarks/projection.py --measured benchmarks/results/bench-stability-cpu.json
 
 Operations by formula (`flowt2i.flops`), over the makers' dense bf16 rates times the share of them that a training uses. That share is the unknown:
-`flowt2i bench` measures it on the machine at hand, and this script takes a low, a middle and a high one. Preparation (VAE and T5 over all pictures),
-evaluations and pauses are not in it.
+`flowt2i bench` measures it on the machine at hand, and this script takes a low, a middle and a high one. `--measured` adds the machine of a result of
+`flowt2i bench --config stability --json`, at the rate that was measured there, and the share that it reached as one more column. Preparation (VAE and T5
+over all pictures), evaluations and pauses are not in it.
 """
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 from ending import told
@@ -25,6 +29,19 @@ from flowt2i.human import duration
 MACHINES = {"2 × RTX 3090": (2, 71.0), "1 × H100": (1, 989.4), "8 × H100": (8, 989.4)}
 PRESETS = ("stability", "full_scale")
 SHARES = (0.2, 0.35, 0.45)
+FIGURES = ("device", "model_tflops", "share_of_ceiling", "machine")  # of a measured machine
+
+
+def measured_by(file: Path) -> dict[str, Any]:
+    """A result of `flowt2i bench --json`. UserError where it is none, or of another model than the presets'."""
+    try:
+        found = json.loads(file.read_text())
+        figures = {name: found[name] for name in FIGURES} | {"date": found["machine"]["date"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--measured {file}: no result of `flowt2i bench --config stability --json` ({type(error).__name__})") from None
+    if found.get("preset") not in PRESETS:
+        raise UserError(f"--measured {file}: measured the preset {found.get('preset')}, not {' or '.join(PRESETS)}, whose sizes reach other shares")
+    return figures
 
 
 def project(preset: str, text_tokens: int, shares: list[float]) -> dict[str, Any]:
@@ -42,15 +59,25 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text-tokens", type=int, default=LONGEST, help=f"of every caption (default {LONGEST}, the longest: text-to-image-2M has long ones)")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the cards' matrix units that are used (default 0.2 0.35 0.45)")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="result of `flowt2i bench --config stability --json`: its machine and its share besides")
     args = parser.parse_args(words)
     if args.text_tokens < 1 or not all(0 < share <= 1 for share in args.shares):
         raise UserError("--text-tokens is 1 or more, --shares over 0 and up to 1")
-    print("| preset | images | GFLOP an image | machine | " + " | ".join(f"at {share:.0%} of its matrix units" for share in args.shares) + " |")
-    print("|---|---|---|---|" + "---|" * len(args.shares))
-    for found in (project(preset, args.text_tokens, args.shares) for preset in PRESETS):
+    measured = measured_by(args.measured) if args.measured else None
+    shares, heads = list(args.shares), [f"at {share:.0%} of its matrix units" for share in args.shares]
+    if measured:
+        shares.append(measured["share_of_ceiling"])
+        heads.append(f"at {shares[-1]:.0%}, as the measured machine")
+    print("| preset | images | GFLOP an image | machine | " + " | ".join(heads) + " |")
+    print("|---|---|---|---|" + "---|" * len(heads))
+    for found in (project(preset, args.text_tokens, shares) for preset in PRESETS):
         head = f"| `{found['preset']}` | {found['images'] / 1e6:.1f}M | {found['flop_per_image'] / 1e9:.0f} |"
         for machine, seconds in found["seconds"].items():
             print(f"{head} {machine} | " + " | ".join(map(duration, seconds)) + " |")
+        if measured:
+            seconds = found["images"] * found["flop_per_image"] / (measured["model_tflops"] * 1e12)
+            name = f"{measured['device']}: {measured['model_tflops']:.3g} TFLOP/s measured on {measured['date']}"
+            print(f"{head} {name} | " + " | ".join(["–"] * len(args.shares) + [duration(seconds)]) + " |")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,23 @@ def test_projection_grows_with_images_and_shrinks_with_the_machine(script, capsy
     assert projection.main(["--shares", "2"]) == 2
 
 
+def test_projection_from_a_measured_machine(script, tmp_path, capsys):
+    projection = script("projection")
+    bench = {"preset": "stability", "device": "a card", "machine": {"date": "2026-01-01"}, "model_tflops": 1.0, "share_of_ceiling": 0.5}
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(bench))
+    assert projection.main(["--measured", str(file), "--shares", "0.5"]) == 0
+    said = capsys.readouterr().out
+    found = projection.project("stability", 128, [0.5])
+    assert f"| – | {projection.duration(found['images'] * found['flop_per_image'] / 1e12)} |" in said  # at what it did
+    once = projection.duration(found["seconds"]["1 × H100"][0])
+    assert "a card: 1 TFLOP/s measured on 2026-01-01" in said and f"| 1 × H100 | {once} | {once} |" in said  # at the share that it reached
+    file.write_text(json.dumps(bench | {"preset": "quickstart"}))
+    assert projection.main(["--measured", str(file)]) == 2 and "measured the preset quickstart" in capsys.readouterr().err
+    file.write_text("[]")
+    assert projection.main(["--measured", str(file)]) == 2 and "no result of" in capsys.readouterr().err
+
+
 def test_preparation_beside_the_decoder(script, tmp_path, capsys):
     prepare = script("prepare")
     assert prepare.main(["--count", "60", "--side", "96", "--image-size", "32", "--rounds", "1", "--out", str(tmp_path / "new" / "prepare.json")]) == 0
