@@ -3,8 +3,9 @@
     flowt2i train --config quickstart --size M --data data/scenes --print-config
     flowt2i train --config quickstart --size 25M --data data/scenes
 
-The rule is a power law of the width for each setting, `at * (width / reference_width) ^ exponent`. Its constants lie in `sizes.json`, and beside each where
-it comes from: `benchmarks/size_fit.py --write` puts there what it measured; until then they run through the presets `quickstart` (S) and `stability` (L).
+The rule is a power law of the width for each setting, `at * (width / reference_width) ^ exponent`, some with a least value. Its constants lie in `sizes.json`,
+and beside each where it comes from: `benchmarks/size_fit.py --write` puts there what it measured; until then they run through the presets `quickstart` (S) and
+`stability` (L).
 What is given by name (`--model.depth 10`) wins over the dial.
 """
 
@@ -25,7 +26,7 @@ UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
 @functools.cache
 def constants() -> dict[str, Any]:
-    """`sizes.json`: `reference_width`, `widths` by name, and of each law `at` (its value at the reference width), `exponent`, and where it is `from`."""
+    """`sizes.json`: `reference_width`, `widths` by name, and of each law `at` (its value at the reference width), `exponent` and where it is `from`."""
     found: dict[str, Any] = json.loads(CONSTANTS.read_text())
     return found
 
@@ -72,9 +73,9 @@ def settings(width: int, factors: dict[str, float] | None = None) -> dict[str, i
 
 
 def power_law(name: str, width: int) -> float:
-    """`at * (width / reference_width) ^ exponent`."""
+    """`at * (width / reference_width) ^ exponent`, and no less than `least` where the law has one."""
     law = constants()["laws"][name]
-    return float(law["at"] * (width / constants()["reference_width"]) ** law["exponent"])
+    return float(max(law["at"] * (width / constants()["reference_width"]) ** law["exponent"], law.get("least", 0.0)))
 
 
 def head_width(width: int, wanted: float) -> int:

@@ -32,6 +32,11 @@ def test_every_width_is_a_model():
         assert model.resolve("pixels", (3, 64, 64)).width == width and model.width // model.heads % 8 == 0
 
 
+def test_small_sizes_keep_the_batch_that_was_found_for_them():
+    assert [sizes.settings(width)["data.batch_size"] for width in (64, 128, 192)] == [32, 32, 32]
+    assert sizes.settings(128, {"batch_size": 0.5})["data.batch_size"] == 16, "a sweep looks below it"
+
+
 @pytest.mark.parametrize("preset", ["quickstart", "stability", "seed"])
 @pytest.mark.parametrize("size", ["XS", "S", "M", "L"])
 def test_the_count_of_parameters_is_near_the_models_own(preset, size):
