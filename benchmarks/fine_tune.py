@@ -5,8 +5,8 @@
     python benchmarks/fine_tune.py --model emoji --data data/own --arms full --minutes 5 --optim.lr 3e-4      # prepared with --like emoji; any setting
 
 Prepares the folder as the model reads it (`prepare --like MODEL`), a share of it held out (`--heldout`), and trains each arm for `--minutes` by
-`flowt2i train --init MODEL`: `full` at a third of the model's own learning rates, `lora` (adapters of rank `--rank`, AdamW) at its own. Measured of the
-model and of each arm, averaged weights, on the same noise and times:
+`flowt2i train --init MODEL` at the model's own learning rates: `full` with `flow.edges` 4 where the model puts out clean pictures, `lora` as adapters of
+rank `--rank` by AdamW. Measured of the model and of each arm, averaged weights, on the same noise and times:
 
     loss           of the held-out pictures (`evaluate --metrics loss`)
     kid-heldout    kernel distance on EfficientNet-lite0 between `--num` pictures of held-out captions and the held-out pictures, with its standard error
@@ -49,9 +49,8 @@ QUIET = ["--train.eval_every", "0", "--train.score_images", "0", "--train.score_
 
 def settings(arm: str, model: start.Start, rank: int, minutes: float) -> list[str]:
     """What `flowt2i train` is told of an arm."""
-    optim = model.config.optim
-    rates = {"full": ["--optim.lr", f"{optim.lr / 3:.3g}", "--optim.muon_lr", f"{optim.muon_lr / 3:.3g}"], "lora": ["--lora", str(rank)]}
-    return [*rates[arm], "--train.minutes", f"{minutes:g}", *QUIET]
+    own = {"full": ["--flow.edges", "4"] if model.model.target == "x" else [], "lora": ["--lora", str(rank)]}
+    return [*own[arm], "--train.minutes", f"{minutes:g}", *QUIET]
 
 
 def measure(model: str | Path, data: Path, num: int, keep: Path, progress: bool = True) -> tuple[dict[str, Any], np.ndarray]:

@@ -393,7 +393,7 @@ def test_the_benchmark_of_fine_tuning(tiny_run, own_pictures, tmp_path, benchmar
     assert list(told["results"]) == ["before", "full", "lora"] and told["train"] + told["heldout"] == 48
     for found in told["results"].values():
         assert found["loss"]["value"] > 0 and found["kid-heldout"]["error"] > 0 and found["kid-train"]["error"] > 0 and len(found["loss"]["bins"]) == 5
-    assert "--lora" in told["results"]["lora"]["settings"] and told["results"]["full"]["steps"] > 2
+    assert "--flow.edges" in told["results"]["full"]["settings"] and "--lora" in told["results"]["lora"]["settings"] and told["results"]["full"]["steps"] > 2
     assert told["results"]["full"]["loss"]["protocol"] == told["results"]["before"]["loss"]["protocol"]  # the same noise and times, floor and all
     assert "| lora |" in capsys.readouterr().out and (tmp_path / "fine_tune.png").exists() and "| full |" in (tmp_path / "fine_tune.md").read_text()
     fine_tune.main(words)  # once more: nothing is trained again
