@@ -152,7 +152,8 @@ def main(words: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     data = prepared(args, model)
     require_same(args.out, {
-        "model": args.model, "data": DatasetDescription.load(data).fingerprint, "minutes": args.minutes, "rank": args.rank, "num": args.num, "settings": rest
+        "model": args.model, "data": DatasetDescription.load(data).fingerprint, "minutes": args.minutes, "rank": args.rank, "num": args.num, "settings": rest,
+        "arms": {arm: settings(arm, model, args.rank, args.minutes) for arm in ARMS}
     })  # fmt: skip
 
     results, drawn = {}, {}

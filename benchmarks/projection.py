@@ -7,8 +7,8 @@
 
 Operations by formula (`flowt2i.flops`), over the makers' dense bf16 rates times the share of them that a training uses. That share is the unknown:
 `flowt2i bench` measures it on the machine at hand, and this script takes a low, a middle and a high one. `--measured` adds the machine of a result of
-`flowt2i bench --config stability --json`, at the rate that was measured there, and the share that it reached as one more column. Preparation (VAE and T5
-over all pictures), evaluations and pauses are not in it.
+`flowt2i bench --config stability --json`, at the rate that was measured there, and the share of its bare products that it reached as one more column: of a
+data sheet's rate, which no product reaches, that is a bound. Preparation (VAE and T5 over all pictures), evaluations and pauses are not in it.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main(words: list[str] | None = None) -> None:
     shares, heads = list(args.shares), [f"at {share:.0%} of its matrix units" for share in args.shares]
     if measured:
         shares.append(measured["share_of_ceiling"])
-        heads.append(f"at {shares[-1]:.0%}, as the measured machine")
+        heads.append(f"at {shares[-1]:.0%}, what the measured machine reached of its bare products")
     print("| preset | images | GFLOP an image | machine | " + " | ".join(heads) + " |")
     print("|---|---|---|---|" + "---|" * len(heads))
     for found in (project(preset, args.text_tokens, shares) for preset in PRESETS):

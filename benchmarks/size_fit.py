@@ -158,8 +158,7 @@ def write_constants(results: dict[str, Any], path: Path) -> None:
     """The constants of the dial, with the refitted laws and a record of the fit."""
     by = f"benchmarks/size_fit.py, {results['date'][:10]}, commit {results['commit']}"
     found = dict(sizes.constants())
-    before, swept = found["laws"], [item for one in results["swept"].values() for item in one["laws"].items()]
-    found["laws"] = before | {law: before[law] | value | {"from": by} for law, value in swept}
+    found["laws"] = found["laws"] | {law: value | {"from": by} for swept in results["swept"].values() for law, value in swept["laws"].items()}
     found["fit"] = {key: results[key] for key in ("date", "machine", "versions", "commit", "recipe", "data", "seeds", "fit", "swept")}
     learning_runs.write_whole(path, json.dumps(found, indent=2))
 

@@ -26,7 +26,7 @@ UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
 @functools.cache
 def constants() -> dict[str, Any]:
-    """`sizes.json`: `reference_width`, `widths` by name, and of each law `at` (its value at the reference width), `exponent` and where it is `from`."""
+    """`sizes.json`: `reference_width`, `widths` by name, and of each law `at` (its value at the reference width), `exponent`, `least` if any, and `from`."""
     found: dict[str, Any] = json.loads(CONSTANTS.read_text())
     return found
 
