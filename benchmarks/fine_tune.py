@@ -151,9 +151,10 @@ def main(words: list[str] | None = None) -> None:
     start.configuration(args.model, model, model.description, rest)  # a setting that is none is told before any work
     args.out.mkdir(parents=True, exist_ok=True)
     data = prepared(args, model)
+    told = {arm: [*settings(arm, model, args.rank, args.minutes), *rest] for arm in ARMS}
     require_same(args.out, {
         "model": args.model, "data": DatasetDescription.load(data).fingerprint, "minutes": args.minutes, "rank": args.rank, "num": args.num, "settings": rest,
-        "arms": {arm: settings(arm, model, args.rank, args.minutes) for arm in ARMS}
+        "arms": told
     })  # fmt: skip
 
     results, drawn = {}, {}
@@ -162,10 +163,9 @@ def main(words: list[str] | None = None) -> None:
         run = args.out / arm
         done = args.out / f"{arm}.json"
         if not done.exists():
-            told = [*settings(arm, model, args.rank, args.minutes), *rest]
-            learning_runs.train_apart(["--init", args.model, "--data", str(data), "--out", str(run), *told])
+            learning_runs.train_apart(["--init", args.model, "--data", str(data), "--out", str(run), *told[arm]])
             step, seconds = seconds_by_step(run)[-1]
-            learning_runs.write_whole(done, json.dumps({"steps": step, "seconds": round(seconds, 1), "settings": told}))
+            learning_runs.write_whole(done, json.dumps({"steps": step, "seconds": round(seconds, 1), "settings": told[arm]}))
         found, drawn[arm] = measure(run, data, args.num, run)
         results[arm] = found | json.loads(done.read_text())
 

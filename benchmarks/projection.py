@@ -14,7 +14,7 @@ data sheet's rate, which no product reaches, that is a bound. Preparation (VAE a
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ending import told
 
@@ -29,19 +29,27 @@ from flowt2i.human import duration
 MACHINES = {"2 × RTX 3090": (2, 71.0), "1 × H100": (1, 989.4), "8 × H100": (8, 989.4)}
 PRESETS = ("stability", "full_scale")
 SHARES = (0.2, 0.35, 0.45)
-FIGURES = ("device", "model_tflops", "share_of_ceiling", "machine")  # of a measured machine
 
 
-def measured_by(file: Path) -> dict[str, Any]:
+class Measured(NamedTuple):
+    """A machine that `flowt2i bench` measured."""
+
+    device: str
+    date: str
+    tflops: float  # of the model, TFLOP/s
+    share: float  # of its bare products
+
+
+def measured_by(file: Path) -> Measured:
     """A result of `flowt2i bench --json`. UserError where it is none, or of another model than the presets'."""
     try:
         found = json.loads(file.read_text())
-        figures = {name: found[name] for name in FIGURES} | {"date": found["machine"]["date"]}
+        measured = Measured(found["device"], found["machine"]["date"], float(found["model_tflops"]), float(found["share_of_ceiling"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--measured {file}: no result of `flowt2i bench --config stability --json` ({type(error).__name__})") from None
     if found.get("preset") not in PRESETS:
         raise UserError(f"--measured {file}: measured the preset {found.get('preset')}, not {' or '.join(PRESETS)}, whose sizes reach other shares")
-    return figures
+    return measured
 
 
 def project(preset: str, text_tokens: int, shares: list[float]) -> dict[str, Any]:
@@ -66,8 +74,8 @@ def main(words: list[str] | None = None) -> None:
     measured = measured_by(args.measured) if args.measured else None
     shares, heads = list(args.shares), [f"at {share:.0%} of its matrix units" for share in args.shares]
     if measured:
-        shares.append(measured["share_of_ceiling"])
-        heads.append(f"at {shares[-1]:.0%}, what the measured machine reached of its bare products")
+        shares.append(measured.share)
+        heads.append(f"at {measured.share:.0%}, what the measured machine reached of its bare products")
     print("| preset | images | GFLOP an image | machine | " + " | ".join(heads) + " |")
     print("|---|---|---|---|" + "---|" * len(heads))
     for found in (project(preset, args.text_tokens, shares) for preset in PRESETS):
@@ -75,8 +83,8 @@ def main(words: list[str] | None = None) -> None:
         for machine, seconds in found["seconds"].items():
             print(f"{head} {machine} | " + " | ".join(map(duration, seconds)) + " |")
         if measured:
-            seconds = found["images"] * found["flop_per_image"] / (measured["model_tflops"] * 1e12)
-            name = f"{measured['device']}: {measured['model_tflops']:.3g} TFLOP/s measured on {measured['date']}"
+            seconds = found["images"] * found["flop_per_image"] / (measured.tflops * 1e12)
+            name = f"{measured.device}: {measured.tflops:.3g} TFLOP/s measured on {measured.date}"
             print(f"{head} {name} | " + " | ".join(["–"] * len(args.shares) + [duration(seconds)]) + " |")
 
 
