@@ -33,6 +33,11 @@ RECIPES = {
     "seed-lr-6x": Recipe("seed", (*_SEED, "--optim.lr", "3e-3"), "a kinder baseline: six times the seed's rate"),
     "seed-ema": Recipe("seed", (*_SEED, "--train.ema", "0.99"), "a kinder baseline: averaged weights"),
     "seed-text-window": Recipe("seed", (*_SEED, "--model.text_window", "7"), "a kinder baseline: the caption encoder of the default recipe"),
+    "seed-kind": Recipe(
+        "seed",
+        (*_SEED, "--optim.lr", "1.5e-3", "--train.ema", "0.99", "--model.text_window", "7"),
+        "the kindest baseline: a rate for its size, averaged weights, the caption encoder",
+    ),
     "quickstart": Recipe("quickstart", (), "the default recipe"),
     # The default recipe with one of its parts as the seed has it.
     "quickstart-seed-block": Recipe("quickstart", ("--model.block", "seed", "--model.mlp_ratio", "2", "--model.heads", "3"), "the seed's block"),
@@ -45,6 +50,7 @@ RECIPES = {
     "quickstart-sincos-positions": Recipe("quickstart", ("--model.positions", "sincos"), "no rotary positions"),
     "quickstart-no-bottleneck": Recipe("quickstart", ("--model.bottleneck", "0"), "no bottleneck in the patch embedding"),
     "quickstart-no-masks": Recipe("quickstart", ("--model.masks", "0"), "patches of a linear layer alone"),
+    "quickstart-no-pixel-masks": Recipe("quickstart", ("--model.pixel_masks", "0"), "no masks that look at their pixel"),
     "quickstart-no-text-window": Recipe("quickstart", ("--model.text_window", "0"), "a plain transformer as caption encoder"),
     "quickstart-no-pooled-text": Recipe("quickstart", ("--model.pooled_text", "false"), "no mean caption feature in the modulation"),
     "quickstart-cosine": Recipe("quickstart", ("--optim.schedule", "cosine", "--optim.final", "0.1"), "the seed's schedule"),

@@ -54,6 +54,9 @@ class ModelConfig(_Section):
     patch: int = Field(0, ge=0, description="side of a patch; 0: 8 for pixels, 1 for latents, so that 64x64 images make 64 tokens")
     bottleneck: int = Field(128, ge=0, description="pixels: width of a linear bottleneck in the patch embedding; 0: none")
     masks: int = Field(0, ge=0, le=64, description="pixels: a patch is also the sum of this many masks of one colour each, a help for flat pictures; 0: none")
+    pixel_masks: int = Field(
+        0, ge=0, le=64, description="pixels: as many masks more, whose values also hang on the noisy pixel under them (a small network for each patch); 0: none"
+    )
     positions: Literal["rope", "sincos", "learned"] = Field(
         "rope", description="image positions: fixed 2D sin-cos, with rotary ones in the attention besides (rope), or learned from scratch"
     )
@@ -84,7 +87,7 @@ class ModelConfig(_Section):
         if self.text_window and self.text_window % 2 == 0:
             raise UserError(f"model.text_window {self.text_window} must be odd (as many words before as after), or 0")
         prediction = self.prediction if self.prediction != "auto" else ("x" if pixels else "v")
-        only_pixels = {"bottleneck": self.bottleneck if pixels else 0, "masks": self.masks if pixels else 0}
+        only_pixels = {} if pixels else {"bottleneck": 0, "masks": 0, "pixel_masks": 0}
         return self.model_copy(update={"patch": patch, "prediction": prediction, **only_pixels})
 
 
@@ -317,7 +320,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full_scale": {"train": {"steps": 300_000, "keep_every": 25_000}},
     "quickstart": {
         "data": {"batch_size": 32},
-        "model": {"width": 192, "depth": 6, "heads": 6, "time_width": 192, "text_width": 192, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64, "masks": 4},
+        "model": {
+            "width": 192, "depth": 6, "heads": 6, "time_width": 192, "text_width": 192, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64,
+            "masks": 4, "pixel_masks": 4,
+        },
         "flow": {"logit_mean": -1.3, "floor": 0.4, "edges": 4.0},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
         "train": {"minutes": 13, "micro_batch": 0, "ema": 0.99, "eval_every": 0, "checkpoint_every": 500},

@@ -68,7 +68,8 @@ def products(config: ModelConfig, shape: tuple[int, int, int], text_tokens: int,
             out += [linear("self-attention", tokens, d, 4 * d), *attention("self-attention", tokens, tokens, d)]
             out += [linear("attention over the caption", text_tokens, d, 2 * d), *attention("attention over the caption", tokens, text_tokens, d)]
             out += [linear("image MLP", tokens, d, 3 * hidden)]
-    factors = config.masks * (config.patch**2 + shape[0])  # masks and their colours; putting them together is elementwise
+    # Masks, their colours and slopes; putting them together is elementwise.
+    factors = (config.masks + config.pixel_masks) * (config.patch**2 + shape[0]) + config.pixel_masks * shape[0]
     return [*out, linear("AdaLN", 1, time, 2 * d), linear("output", tokens, d, values + factors)]
 
 

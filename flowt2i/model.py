@@ -279,13 +279,15 @@ class FlowTransformer(nn.Module):
             self.final_norm = RMSNorm(d, elementwise_affine=False)
         self.final_adaln = nn.Linear(config.time_width, 2 * d)
         self.unembed = nn.Linear(d, values)
-        if config.masks:
-            self.masks, self.colours = nn.Linear(d, config.masks * config.patch**2), nn.Linear(d, config.masks * channels)
+        if masks := config.masks + config.pixel_masks:
+            self.masks, self.colours = nn.Linear(d, masks * config.patch**2), nn.Linear(d, masks * channels)
+        if config.pixel_masks:
+            self.slopes = nn.Linear(d, config.pixel_masks * channels)
         self._initialise()
 
     def _initialise(self) -> None:
         """Every residual branch starts at zero, so that the untrained network is its input and output layers alone."""
-        zero = [self.unembed, self.final_adaln, *([self.colours] if self.config.masks else [])]
+        zero = [self.unembed, self.final_adaln, *([self.colours] if hasattr(self, "colours") else [])]
         for block in self.blocks:
             if isinstance(block, SeedBlock):
                 zero += [block.adaln, block.cross.out]
@@ -331,24 +333,32 @@ class FlowTransformer(nn.Module):
         b, c, p = x.shape[0], self.shape[0], self.patch
         return x.view(b, height // p, width // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
 
-    def patches(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, d] -> patches [B, N, C p p]: a linear layer and, with K `masks`, the sum of K masks [p p] of a colour [C] each.
+    def patches(self, x: Tensor, noisy: Tensor) -> Tensor:
+        """Tokens [B, N, d], and the noisy patches under them, -> patches [B, N, C p p]: a linear layer, and the sum of masks [p p] of one colour each.
 
         A flat shape on a flat ground is one mask times the difference of two colours. A linear layer has to learn its outline for every pair of colours
-        anew, light on dark apart from dark on light; a product learns it once (docs/experiments.md, "Masks and colours").
+        anew, light on dark apart from dark on light; a product learns it once (docs/experiments.md, "Masks and colours"). `masks` of them are linear in the
+        token. The `pixel_masks` also look at their pixel z [C], `tanh(m + w z)` with m and w linear in the token: on which side of an outline a noisy pixel
+        lies is seen best at the pixel. So the token makes a network of one hidden layer for the pixels of its patch (PixNerd's, 2507.23268, is deeper).
         """
         y = self.unembed(x)
-        if not self.config.masks:
+        if not hasattr(self, "masks"):
             return y
         b, n, _ = x.shape
-        masks, colours = self.masks(x).view(b, n, self.config.masks, 1, -1), self.colours(x).view(b, n, self.config.masks, -1, 1)
+        masks, colours = self.masks(x).view(b, n, -1, 1, self.patch**2), self.colours(x).view(b, n, -1, self.shape[0], 1)
+        if self.config.pixel_masks:
+            pixels = noisy.view(b, n, 1, self.shape[0], -1).to(masks.dtype)
+            looks = (self.slopes(x).view(b, n, -1, self.shape[0], 1) * pixels).sum(3, keepdim=True)
+            linear = masks[:, :, : self.config.masks]
+            masks = torch.cat([linear, torch.tanh(masks[:, :, self.config.masks :] + looks)], 2)
         return y + (masks * colours).sum(2).reshape(b, n, -1)
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """z [B, C, H, W], t [B] in [0, 1], text [B, T, D], mask [B, T] (True: a real token) -> [B, C, H, W]."""
         height, width = z.shape[2:]
         positions, rotation = self.tables(height // self.patch, width // self.patch, z.device)
-        x = self.embed(self.patchify(z))
+        patches = self.patchify(z)
+        x = self.embed(patches)
         x = x + positions.to(x.dtype)
         time = self.time(time_features(t))
         bias = mask_bias(mask)
@@ -366,7 +376,7 @@ class FlowTransformer(nn.Module):
             inputs = (x, text, bias, modulation, rotation)
             x, text = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
         shift, scale = self.final_adaln(F.silu(time)).unsqueeze(1).chunk(2, -1)
-        return self.unpatchify(self.patches(modulate(self.final_norm(x), shift, scale)), height, width)
+        return self.unpatchify(self.patches(modulate(self.final_norm(x), shift, scale), patches), height, width)
 
 
 def count_parameters(model: FlowTransformer) -> dict[str, int]:
@@ -375,7 +385,8 @@ def count_parameters(model: FlowTransformer) -> dict[str, int]:
     names = {
         "attention": "self-attention", "cross": "cross-attention", "mlp": "image MLP", "text_mlp": "text MLP", "adaln": "AdaLN", "table": "AdaLN",
         "shared_adaln": "AdaLN", "final_adaln": "AdaLN", "time": "time embedding", "pooled": "time embedding", "caption_encoder": "caption encoder",
-        "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "masks": "output", "colours": "output", "text_embed": "text embedding",
+        "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "masks": "output", "colours": "output", "slopes": "output",
+        "text_embed": "text embedding",
     }  # fmt: skip
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

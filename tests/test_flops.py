@@ -17,6 +17,8 @@ CASES = [
     ({"block": "modern", "pooled_text": False, "bottleneck": 0}, PIXELS, 24),
     ({"block": "modern", "masks": 5}, PIXELS, 0),
     ({"block": "modern", "masks": 5}, LATENTS, 24),
+    ({"block": "modern", "masks": 5, "pixel_masks": 2}, PIXELS, 0),
+    ({"block": "seed", "pixel_masks": 2}, PIXELS, 0),
     ({"block": "modern", "depth": 1, "patch": 2}, LATENTS, 0),
     ({"block": "seed", "positions": "learned"}, LATENTS, 24),
     ({"block": "seed", "positions": "learned"}, PIXELS, 0),

@@ -52,8 +52,8 @@ def test_presets_make_64_tokens_of_64_pixels(preset):
 @pytest.mark.parametrize("block", ["modern", "seed"])
 @pytest.mark.parametrize("kind, shape, text_dim, masks", [("pixels", (3, 32, 32), 0, 0), ("pixels", (3, 32, 32), 0, 3), ("vae", (4, 8, 8), 24, 3)])
 def test_shapes_and_gradients_reach_every_parameter(block, kind, shape, text_dim, masks):
-    model = shake(tiny(block, kind, shape, text_dim, masks=masks))
-    assert hasattr(model, "masks") == (masks > 0 and kind == "pixels"), "a latent's patch is no picture with outlines"
+    model = shake(tiny(block, kind, shape, text_dim, masks=masks, pixel_masks=masks))
+    assert hasattr(model, "masks") == hasattr(model, "slopes") == (masks > 0 and kind == "pixels"), "a latent's patch is no picture with outlines"
     z, t, mask = torch.randn(3, *shape), torch.rand(3), torch.ones(3, 5, dtype=torch.bool)
     text = torch.randn(3, 5, text_dim) if text_dim else model.encode_captions(torch.randint(0, 50, (3, 5)), mask)
     out = model(z, t, text, mask)
@@ -92,16 +92,27 @@ def test_untrained_model_puts_out_zero():
 
 
 def test_a_mask_is_painted_in_its_colour():
-    """Against patches put together pixel by pixel; their order is that of `unpatchify`."""
-    model = shake(tiny(masks=2))
-    x, p = torch.randn(1, 16, 64), 8
-    picture = model.unpatchify(model.patches(x), 32, 32) - model.unpatchify(model.unembed(x), 32, 32)
-    masks, colours = model.masks(x).view(16, 2, p, p), model.colours(x).view(16, 2, 3)
+    """Against patches put together pixel by pixel; their order is that of `unpatchify`. The last mask is one that looks at its pixel."""
+    model = shake(tiny(masks=2, pixel_masks=1))
+    x, z, p = torch.randn(1, 16, 64), torch.randn(1, 3, 32, 32), 8
+    picture = model.unpatchify(model.patches(x, model.patchify(z)), 32, 32) - model.unpatchify(model.unembed(x), 32, 32)
+    masks, colours, slopes = model.masks(x).view(16, 3, p, p), model.colours(x).view(16, 3, 3), model.slopes(x).view(16, 3)
     for place, row, column, channel in [(0, 0, 0, 0), (5, 3, 7, 1), (15, 7, 2, 2)]:
-        painted = sum(masks[place, k, row, column] * colours[place, k, channel] for k in range(2))
-        assert torch.isclose(picture[0, channel, place // 4 * p + row, place % 4 * p + column], painted, atol=1e-5)
-    with_masks, without = tiny(masks=2), tiny()
-    assert with_masks.colours.weight.count_nonzero() == 0 and not hasattr(without, "masks"), "at the start the network is what it is without them"
+        y, x_ = place // 4 * p + row, place % 4 * p + column
+        looking = torch.tanh(masks[place, 2, row, column] + slopes[place] @ z[0, :, y, x_])
+        painted = sum(masks[place, k, row, column] * colours[place, k, channel] for k in range(2)) + looking * colours[place, 2, channel]
+        assert torch.isclose(picture[0, channel, y, x_], painted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [{"masks": 2}, {"pixel_masks": 2}])
+def test_masks_are_without_effect_at_the_start(kinds):
+    with_masks, without = tiny(**kinds), tiny()
+    assert with_masks.colours.weight.count_nonzero() == 0 and not hasattr(without, "masks")
+    with torch.no_grad():
+        without.unembed.weight.normal_()
+        with_masks.load_state_dict(without.state_dict(), strict=False)
+    x, noisy = torch.randn(2, 16, 64), torch.randn(2, 16, 192)
+    assert torch.equal(with_masks.patches(x, noisy), without.patches(x, noisy))
 
 
 def test_patches_come_back_where_they_were():

@@ -60,5 +60,5 @@ def fitted(tensors: dict[str, Tensor], patch: int, grid: tuple[int, int], model:
         for name in ("unembed.weight", "unembed.bias"):
             tensors[name] = resize_output(tensors[name], channels, patch, model.patch)
         for name in ("masks.weight", "masks.bias") if "masks.weight" in tensors else ():  # a mask is a picture of one channel
-            tensors[name] = resize_output(tensors[name], model.config.masks, patch, model.patch)
+            tensors[name] = resize_output(tensors[name], model.config.masks + model.config.pixel_masks, patch, model.patch)
     return tensors
