@@ -148,6 +148,9 @@ def test_another_patch_keeps_the_tokens(tiny_run, larger):
     whole = lambda x, p: x.view(2, 8, 8, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 8 * p, 8 * p)
     enlarge = lambda x: whole(tiles(patches(x, 8), size=(16, 16), mode="bilinear", align_corners=False), 16)
     with torch.no_grad():
+        for model in (old, new):  # the tanh of an enlarged mask is not quite the enlarged tanh: what is left is linear in the picture, and exact
+            for part in (model.colours.weight, model.colours.bias):
+                part[-3 * model.config.pixel_masks :] = 0
         assert torch.allclose(new(enlarge(z), t, text, mask), enlarge(old(z, t, text, mask)), atol=1e-4)
 
 

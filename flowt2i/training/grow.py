@@ -3,7 +3,8 @@
 Almost all weights know no size: attention takes any number of patches, and positions are places in the picture (`positions`). What does is
 - the learned table of positions, where a model has one: interpolated bicubically;
 - the patch embedding and the output, where the patch is another: resized so that the model sees in an enlarged picture what it saw before
-  (the PI-resize of FlexiViT, Beyer et al. 2212.08013: the pseudo-inverse of bilinear resizing), and puts out what it put out, enlarged.
+  (the PI-resize of FlexiViT, Beyer et al. 2212.08013: the pseudo-inverse of bilinear resizing), and puts out what it put out, enlarged
+  (of masks that look at their pixel nearly so: what they do with it is not linear).
 """
 
 import math
