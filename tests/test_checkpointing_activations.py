@@ -11,7 +11,7 @@ import torch
 from flowt2i.bench.footprint import footprint, kept_bytes
 from flowt2i.bench.step import BareStep, describe
 from flowt2i.config import resolve
-from flowt2i.training.compiling import compile_blocks, has_compiler
+from flowt2i.training.compiling import compile_training, has_compiler
 from flowt2i.training.loop import train
 from flowt2i.verify_resume import losses
 
@@ -76,7 +76,7 @@ def test_compiled_gradients_are_the_same():
     step = bare("modern")
     _, eager = gradients(step, False)
     compiled = copy.copy(step)
-    compile_blocks(compiled.model)
+    compile_training(compiled.objective)
     _, plain = gradients(compiled, False)
     _, again = gradients(compiled, True)
     for name in eager:

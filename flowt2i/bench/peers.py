@@ -29,7 +29,7 @@ from flowt2i.config import resolve
 from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.errors import UserError, nearest
 from flowt2i.memory import is_out_of_memory
-from flowt2i.training.compiling import compile_blocks, has_compiler
+from flowt2i.training.compiling import compile_training, has_compiler
 from flowt2i.training.distributed import best_device
 
 SHAPE = (4, 8, 8)
@@ -137,7 +137,7 @@ def ours(size: Size, batch: int, device: torch.device, lengths: dict[int, int] |
     step = BareStep(config, describe(True, longest), lengths, device, compiled=has_compiler())
     text, mask = step.captions(batch)
     loss: Loss = lambda data, noise, t: step.objective(data, noise, t, text, mask).losses.mean()
-    return Contender("ours", step.model, loss, lambda: compile_blocks(step.model), text.shape[1])
+    return Contender("ours", step.model, loss, lambda: compile_training(step.objective), text.shape[1])
 
 
 # ---- the comparison -----------------------------------------------------------------------------------------------------

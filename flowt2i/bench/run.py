@@ -32,7 +32,7 @@ from flowt2i.data.dataset import ImageTextDataset
 from flowt2i.errors import UserError
 from flowt2i.flops import training_flop
 from flowt2i.model import count_parameters
-from flowt2i.training.compiling import compile_blocks, will_compile
+from flowt2i.training.compiling import compile_training, will_compile
 from flowt2i.training.distributed import accumulation, best_device, peak_memory
 
 SHARES = {"data": 4, "ceiling": 5, "step": 35, "sampling": 14, "loop": 30, "micro-batches": 12}  # of the time, about: for the bar
@@ -84,7 +84,7 @@ def _bench(
     if micro < asked:
         bar.write(f"out of memory with a micro-batch of {asked}: measured at {micro}", file=sys.stderr)
     if compiled:
-        compile_blocks(step.model)
+        compile_training(step.objective)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = budget.spent

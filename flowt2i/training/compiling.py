@@ -9,6 +9,7 @@ import torch
 
 from flowt2i.config import TrainConfig
 from flowt2i.model import FlowTransformer
+from flowt2i.training.objective import Objective
 
 
 def has_compiler() -> bool:
@@ -31,7 +32,22 @@ def compile_blocks(model: FlowTransformer, shapes: int = 1) -> None:
     if shapes > 1:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * shapes)  # beside widths of captions
     for block in [*model.blocks, *(model.caption_encoder.blocks if model.caption_encoder is not None else [])]:
-        block.compile(dynamic=False if shapes > 1 else None)
+        block.compile(dynamic=_dynamic(shapes))
+
+
+def compile_training(objective: Objective, shapes: int = 1, sharded: bool = False) -> None:
+    """The model's blocks, and what is elementwise about them: putting patches together, and the errors of the loss (benchmarks/results/compiled-ends.json).
+
+    Sharded, the weights of the output are others in each step (they are gathered for it), and stay uncompiled.
+    """
+    compile_blocks(objective.model, shapes)
+    objective.errors = torch.compile(objective.errors, dynamic=_dynamic(shapes))  # type: ignore[method-assign]
+    if not sharded:
+        objective.model.patches = torch.compile(objective.model.patches, dynamic=_dynamic(shapes))  # type: ignore[method-assign]
+
+
+def _dynamic(shapes: int) -> bool | None:
+    return False if shapes > 1 else None
 
 
 def text_padding(longest: int, compiled: bool) -> int:

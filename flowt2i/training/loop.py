@@ -38,7 +38,7 @@ from flowt2i.model import count_parameters
 from flowt2i.pipeline import Pipeline, build_model
 from flowt2i.text import load_encoder, load_tokenizer
 from flowt2i.training import checkpoint, distributed, dryrun, lora, matching, parallel, resuming, start, stream
-from flowt2i.training.compiling import compile_blocks, text_padding, will_compile
+from flowt2i.training.compiling import compile_training, text_padding, will_compile
 from flowt2i.training.ema import EMA
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.features import CaptionFeatures
@@ -141,7 +141,7 @@ class Trainer:
         self.commas = commas(self.tokenizer)
         self.null, self.text_of, self.heldout_text_of = self._prepare_text()
         if self.compiled:
-            compile_blocks(self.model, shapes=len(self.shapes))
+            compile_training(self.objective, len(self.shapes), self.sharded)
         self.wrapped: nn.Module = parallel.replicate(self.objective) if world.size > 1 and not self.sharded else self.objective
         self.kernel_score, self.pace = KernelScore(), Pace(config.train.eval_every, config.train.eval_share, self.progress)
         self.saver = Saver(world, self.run_folder, config.train.keep_recent, config.train.keep_every)

@@ -36,8 +36,13 @@ class Objective(nn.Module):
         with precision.autocast(self.computes, data.device):
             features = self.model.encode_captions(text, mask) if text.dtype == torch.int64 else text
             output = self.model(z, t, features, mask)
+        losses, edges = self.errors(output, data, noise, t)
+        return Terms(losses, output, edges)
+
+    def errors(self, output: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The flow's losses [b] of what the network put out [b, C, H, W], and the weighed ones of edges [b] (None: not asked for)."""
         error = flow.velocity_error(output, data, noise, t, self.model.config.target, self.config.floor)
-        return Terms(flow.loss_per_image(error), output, self.edges * flow.edges_per_image(error) if self.edges else None)
+        return flow.loss_per_image(error), self.edges * flow.edges_per_image(error) if self.edges else None
 
 
 def with_perceptual(terms: Terms, net: PerceptualLoss | None, data: Tensor, noise: Tensor, t: Tensor, prediction: flow.Prediction, config: FlowConfig) -> Terms:
