@@ -44,7 +44,7 @@ def test_the_count_of_parameters_is_near_the_models_own(preset, size):
     with torch.device("meta"):
         model = FlowTransformer(config.model.resolve("pixels", (3, 64, 64)), (3, 64, 64), 0, 436)
     total = count_parameters(model)["total"]
-    assert abs(sizes.parameters(config.model) / total - 1) < (0.1 if size == "XS" else 0.06)  # patches in and out are not in it
+    assert abs(sizes.parameters(config.model) / total - 1) < (0.12 if size == "XS" else 0.07)  # patches in and out are not in it
 
 
 def test_a_number_of_parameters_comes_near_itself():
