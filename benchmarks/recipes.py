@@ -1,5 +1,7 @@
 """The recipes that `learning.py` compares, by name: a preset, and what is changed of it. One change at a time against the recipe above it.
 
+(`seed-kind` is the exception: all that is kind at once.)
+
 All are of one size, the quickstart's; settings after the options of `learning.py` (`--model.width 768 …`) change it for all of them alike.
 """
 
@@ -49,7 +51,7 @@ RECIPES = {
     "quickstart-learned-positions": Recipe("quickstart", ("--model.positions", "learned"), "learned positions"),
     "quickstart-sincos-positions": Recipe("quickstart", ("--model.positions", "sincos"), "no rotary positions"),
     "quickstart-no-bottleneck": Recipe("quickstart", ("--model.bottleneck", "0"), "no bottleneck in the patch embedding"),
-    "quickstart-no-masks": Recipe("quickstart", ("--model.masks", "0"), "patches of a linear layer alone"),
+    "quickstart-no-masks": Recipe("quickstart", ("--model.masks", "0", "--model.pixel_masks", "0"), "patches of a linear layer alone"),
     "quickstart-no-pixel-masks": Recipe("quickstart", ("--model.pixel_masks", "0"), "no masks that look at their pixel"),
     "quickstart-no-text-window": Recipe("quickstart", ("--model.text_window", "0"), "a plain transformer as caption encoder"),
     "quickstart-no-pooled-text": Recipe("quickstart", ("--model.pooled_text", "false"), "no mean caption feature in the modulation"),

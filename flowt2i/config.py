@@ -55,7 +55,10 @@ class ModelConfig(_Section):
     bottleneck: int = Field(128, ge=0, description="pixels: width of a linear bottleneck in the patch embedding; 0: none")
     masks: int = Field(0, ge=0, le=64, description="pixels: a patch is also the sum of this many masks of one colour each, a help for flat pictures; 0: none")
     pixel_masks: int = Field(
-        0, ge=0, le=64, description="pixels: as many masks more, whose values also hang on the noisy pixel under them (a small network for each patch); 0: none"
+        0,
+        ge=0,
+        le=64,
+        description="pixels: so many masks more, whose values also depend on the noisy pixel under them (a small network for each patch); 0: none",
     )
     positions: Literal["rope", "sincos", "learned"] = Field(
         "rope", description="image positions: fixed 2D sin-cos, with rotary ones in the attention besides (rope), or learned from scratch"
@@ -184,7 +187,7 @@ class TrainConfig(_Section):
         False, description="keep only what passes between blocks and compute the inside of each again in the backward pass: less memory, a third more work"
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile of each block; auto: where a compiler is found and the run is long enough to pay"
+        "auto", description="torch.compile of blocks, output and loss; auto: where a compiler is found and the run is long enough to pay"
     )
     ema: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights, warmed up as (1 + n) / (10 + n); 0: none")
     timeout_s: float = Field(600, gt=0, description="several ranks: seconds after which a rank that hears nothing of the others gives up")

@@ -13,6 +13,7 @@ Shapes: B images, N = (H/p)(W/p) image tokens, T caption tokens, d width, D widt
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -300,6 +301,10 @@ class FlowTransformer(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: `patches` compiled in place (`compiling.compile_training`) would go on with the weights of the original."""
+        return {name: value for name, value in super().__getstate__().items() if name != "patches"}
+
     def encode_captions(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Built-in encoder only: token ids [B, T], mask [B, T] -> features [B, T, D]."""
         assert self.caption_encoder is not None, "this model reads the features of a frozen encoder"
@@ -337,9 +342,9 @@ class FlowTransformer(nn.Module):
         """Tokens [B, N, d], and the noisy patches under them, -> patches [B, N, C p p]: a linear layer, and the sum of masks [p p] of one colour each.
 
         A flat shape on a flat ground is one mask times the difference of two colours. A linear layer has to learn its outline for every pair of colours
-        anew, light on dark apart from dark on light; a product learns it once (docs/experiments.md, "Masks and colours"). `masks` of them are linear in the
-        token. The `pixel_masks` also look at their pixel z [C], `tanh(m + w z)` with m and w linear in the token: on which side of an outline a noisy pixel
-        lies is seen best at the pixel. So the token makes a network of one hidden layer for the pixels of its patch (PixNerd's, 2507.23268, is deeper).
+        anew, light on dark apart from dark on light; a product learns it once (docs/experiments.md, "Masks and colours"). The first `masks` are linear in the
+        token. The `pixel_masks` behind them also look at their pixel z [C], `tanh(m + w z)` with m and w linear in the token: on which side of an outline a
+        noisy pixel lies is seen best at the pixel. So the token makes a network of one hidden layer for its patch (PixNerd's, 2507.23268, is deeper).
         """
         y = self.unembed(x)
         if not hasattr(self, "masks"):

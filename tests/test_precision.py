@@ -161,16 +161,21 @@ def _told_of_precision(begun, asked: str, data: Path, run: Path) -> str:
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
-@pytest.mark.parametrize(("width", "narrow"), [(128, True), (192, False), (1280, False)])
-def test_make_goes_on_with_the_network_that_it_began_with(width, narrow, tmp_path):
+@pytest.mark.parametrize(("width", "narrow", "today"), [(128, True, True), (192, False, False), (1280, False, True)])
+def test_make_goes_on_with_the_network_that_it_began_with(width, narrow, today, tmp_path):
     """Whatever this machine would begin with today."""
-    settings = {"model": {"width": width, "depth": 6}}
+    settings = {"model": {"width": width, "depth": 6}, "flow": {}}
+    settings["model"] |= {"pixel_masks": 4} if today else {}
+    settings["flow"] |= {"edges": 4.0} if today else {}
     (tmp_path / "config.json").write_text(json.dumps(settings, indent=2))
     (tmp_path / "asking.mk").write_text("include Makefile\nasked: ; @echo told: $(SETTINGS)\n")
     clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "SETTINGS", "OUT")}
     words = ["make", "-s", "-f", str(tmp_path / "asking.mk"), "asked", f"OUT={tmp_path}"]
     told = subprocess.run(words, cwd=Path(__file__).parents[1], env=clean, capture_output=True, text=True, check=True).stdout
     assert ("--model.width 128" in told) == narrow and "told:" in told
+    assert ("--flow.edges 0" in told) == ("--model.pixel_masks 0" in told) == (not today), (
+        "what the recipe has taken on since, a run from before goes on without"
+    )
 
 
 def test_float64_where_the_device_has_none():

@@ -3,8 +3,8 @@
 Size: 12 blocks of width 768, 12 heads, 64 image tokens of 8x8x4 latents, 512-wide caption features. Every contender gets the same noise, times and
 latents, runs under bf16 autocast (in fp32 where there are no units for bf16) and is updated by the same fused AdamW over all its parameters. The peers are
 trained the plain way: captions padded to 128 tokens, no mask (which would only slow them down). Ours is the `stability` preset with what its training does:
-captions padded to the longest of the batch, masked. Eager is set against eager, compiled (peers: `torch.compile` of the whole model; ours: of each block, as
-in training) against compiled.
+captions padded to the longest of the batch, masked. Eager is set against eager, compiled (peers: `torch.compile` of the whole model; ours: of blocks
+and loss, as in training) against compiled.
 
 The order of the turns is reversed each round, so that a machine that drifts does so for all alike; the rate is that of the median step.
 """

@@ -36,9 +36,9 @@ def compile_blocks(model: FlowTransformer, shapes: int = 1) -> None:
 
 
 def compile_training(objective: Objective, shapes: int = 1, sharded: bool = False) -> None:
-    """The model's blocks, and what is elementwise about them: putting patches together, and the errors of the loss (benchmarks/results/compiled-ends.json).
+    """The model's blocks, how its output is put together and the errors of the loss, whose many elementwise passes become few (benchmarks/compiled.py).
 
-    Sharded, the weights of the output are others in each step (they are gathered for it), and stay uncompiled.
+    Sharded, the output stays as it is: its weights are gathered for each step, and compiling that was not tried.
     """
     compile_blocks(objective.model, shapes)
     objective.errors = torch.compile(objective.errors, dynamic=_dynamic(shapes))  # type: ignore[method-assign]

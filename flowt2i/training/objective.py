@@ -1,6 +1,6 @@
 """One micro-batch to its loss: the module that training differentiates (and DDP wraps)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config, self.computes = model, config, computes
         self.edges = config.edges if model.config.target == "x" else 0.0  # what a velocity's error has of noise is edges everywhere
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As the model's: `errors` compiled in place stays with the original."""
+        return {name: value for name, value in super().__getstate__().items() if name != "errors"}
 
     def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Terms:
         """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]."""
