@@ -16,6 +16,7 @@ from flowt2i import cli, errors
 from flowt2i.config import resolve
 from flowt2i.errors import UserError
 from flowt2i.training import checkpoint, distributed
+from flowt2i.training.compiling import has_compiler
 from flowt2i.training.evaluate import evaluate
 from flowt2i.training.loop import Trainer, train
 from flowt2i.verify_resume import compare, losses
@@ -67,6 +68,21 @@ def test_ddp_and_fsdp_load_each_others_checkpoints(scenes_data, tiny, tmp_path):
     for job in range(3):  # rows of different ranks have different noise
         for rows in stream_of(results, job).values():
             assert len({noise for _, noise in rows}) == len(rows) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_compiled_ranks_take_the_course_of_one(scenes_data, tiny, tmp_path):
+    """Two steps compiled under DDP, two under FSDP2, as one rank makes them uncompiled."""
+    run = tmp_path / "run"
+    words = ["--config", "quickstart", "--data", str(scenes_data), "--out", str(run), "--resume", "latest", *tiny, *STEADY, "--train.compile", "on"]
+    results, errors = ranks(
+        2, [{"train": [*words, "--train.parallel", how, "--train.steps", steps]} for how, steps in (("ddp", "2"), ("fsdp", "4"))], tmp_path / "out"
+    )
+    assert [job["status"] for rank in results for job in rank] == [0] * 4, errors
+    train(resolve("quickstart", [*tiny, *STEADY, "--train.compile", "off", "--train.steps", "4"]), scenes_data, tmp_path / "one", progress=False)
+    one, two = losses(tmp_path / "one"), losses(run)
+    assert list(one) == list(two) == [1, 2, 3, 4] and np.allclose(list(one.values()), list(two.values()), rtol=1e-3, atol=0), (one, two)
 
 
 def test_fsdp_alone_continues_exactly(scenes_data, tiny, tmp_path):
