@@ -85,7 +85,7 @@ def measure(point: Point) -> dict[str, Any]:
     row = point | {"parameters": count_parameters(step.model)["total"], "tflop": flop * point["batch"] / 1e12, "computed_gib": computed / 2**30}
     try:
         row["seconds"] = step.step_seconds(point["batch"], 1, seconds=4)
-        row["measured_gib"] = (peak(device) - before) / 2**30
+        row["measured_gib"] = max(0, peak(device) - before) / 2**30  # the system may take pages back meanwhile
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
