@@ -35,6 +35,12 @@ def noise(count):
     return [torch.Generator().manual_seed(3 + i) for i in range(count)]
 
 
+def same(found, wanted):
+    """Under a grey level everywhere, and hardly anything in the mean: a steep pixel mask enlarges the rounding of single pixels at its edge."""
+    apart = np.abs(found - wanted)
+    return apart.max() < 1 / 255 and apart.mean() < 5e-5
+
+
 def test_the_schedulers_times_are_ours():
     """t = 1 - sigma, and both shifts are the same number."""
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -54,7 +60,7 @@ def test_the_same_pictures(kind, guidance, request):
     theirs.set_progress_bar_config(disable=True)
     wanted = drawn(ours, PROMPTS, steps=STEPS, guidance=guidance)
     found = theirs(PROMPTS, num_inference_steps=STEPS, guidance_scale=guidance, generator=noise(2), output_type="np").images
-    assert np.abs(found - wanted).max() < 1e-3 and wanted.std() > 0.05
+    assert same(found, wanted) and wanted.std() > 0.05
 
 
 def test_what_its_pipeline_offers(pixels):
@@ -72,7 +78,7 @@ def test_what_its_pipeline_offers(pixels):
     assert theirs("a star", num_inference_steps=1, num_images_per_prompt=3, output_type="pt").images.shape == (3, 3, 64, 64)
     assert theirs("a star", num_inference_steps=1, output_type="latent", return_dict=False)[0].shape == (1, 3, 64, 64)
     throughout = theirs(PROMPTS, guidance_interval=(0, 1), output_type="np", **settings).images
-    assert np.abs(throughout - drawn(ours, PROMPTS, steps=2, guidance_until=1.0)).max() < 1e-3
+    assert same(throughout, drawn(ours, PROMPTS, steps=2, guidance_until=1.0))
     assert np.abs(throughout - np.stack([np.asarray(i) for i in images]) / 255).max() > 0.01
     unlike = theirs(PROMPTS, negative_prompt="a blue star", output_type="np", **settings).images
     assert np.abs(unlike - np.stack([np.asarray(i) for i in images]) / 255).max() > 0.01
@@ -135,7 +141,7 @@ def test_the_folders_run_where_flowt2i_is_not_installed(pixels, latents, tmp_pat
     found = np.load(tmp_path / "found.npz")
     for kind, run in (("pixels", pixels), ("latents", latents)):
         wanted = drawn(Pipeline.from_pretrained(run, device="cpu"), PROMPTS, steps=STEPS, guidance=GUIDANCE)
-        assert np.abs(found[kind] - wanted).max() < 1e-3
+        assert same(found[kind], wanted)
     with pytest.raises(UserError, match="was exported for diffusers"):
         Pipeline.from_pretrained(tmp_path / "pixels")
 
