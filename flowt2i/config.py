@@ -60,6 +60,9 @@ class ModelConfig(_Section):
         le=64,
         description="pixels: so many masks more, whose values also depend on the noisy pixel under them (a small network for each patch); 0: none",
     )
+    negatives: bool = Field(
+        False, description="pixels: a picture darker than mid-grey is drawn as its negative, so that light on dark and dark on light are learned as one"
+    )
     positions: Literal["rope", "sincos", "learned"] = Field(
         "rope", description="image positions: fixed 2D sin-cos, with rotary ones in the attention besides (rope), or learned from scratch"
     )
@@ -90,7 +93,7 @@ class ModelConfig(_Section):
         if self.text_window and self.text_window % 2 == 0:
             raise UserError(f"model.text_window {self.text_window} must be odd (as many words before as after), or 0")
         prediction = self.prediction if self.prediction != "auto" else ("x" if pixels else "v")
-        only_pixels = {} if pixels else {"bottleneck": 0, "masks": 0, "pixel_masks": 0}
+        only_pixels = {} if pixels else {"bottleneck": 0, "masks": 0, "pixel_masks": 0, "negatives": False}
         return self.model_copy(update={"patch": patch, "prediction": prediction, **only_pixels})
 
 
@@ -325,7 +328,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data": {"batch_size": 32},
         "model": {
             "width": 192, "depth": 6, "heads": 6, "time_width": 192, "text_width": 192, "text_depth": 2, "mlp_ratio": 3.0, "bottleneck": 64,
-            "masks": 4, "pixel_masks": 4,
+            "masks": 4, "pixel_masks": 4, "negatives": True,
         },
         "flow": {"logit_mean": -1.3, "floor": 0.4, "edges": 4.0},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},

@@ -13,6 +13,7 @@ Shapes: B images, N = (H/p)(W/p) image tokens, T caption tokens, d width, D widt
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowt2i import negatives
 from flowt2i.config import ModelConfig
 from flowt2i.positions import resize_table, rotation_2d, sincos_1d, sincos_2d
 
@@ -239,15 +241,19 @@ class FlowTransformer(nn.Module):
     """Predicts the velocity (or the clean data, see `flow.to_velocity`) of noisy latents under a caption and a time.
 
     shape: (C, H, W) of the latents it is trained at; `forward` takes any other H and W that the patch divides. text_dim: D of the frozen
-    encoder's features, or 0 for the built-in encoder with `vocab_size` token ids. The output has the latents' shape. `config` must be resolved
-    for the shape (`ModelConfig.resolve`).
+    encoder's features, or 0 for the built-in encoder with `vocab_size` token ids. mean, std: by which its pixels are normalised, per channel (0 and 1 if None);
+    `model.negatives` asks where mid-grey lies. The output has the latents' shape. `config` must be resolved for the shape (`ModelConfig.resolve`).
     """
 
     checkpoint_activations = False  # keep only what passes between blocks, and compute the inside of each again in the backward pass
+    grey: Tensor  # mid-grey [1, C, 1, 1] of normalised pixels
     positions: Tensor  # of its own grid: learned, or a buffer that is not saved
     rotation: Tensor | None
 
-    def __init__(self, config: ModelConfig, shape: tuple[int, int, int], text_dim: int, vocab_size: int = 0):
+    def __init__(
+        self, config: ModelConfig, shape: tuple[int, int, int], text_dim: int, vocab_size: int = 0,
+        mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.config, self.shape, self.patch = config, shape, config.patch
         channels, height, width = shape
@@ -266,6 +272,10 @@ class FlowTransformer(nn.Module):
             self.register_buffer("positions", sincos_2d(self.rows, self.columns, d), persistent=False)
         self.register_buffer("rotation", rotation_2d(self.rows, self.columns, d // config.heads) if config.positions == "rope" else None, persistent=False)
         self._tables: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor | None]] = {}  # of other grids than its own
+        if config.negatives:
+            self.negative = nn.Parameter(torch.zeros(config.time_width))  # tells the network which it sees
+            grey = negatives.mid_grey(mean or [0.0] * channels, std or [1.0] * channels)
+            self.register_buffer("grey", grey.view(1, channels, 1, 1), persistent=False)
         self.seed = config.block == "seed"
         self.time = nn.Sequential(nn.Linear(256, config.time_width), nn.SiLU(), nn.Linear(config.time_width, config.time_width))
         if self.seed:
@@ -362,10 +372,15 @@ class FlowTransformer(nn.Module):
         """z [B, C, H, W], t [B] in [0, 1], text [B, T, D], mask [B, T] (True: a real token) -> [B, C, H, W]."""
         height, width = z.shape[2:]
         positions, rotation = self.tables(height // self.patch, width // self.patch, z.device)
+        time = self.time(time_features(t))
+        if self.config.negatives:
+            middle = t.view(-1, 1, 1, 1) * self.grey
+            side = negatives.side(z, t, middle)
+            z = negatives.mirrored(z, middle, side)
+            time = time + (side.flatten(1) * self.negative).to(time.dtype)
         patches = self.patchify(z)
         x = self.embed(patches)
         x = x + positions.to(x.dtype)
-        time = self.time(time_features(t))
         bias = mask_bias(mask)
         if self.seed:
             modulation = time
@@ -381,7 +396,8 @@ class FlowTransformer(nn.Module):
             inputs = (x, text, bias, modulation, rotation)
             x, text = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
         shift, scale = self.final_adaln(F.silu(time)).unsqueeze(1).chunk(2, -1)
-        return self.unpatchify(self.patches(modulate(self.final_norm(x), shift, scale), patches), height, width)
+        out = self.unpatchify(self.patches(modulate(self.final_norm(x), shift, scale), patches), height, width)
+        return negatives.mirrored(out, self.grey, side) if self.config.negatives else out
 
 
 def count_parameters(model: FlowTransformer) -> dict[str, int]:
@@ -389,7 +405,8 @@ def count_parameters(model: FlowTransformer) -> dict[str, int]:
     parts: dict[str, int] = {}
     names = {
         "attention": "self-attention", "cross": "cross-attention", "mlp": "image MLP", "text_mlp": "text MLP", "adaln": "AdaLN", "table": "AdaLN",
-        "shared_adaln": "AdaLN", "final_adaln": "AdaLN", "time": "time embedding", "pooled": "time embedding", "caption_encoder": "caption encoder",
+        "shared_adaln": "AdaLN", "final_adaln": "AdaLN", "time": "time embedding", "negative": "time embedding", "pooled": "time embedding",
+        "caption_encoder": "caption encoder",
         "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "masks": "output", "colours": "output", "slopes": "output",
         "text_embed": "text embedding",
     }  # fmt: skip

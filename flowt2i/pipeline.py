@@ -302,6 +302,7 @@ def build_model(config: Config, description: DatasetDescription) -> FlowTransfor
     """An untrained model of this configuration for data of this description."""
     shape = description.codec.shape
     text = description.text
-    model = FlowTransformer(config.model.resolve(description.codec.kind, shape), shape, text.dim if text.kind == "hf" else 0, text.vocab_size)
+    resolved, text_dim = config.model.resolve(description.codec.kind, shape), text.dim if text.kind == "hf" else 0
+    model = FlowTransformer(resolved, shape, text_dim, text.vocab_size, description.latent_mean, description.latent_std)
     model.checkpoint_activations = config.train.checkpoint_activations
     return model

@@ -52,7 +52,7 @@ def test_presets_make_64_tokens_of_64_pixels(preset):
 @pytest.mark.parametrize("block", ["modern", "seed"])
 @pytest.mark.parametrize("kind, shape, text_dim, masks", [("pixels", (3, 32, 32), 0, 0), ("pixels", (3, 32, 32), 0, 3), ("vae", (4, 8, 8), 24, 3)])
 def test_shapes_and_gradients_reach_every_parameter(block, kind, shape, text_dim, masks):
-    model = shake(tiny(block, kind, shape, text_dim, masks=masks, pixel_masks=masks))
+    model = shake(tiny(block, kind, shape, text_dim, masks=masks, pixel_masks=masks, negatives=masks > 0))
     assert hasattr(model, "masks") == hasattr(model, "slopes") == (masks > 0 and kind == "pixels"), "a latent's patch is no picture with outlines"
     z, t, mask = torch.randn(3, *shape), torch.rand(3), torch.ones(3, 5, dtype=torch.bool)
     text = torch.randn(3, 5, text_dim) if text_dim else model.encode_captions(torch.randint(0, 50, (3, 5)), mask)

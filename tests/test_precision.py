@@ -165,7 +165,7 @@ def _told_of_precision(begun, asked: str, data: Path, run: Path) -> str:
 def test_make_goes_on_with_the_network_that_it_began_with(width, narrow, today, tmp_path):
     """Whatever this machine would begin with today."""
     settings = {"model": {"width": width, "depth": 6}, "flow": {}}
-    settings["model"] |= {"pixel_masks": 4} if today else {}
+    settings["model"] |= {"pixel_masks": 4, "negatives": True} if today else {}
     settings["flow"] |= {"edges": 4.0} if today else {}
     (tmp_path / "config.json").write_text(json.dumps(settings, indent=2))
     (tmp_path / "asking.mk").write_text("include Makefile\nasked: ; @echo told: $(SETTINGS)\n")
@@ -173,7 +173,7 @@ def test_make_goes_on_with_the_network_that_it_began_with(width, narrow, today, 
     words = ["make", "-s", "-f", str(tmp_path / "asking.mk"), "asked", f"OUT={tmp_path}"]
     told = subprocess.run(words, cwd=Path(__file__).parents[1], env=clean, capture_output=True, text=True, check=True).stdout
     assert ("--model.width 128" in told) == narrow and "told:" in told
-    assert ("--flow.edges 0" in told) == ("--model.pixel_masks 0" in told) == (not today), (
+    assert ("--flow.edges 0" in told) == ("--model.pixel_masks 0" in told) == ("--model.negatives false" in told) == (not today), (
         "what the recipe has taken on since, a run from before goes on without"
     )
 

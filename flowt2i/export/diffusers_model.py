@@ -27,7 +27,7 @@ class FlowT2ITransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diff
     def __init__(self, model: dict[str, Any], shape: list[int], text_dim: int, vocab_size: int, latent_mean: list[float], latent_std: list[float]):
         super().__init__()
         channels, height, width = shape
-        self.net = FlowTransformer(ModelConfig(**model), (channels, height, width), text_dim, vocab_size)
+        self.net = FlowTransformer(ModelConfig(**model), (channels, height, width), text_dim, vocab_size, latent_mean, latent_std)
 
     def encode_captions(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Built-in text encoder only: token ids [B, T], mask [B, T] -> features [B, T, D]."""
