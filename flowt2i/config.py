@@ -333,7 +333,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flow": {"logit_mean": -1.3, "floor": 0.4, "edges": 4.0},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
         "train": {"minutes": 13, "micro_batch": 0, "ema": 0.99, "eval_every": 0, "checkpoint_every": 500},
-        "sample": {"steps": 10, "shift": 3.0, "guidance": 3.0, "guidance_until": 0.3},
+        "sample": {"steps": 10, "shift": 3.0, "guidance": 3.0, "guidance_from": 0.02, "guidance_until": 0.3},
     },
     "seed": SEED_RECIPE,
 }  # fmt: skip

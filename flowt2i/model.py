@@ -273,7 +273,7 @@ class FlowTransformer(nn.Module):
         self.register_buffer("rotation", rotation_2d(self.rows, self.columns, d // config.heads) if config.positions == "rope" else None, persistent=False)
         self._tables: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor | None]] = {}  # of other grids than its own
         if config.negatives:
-            self.negative = nn.Parameter(torch.zeros(config.time_width))  # tells the network which it sees
+            self.side_table = nn.Parameter(torch.zeros(negatives.SIDES, config.time_width))  # tells the network what it is shown
             grey = negatives.mid_grey(mean or [0.0] * channels, std or [1.0] * channels)
             self.register_buffer("grey", grey.view(1, channels, 1, 1), persistent=False)
         self.seed = config.block == "seed"
@@ -374,10 +374,9 @@ class FlowTransformer(nn.Module):
         positions, rotation = self.tables(height // self.patch, width // self.patch, z.device)
         time = self.time(time_features(t))
         if self.config.negatives:
-            middle = t.view(-1, 1, 1, 1) * self.grey
-            side = negatives.side(z, t, middle)
-            z = negatives.mirrored(z, middle, side)
-            time = time + (side.flatten(1) * self.negative).to(time.dtype)
+            side = negatives.side(z, t, self.grey)
+            z = negatives.shown(z, t, self.grey, side)
+            time = time + F.embedding(side, self.side_table).to(time.dtype)
         patches = self.patchify(z)
         x = self.embed(patches)
         x = x + positions.to(x.dtype)
@@ -405,7 +404,7 @@ def count_parameters(model: FlowTransformer) -> dict[str, int]:
     parts: dict[str, int] = {}
     names = {
         "attention": "self-attention", "cross": "cross-attention", "mlp": "image MLP", "text_mlp": "text MLP", "adaln": "AdaLN", "table": "AdaLN",
-        "shared_adaln": "AdaLN", "final_adaln": "AdaLN", "time": "time embedding", "negative": "time embedding", "pooled": "time embedding",
+        "shared_adaln": "AdaLN", "final_adaln": "AdaLN", "time": "time embedding", "side_table": "time embedding", "pooled": "time embedding",
         "caption_encoder": "caption encoder",
         "embed": "patch embedding", "positions": "patch embedding", "unembed": "output", "masks": "output", "colours": "output", "slopes": "output",
         "text_embed": "text embedding",

@@ -5,9 +5,10 @@ t g, is `(1 - t)(-n) + t (2g - x)`, the negative under the mirrored noise, which
 be mirrored before the network and the prediction mirrored back behind it: one of each pair is all that is learned (canonicalisation; Kaba et al.,
 2211.06489). What differs between the two, the colours that words name, needs the network to be told which it sees.
 
-The mean of thousands of pixels shows through all but the strongest noise: of 64 x 64 x 3 it has a deviation of 0.009, an hundredth of what lies between a dark
-ground and a light one. Nearest the noise it would be told by chance, and a network that is told from there on believes it over the caption's word for the
-ground (docs/experiments.md, "Negatives"): so nothing is mirrored before t = 0.05, where that word is read.
+The mean of all pixels shows through all but the strongest noise: of 64 x 64 x 3 it has a deviation of 0.009, a hundredth of what lies between a dark
+ground and a light one. Nearer the noise than `SEEN` it would be told by chance, and a network that goes by it there, as it rightly does from there on,
+draws the ground that the noise seems to show and not the one that the caption names (docs/experiments.md, "Negatives"). So there nothing is mirrored, the
+mean is taken out, and the network is told that, too: what is left to go by is the caption.
 
 Pixels only: in latents the negative is no reflection.
 """
@@ -17,7 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SEEN = 0.05  # from this time on a picture shows whether it is dark
+SEEN = 0.03  # from this time on a picture shows whether it is dark
+UNSEEN, LIGHT, DARK = 0, 1, 2
+SIDES = 3
 
 
 def mid_grey(mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -25,12 +28,22 @@ def mid_grey(mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
 
 
-def side(z: Tensor, t: Tensor, middle: Tensor) -> Tensor:
-    """[B, 1, 1, 1]: -1 where z [B, C, H, W] is on the average under the middle [B, C, 1, 1] and its time t [B] past `SEEN`, else 1."""
-    dark = (z - middle).mean((1, 2, 3)) < 0
-    return torch.where(dark & (t > SEEN), -1.0, 1.0).view(-1, 1, 1, 1)
+def side(z: Tensor, t: Tensor, grey: Tensor) -> Tensor:
+    """Which side of mid-grey [1, C, 1, 1] the noisy z [B, C, H, W] at t [B] shows: `UNSEEN`, `LIGHT` or `DARK` [B], int64."""
+    dark = (z - _at(t) * grey).mean((1, 2, 3)) < 0
+    return torch.where(t > SEEN, torch.where(dark, DARK, LIGHT), UNSEEN)
+
+
+def shown(z: Tensor, t: Tensor, grey: Tensor, side: Tensor) -> Tensor:
+    """What the network is to see of z [B, C, H, W]: its negative where it is dark, no mean [C] where none can be seen yet."""
+    unseen = (side == UNSEEN).view(-1, 1, 1, 1)
+    return torch.where(unseen, z - z.mean((2, 3), keepdim=True), mirrored(z, _at(t) * grey, side))
 
 
 def mirrored(x: Tensor, middle: Tensor, side: Tensor) -> Tensor:
-    """x [B, C, H, W] where side is 1, `2 middle - x` where it is -1. Its own inverse."""
-    return middle + side * (x - middle)
+    """`2 middle - x` [B, C, H, W] where the side [B] is dark, else x. Data and velocities are mirrored about mid-grey, a noisy z about t times that."""
+    return torch.where((side == DARK).view(-1, 1, 1, 1), 2 * middle - x, x)
+
+
+def _at(t: Tensor) -> Tensor:
+    return t.view(-1, 1, 1, 1)

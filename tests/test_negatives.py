@@ -7,31 +7,40 @@ from flowt2i import negatives
 from flowt2i.config import ModelConfig
 from flowt2i.flow import to_velocity
 from flowt2i.model import FlowTransformer
+from flowt2i.negatives import DARK, LIGHT, UNSEEN
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
 GREY = negatives.mid_grey(MEAN, STD).view(1, 3, 1, 1)
+ALL_DARK = torch.tensor([DARK])
 
 
 def test_mid_grey_is_zero_of_pixels_and_the_negative_of_white_is_black():
     pixels = lambda level: (torch.full((1, 3, 2, 2), level) - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
     assert torch.allclose(pixels(0.0), GREY.expand(1, 3, 2, 2))
-    assert torch.allclose(negatives.mirrored(pixels(1.0), GREY, torch.tensor(-1.0)), pixels(-1.0), atol=1e-6)
+    assert torch.allclose(negatives.mirrored(pixels(1.0), GREY, ALL_DARK), pixels(-1.0), atol=1e-6)
 
 
 def test_the_noisy_negative_is_the_negative_under_the_mirrored_noise():
-    x, n, t = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), 0.3
-    turn = torch.tensor(-1.0)
-    noisy = negatives.mirrored((1 - t) * n + t * x, t * GREY, turn)
-    assert torch.allclose(noisy, (1 - t) * -n + t * negatives.mirrored(x, GREY, turn), atol=1e-6)
+    x, n, t = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.8])
+    noisy = lambda x, n: (1 - t).view(2, 1, 1, 1) * n + t.view(2, 1, 1, 1) * x
+    shown = negatives.shown(noisy(x, n), t, GREY, torch.tensor([DARK, DARK]))
+    assert torch.allclose(shown, noisy(negatives.mirrored(x, GREY, ALL_DARK), -n), atol=1e-6)
 
 
 def test_side_is_that_of_the_mean_once_it_can_be_seen():
-    z = torch.tensor([-1.0, 1.0, 0.0, -1.0]).view(4, 1, 1, 1).expand(4, 3, 4, 4)
-    assert negatives.side(z, torch.tensor([0.5, 0.5, 0.5, 0.01]), torch.zeros(4, 3, 1, 1)).flatten().tolist() == [-1, 1, 1, 1], "nearest the noise nobody knows"
+    x = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4) + GREY
+    t = torch.tensor([0.5, 0.5, 0.01])
+    z = t.view(3, 1, 1, 1) * x  # without its noise
+    side = negatives.side(z, t, GREY)
+    assert side.tolist() == [DARK, LIGHT, UNSEEN]
+    shown = negatives.shown(z, t, GREY, side)
+    assert torch.equal(shown[1], z[1]) and torch.allclose(shown[0], z[1], atol=1e-6), "dark is shown as if it were light"
+    assert torch.allclose(shown[2].mean((1, 2)), torch.zeros(3), atol=1e-6), "nearest the noise a mean is chance"
 
 
 def network(**changes) -> FlowTransformer:
     tiny = {"width": 64, "depth": 2, "heads": 2, "time_width": 32, "text_width": 64, "text_depth": 1, "bottleneck": 32, "negatives": True} | changes
+    torch.manual_seed(0)
     model = FlowTransformer(ModelConfig(**tiny).resolve("pixels", (3, 32, 32)), (3, 32, 32), 0, 50, MEAN, STD)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,18 +52,27 @@ def network(**changes) -> FlowTransformer:
 @pytest.mark.parametrize("prediction", ["x", "v"])
 def test_a_network_that_is_not_told_draws_the_negative_of_what_it_draws(prediction, block):
     model = network(prediction=prediction, block=block, masks=2, pixel_masks=2)
-    z, t = torch.randn(4, 3, 32, 32), torch.rand(4).clamp(0.1, 0.9)
-    middle = t.view(-1, 1, 1, 1) * GREY
+    z, t = torch.randn(4, 3, 32, 32), torch.tensor([0.1, 0.3, 0.6, 0.9])
     mask = torch.ones(4, 5, dtype=torch.bool)
     text = model.encode_captions(torch.randint(0, 50, (4, 5)), mask)
     field = lambda z: to_velocity(model(z, t, text, mask), z, t, prediction)
-    other = negatives.mirrored(z, middle, torch.tensor(-1.0))
-    assert set(negatives.side(z, t, middle).flatten().tolist()) <= {-1.0, 1.0} and torch.equal(negatives.side(other, t, middle), -negatives.side(z, t, middle))
-    mirrored = lambda: negatives.mirrored(field(z), GREY, torch.tensor(-1.0))  # v = x - n becomes (2g - x) + n = 2g - v
-    assert not torch.allclose(field(other), mirrored(), atol=1e-3), "told which it sees, it can name colours"
+    other = negatives.mirrored(z, t.view(4, 1, 1, 1) * GREY, ALL_DARK)
+    assert (negatives.side(z, t, GREY) + negatives.side(other, t, GREY)).tolist() == [LIGHT + DARK] * 4
+    negative = lambda: negatives.mirrored(field(z), GREY, ALL_DARK)  # v = x - n becomes (2g - x) + n = 2g - v
+    assert not torch.allclose(field(other), negative(), atol=1e-3), "told what it is shown, it can name colours"
     with torch.no_grad():
-        model.negative.zero_()
-    assert torch.allclose(field(other), mirrored(), atol=1e-4)
+        model.side_table.zero_()
+    assert torch.allclose(field(other), negative(), atol=1e-3)
+
+
+def test_nearest_the_noise_the_mean_of_the_noise_says_nothing():
+    model = network()
+    z, mask = torch.randn(1, 3, 32, 32), torch.ones(1, 5, dtype=torch.bool)
+    text = model.encode_captions(torch.randint(0, 50, (1, 5)), mask)
+    ask = lambda z, t: model(z, torch.tensor([t]), text, mask)
+    brighter = z + torch.tensor([0.1, 0.0, -0.2]).view(1, 3, 1, 1)
+    assert torch.allclose(ask(z, 0.01), ask(brighter, 0.01), atol=1e-4)
+    assert not torch.allclose(ask(z, 0.1), ask(brighter, 0.1), atol=1e-3)
 
 
 def test_latents_have_no_negatives():
