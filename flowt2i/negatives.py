@@ -6,19 +6,19 @@ be mirrored before the network and the prediction mirrored back behind it: one o
 2211.06489). What differs between the two, the colours that words name, needs the network to be told which it sees.
 
 The mean of all pixels shows through all but the strongest noise: of 64 x 64 x 3 it has a deviation of 0.009, a hundredth of what lies between a dark
-ground and a light one. Nearer the noise than `SEEN` it would be told by chance, and a network that goes by it there, as it rightly does from there on,
+ground and a light one. Nearer the noise than `seen_from` it would be told by chance, and a network that goes by it there, as it rightly does from there on,
 draws the ground that the noise seems to show and not the one that the caption names (docs/experiments.md, "Negatives"). So there nothing is mirrored, the
 mean is taken out, and the network is told that, too: what is left to go by is the caption.
 
 Pixels only: in latents the negative is no reflection.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-SEEN = 0.03  # from this time on a picture shows whether it is dark
 UNSEEN, LIGHT, DARK = 0, 1, 2
 SIDES = 3
 
@@ -28,10 +28,16 @@ def mid_grey(mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
 
 
+def seen_from(height: int, width: int) -> float:
+    """The time from which on a picture shows whether it is dark: 0.03 at 64 x 64. The more pixels, the sooner: noise has a mean that falls with their root."""
+    ratio = 0.03 / 0.97 * 64 / math.sqrt(height * width)  # of data to noise, t / (1 - t)
+    return ratio / (1 + ratio)
+
+
 def side(z: Tensor, t: Tensor, grey: Tensor) -> Tensor:
     """Which side of mid-grey [1, C, 1, 1] the noisy z [B, C, H, W] at t [B] shows: `UNSEEN`, `LIGHT` or `DARK` [B], int64."""
     dark = (z - _at(t) * grey).mean((1, 2, 3)) < 0
-    return torch.where(t > SEEN, torch.where(dark, DARK, LIGHT), UNSEEN)
+    return torch.where(t > seen_from(*z.shape[2:]), torch.where(dark, DARK, LIGHT), UNSEEN)
 
 
 def shown(z: Tensor, t: Tensor, grey: Tensor, side: Tensor) -> Tensor:

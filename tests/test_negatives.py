@@ -38,6 +38,13 @@ def test_side_is_that_of_the_mean_once_it_can_be_seen():
     assert torch.allclose(shown[2].mean((1, 2)), torch.zeros(3), atol=1e-6), "nearest the noise a mean is chance"
 
 
+def test_more_pixels_are_seen_sooner_at_equal_noise_of_their_mean():
+    assert negatives.seen_from(64, 64) == pytest.approx(0.03)
+    for height, width in [(32, 32), (64, 128), (256, 256)]:
+        t = negatives.seen_from(height, width)
+        assert (1 - t) / t / (height * width) ** 0.5 == pytest.approx(0.97 / 0.03 / 64)
+
+
 def network(**changes) -> FlowTransformer:
     tiny = {"width": 64, "depth": 2, "heads": 2, "time_width": 32, "text_width": 64, "text_depth": 1, "bottleneck": 32, "negatives": True} | changes
     torch.manual_seed(0)

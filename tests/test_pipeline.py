@@ -50,7 +50,7 @@ def test_evaluations_are_counted(pipeline, solver, guidance, evaluations):
     field = pipeline.field
     pipeline.field = lambda z, t, text, mask: calls.append(len(z)) or field(z, t, text, mask)
     try:
-        samples = pipeline.sample("a red circle", steps=4, solver=solver, guidance=guidance, guidance_until=1.0)
+        samples = pipeline.sample("a red circle", steps=4, solver=solver, guidance=guidance, guidance_from=0.0, guidance_until=1.0)
     finally:
         del pipeline.field
     assert sum(calls) == samples.evaluations == evaluations
