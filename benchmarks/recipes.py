@@ -53,7 +53,9 @@ RECIPES = {
     "quickstart-no-bottleneck": Recipe("quickstart", ("--model.bottleneck", "0"), "no bottleneck in the patch embedding"),
     "quickstart-no-masks": Recipe("quickstart", ("--model.masks", "0", "--model.pixel_masks", "0"), "patches of a linear layer alone"),
     "quickstart-no-pixel-masks": Recipe("quickstart", ("--model.pixel_masks", "0"), "no masks that look at their pixel"),
-    "quickstart-no-negatives": Recipe("quickstart", ("--model.negatives", "false"), "dark pictures as they are"),
+    "quickstart-no-negatives": Recipe(
+        "quickstart", ("--model.negatives", "false", "--sample.guidance_from", "0"), "dark pictures as they are, guidance from the noise on"
+    ),
     "quickstart-no-text-window": Recipe("quickstart", ("--model.text_window", "0"), "a plain transformer as caption encoder"),
     "quickstart-no-pooled-text": Recipe("quickstart", ("--model.pooled_text", "false"), "no mean caption feature in the modulation"),
     "quickstart-cosine": Recipe("quickstart", ("--optim.schedule", "cosine", "--optim.final", "0.1"), "the seed's schedule"),

@@ -61,7 +61,9 @@ class ModelConfig(_Section):
         description="pixels: so many masks more, whose values also depend on the noisy pixel under them (a small network for each patch); 0: none",
     )
     negatives: bool = Field(
-        False, description="pixels: a picture darker than mid-grey is drawn as its negative, so that light on dark and dark on light are learned as one"
+        False,
+        description="pixels: a picture darker than mid-grey is drawn as its negative, so that light on dark and dark on light are learned as one "
+        "(nearest the noise the mean is taken out instead)",
     )
     positions: Literal["rope", "sincos", "learned"] = Field(
         "rope", description="image positions: fixed 2D sin-cos, with rotary ones in the attention besides (rope), or learned from scratch"
@@ -333,7 +335,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flow": {"logit_mean": -1.3, "floor": 0.4, "edges": 4.0},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
         "train": {"minutes": 13, "micro_batch": 0, "ema": 0.99, "eval_every": 0, "checkpoint_every": 500},
-        "sample": {"steps": 10, "shift": 3.0, "guidance": 3.0, "guidance_from": 0.02, "guidance_until": 0.3},
+        "sample": {"steps": 10, "shift": 3.0, "guidance": 3.0, "guidance_from": 0.05, "guidance_until": 0.3},
     },
     "seed": SEED_RECIPE,
 }  # fmt: skip

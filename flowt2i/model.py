@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowt2i import negatives
 from flowt2i.config import ModelConfig
+from flowt2i.negatives import SIDES, mid_grey, mirrored, seen_from, shown, side_of
 from flowt2i.positions import resize_table, rotation_2d, sincos_1d, sincos_2d
 
 
@@ -241,8 +241,8 @@ class FlowTransformer(nn.Module):
     """Predicts the velocity (or the clean data, see `flow.to_velocity`) of noisy latents under a caption and a time.
 
     shape: (C, H, W) of the latents it is trained at; `forward` takes any other H and W that the patch divides. text_dim: D of the frozen
-    encoder's features, or 0 for the built-in encoder with `vocab_size` token ids. mean, std: by which its pixels are normalised, per channel (0 and 1 if None);
-    `model.negatives` asks where mid-grey lies. The output has the latents' shape. `config` must be resolved for the shape (`ModelConfig.resolve`).
+    encoder's features, or 0 for the built-in encoder with `vocab_size` token ids. mean, std: by which its pixels are normalised, per channel;
+    `model.negatives` asks for them. The output has the latents' shape. `config` must be resolved for the shape (`ModelConfig.resolve`).
     """
 
     checkpoint_activations = False  # keep only what passes between blocks, and compute the inside of each again in the backward pass
@@ -273,9 +273,11 @@ class FlowTransformer(nn.Module):
         self.register_buffer("rotation", rotation_2d(self.rows, self.columns, d // config.heads) if config.positions == "rope" else None, persistent=False)
         self._tables: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor | None]] = {}  # of other grids than its own
         if config.negatives:
-            self.side_table = nn.Parameter(torch.zeros(negatives.SIDES, config.time_width))  # tells the network what it is shown
-            grey = negatives.mid_grey(mean or [0.0] * channels, std or [1.0] * channels)
-            self.register_buffer("grey", grey.view(1, channels, 1, 1), persistent=False)
+            if mean is None or std is None:
+                raise ValueError("model.negatives needs mean and std, by which the pixels are normalised, to know where mid-grey lies")
+            self.side_table = nn.Parameter(torch.zeros(SIDES, config.time_width))  # tells the network what it is shown
+            self.register_buffer("grey", mid_grey(mean, std).view(1, channels, 1, 1), persistent=False)
+            self.seen_from = seen_from(height, width)  # of its own size, at any other too: it has learned no other
         self.seed = config.block == "seed"
         self.time = nn.Sequential(nn.Linear(256, config.time_width), nn.SiLU(), nn.Linear(config.time_width, config.time_width))
         if self.seed:
@@ -297,7 +299,7 @@ class FlowTransformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Every residual branch starts at zero, so that the untrained network is its input and output layers alone."""
+        """Every residual branch and the output start at zero: the untrained network puts out zero (mid-grey's other side where `negatives` mirror that)."""
         zero = [self.unembed, self.final_adaln, *([self.colours] if hasattr(self, "colours") else [])]
         for block in self.blocks:
             if isinstance(block, SeedBlock):
@@ -374,8 +376,8 @@ class FlowTransformer(nn.Module):
         positions, rotation = self.tables(height // self.patch, width // self.patch, z.device)
         time = self.time(time_features(t))
         if self.config.negatives:
-            side = negatives.side(z, t, self.grey)
-            z = negatives.shown(z, t, self.grey, side)
+            side = side_of(z, t, self.grey, self.seen_from)
+            z = shown(z, t, self.grey, side)
             time = time + F.embedding(side, self.side_table).to(time.dtype)
         patches = self.patchify(z)
         x = self.embed(patches)
@@ -396,7 +398,7 @@ class FlowTransformer(nn.Module):
             x, text = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
         shift, scale = self.final_adaln(F.silu(time)).unsqueeze(1).chunk(2, -1)
         out = self.unpatchify(self.patches(modulate(self.final_norm(x), shift, scale), patches), height, width)
-        return negatives.mirrored(out, self.grey, side) if self.config.negatives else out
+        return mirrored(out, self.grey, side) if self.config.negatives else out
 
 
 def count_parameters(model: FlowTransformer) -> dict[str, int]:

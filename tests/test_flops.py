@@ -19,6 +19,7 @@ CASES = [
     ({"block": "modern", "masks": 5}, LATENTS, 24),
     ({"block": "modern", "masks": 5, "pixel_masks": 2}, PIXELS, 0),
     ({"block": "seed", "pixel_masks": 2}, PIXELS, 0),
+    ({"block": "modern", "masks": 5, "negatives": True}, PIXELS, 0),
     ({"block": "modern", "depth": 1, "patch": 2}, LATENTS, 0),
     ({"block": "seed", "positions": "learned"}, LATENTS, 24),
     ({"block": "seed", "positions": "learned"}, PIXELS, 0),
@@ -30,7 +31,7 @@ CASES = [
 def test_as_torch_counts(changes, codec, text_dim):
     kind, shape = codec
     config = ModelConfig(**SMALL | changes).resolve(kind, shape)
-    model = FlowTransformer(config, shape, text_dim, vocab_size=50)
+    model = FlowTransformer(config, shape, text_dim, 50, [0.0] * shape[0], [1.0] * shape[0])
     for parameter in model.parameters():  # zeros at the start would not change a count, but a branch that is cut off would
         torch.nn.init.normal_(parameter, std=0.1)
     images, tokens = 3, 7

@@ -76,7 +76,7 @@ def test_enlarged_patches_are_seen_and_drawn_as_before(old, new):
 def test_with_the_same_data_it_predicts_as_before(tiny_run, scenes_data, tmp_path):
     config, folder = begin(tiny_run, scenes_data, SHORT)
     assert (config.flow.time_shift, config.sample.shift, config.preset) == (1, 3, "quickstart")
-    assert (config.sample.guidance_from, config.sample.guidance_until) == (0.02, 0.3)
+    assert (config.sample.guidance_from, config.sample.guidance_until) == (0.05, 0.3)
     trainer = Trainer(config, scenes_data, tmp_path / "run", progress=False, init=folder)
     trainer.close()
     assert trainer.step == 0 and not trainer.optimizer.state()
@@ -139,7 +139,8 @@ def test_settings_that_are_given_win(tiny_run, larger):
 def test_another_patch_keeps_the_tokens(tiny_run, larger):
     config, folder = begin(tiny_run, larger, ["--model.patch", "16"])
     old = Pipeline.from_pretrained(tiny_run, device="cpu").model
-    new = FlowTransformer(config.model, (3, 128, 128), 0, DatasetDescription.load(larger).text.vocab_size).eval()
+    statistics = config.origin.latent_mean, config.origin.latent_std
+    new = FlowTransformer(config.model, (3, 128, 128), 0, DatasetDescription.load(larger).text.vocab_size, *statistics).eval()
     start.load(new, folder)
     z, t, mask = torch.randn(2, 3, 64, 64), torch.tensor([0.3, 0.8]), torch.ones(2, 3, dtype=torch.bool)
     text = old.encode_captions(torch.tensor([[5, 6, 7], [8, 9, 1]]), mask)

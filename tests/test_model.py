@@ -14,7 +14,7 @@ TINY = {"width": 64, "depth": 2, "heads": 2, "time_width": 32, "text_width": 32,
 def tiny(block="modern", kind="pixels", shape=(3, 32, 32), text_dim=0, seed=0, **changes):
     torch.manual_seed(seed)
     config = ModelConfig(block=block, **TINY | changes).resolve(kind, shape)
-    return FlowTransformer(config, shape, text_dim, vocab_size=50)
+    return FlowTransformer(config, shape, text_dim, 50, [0.4] * shape[0], [0.6] * shape[0])
 
 
 def shake(model):
@@ -43,7 +43,7 @@ def test_seed_architecture_has_its_promised_size():
 def test_presets_make_64_tokens_of_64_pixels(preset):
     config = resolve(preset).model
     with torch.device("meta"):
-        pixels = FlowTransformer(config.resolve("pixels", (3, 64, 64)), (3, 64, 64), 0, 4096)
+        pixels = FlowTransformer(config.resolve("pixels", (3, 64, 64)), (3, 64, 64), 0, 4096, [0.4] * 3, [0.6] * 3)
         latents = FlowTransformer(config.resolve("vae", (4, 8, 8)), (4, 8, 8), 512)
     assert pixels.rows * pixels.columns == latents.rows * latents.columns == 64
     assert (pixels.config.prediction, latents.config.prediction) == ("x", "v")

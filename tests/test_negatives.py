@@ -31,7 +31,7 @@ def test_side_is_that_of_the_mean_once_it_can_be_seen():
     x = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4) + GREY
     t = torch.tensor([0.5, 0.5, 0.01])
     z = t.view(3, 1, 1, 1) * x  # without its noise
-    side = negatives.side(z, t, GREY)
+    side = negatives.side_of(z, t, GREY, 0.03)
     assert side.tolist() == [DARK, LIGHT, UNSEEN]
     shown = negatives.shown(z, t, GREY, side)
     assert torch.equal(shown[1], z[1]) and torch.allclose(shown[0], z[1], atol=1e-6), "dark is shown as if it were light"
@@ -64,7 +64,7 @@ def test_a_network_that_is_not_told_draws_the_negative_of_what_it_draws(predicti
     text = model.encode_captions(torch.randint(0, 50, (4, 5)), mask)
     field = lambda z: to_velocity(model(z, t, text, mask), z, t, prediction)
     other = negatives.mirrored(z, t.view(4, 1, 1, 1) * GREY, ALL_DARK)
-    assert (negatives.side(z, t, GREY) + negatives.side(other, t, GREY)).tolist() == [LIGHT + DARK] * 4
+    assert (negatives.side_of(z, t, GREY, 0.05) + negatives.side_of(other, t, GREY, 0.05)).tolist() == [LIGHT + DARK] * 4
     negative = lambda: negatives.mirrored(field(z), GREY, ALL_DARK)  # v = x - n becomes (2g - x) + n = 2g - v
     assert not torch.allclose(field(other), negative(), atol=1e-3), "told what it is shown, it can name colours"
     with torch.no_grad():
@@ -80,6 +80,20 @@ def test_nearest_the_noise_the_mean_of_the_noise_says_nothing():
     brighter = z + torch.tensor([0.1, 0.0, -0.2]).view(1, 3, 1, 1)
     assert torch.allclose(ask(z, 0.01), ask(brighter, 0.01), atol=1e-4)
     assert not torch.allclose(ask(z, 0.1), ask(brighter, 0.1), atol=1e-3)
+
+
+def test_another_size_is_seen_from_the_time_of_its_own():
+    """64 x 64 pixels of a network for 32 x 32: at t between the two thresholds nothing is seen, as it has learned."""
+    model = network()
+    assert model.seen_from == negatives.seen_from(32, 32) > 0.04 > negatives.seen_from(64, 64)
+    z, mask = torch.randn(1, 3, 64, 64), torch.ones(1, 5, dtype=torch.bool)
+    ask = lambda z: model(z, torch.tensor([0.04]), model.encode_captions(torch.zeros(1, 5, dtype=torch.int64), mask), mask)
+    assert torch.allclose(ask(z), ask(z + 0.3), atol=1e-3)
+
+
+def test_without_the_statistics_of_its_pixels_it_is_not_made():
+    with pytest.raises(ValueError, match="mean and std"):
+        FlowTransformer(ModelConfig(negatives=True).resolve("pixels", (3, 32, 32)), (3, 32, 32), 0, 50)
 
 
 def test_latents_have_no_negatives():

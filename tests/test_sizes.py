@@ -42,7 +42,7 @@ def test_small_sizes_keep_the_batch_that_was_found_for_them():
 def test_the_count_of_parameters_is_near_the_models_own(preset, size):
     config = resolve(preset, sizes.words(size, resolve(preset).model))
     with torch.device("meta"):
-        model = FlowTransformer(config.model.resolve("pixels", (3, 64, 64)), (3, 64, 64), 0, 436)
+        model = FlowTransformer(config.model.resolve("pixels", (3, 64, 64)), (3, 64, 64), 0, 436, [0.0] * 3, [1.0] * 3)
     total = count_parameters(model)["total"]
     assert abs(sizes.parameters(config.model) / total - 1) < (0.12 if size == "XS" else 0.07)  # patches in and out are not in it
 
