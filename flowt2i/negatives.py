@@ -30,7 +30,7 @@ def mid_grey(mean: Sequence[float], std: Sequence[float]) -> Tensor:
 
 
 def seen_from(height: int, width: int) -> float:
-    """The time from which on pictures of a size show whether they are dark: 0.03 at 64 x 64. More pixels show it sooner: their noise's mean falls with their root."""
+    """The time from which on pictures of a size show whether they are dark: 0.03 at 64 x 64. More pixels show it sooner, their noise has a smaller mean."""
     ratio = 0.03 / 0.97 * 64 / math.sqrt(height * width)  # of data to noise, t / (1 - t)
     return ratio / (1 + ratio)
 
