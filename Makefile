@@ -15,7 +15,7 @@ MINUTES ?= $$($(BIN)/python -c 'import torch; print(1.5 if torch.cuda.is_availab
 SETTINGS ?= $$(if [ -e $(OUT)/config.json ]; then grep -q '"width": 128,' $(OUT)/config.json && echo $(NARROW); \
 	  grep -q '"edges": 4' $(OUT)/config.json || echo --flow.edges 0; \
 	  grep -q '"pixel_masks": 4' $(OUT)/config.json || echo --model.pixel_masks 0; \
-	  grep -q '"negatives": true' $(OUT)/config.json || echo --model.negatives false --sample.guidance_from 0; \
+	  grep -q '"negatives": true' $(OUT)/config.json || echo --model.negatives false --sample.guidance_rule cfg; \
 	else [ "$$($(BIN)/python -m flowt2i.precision)" = bf16 ] || echo $(NARROW); fi)
 NARROW := --model.width 128 --model.heads 4 --model.time_width 128 --model.text_width 128
 SLOW ?=

@@ -122,11 +122,7 @@ def main() -> None:
     evaluated = ["--train.eval_every", str(args.every)]
     # The times at the large size are the same for both arms: a growing model is given them, the other one is told.
     config = resolve(args.config, [*RECIPE, *words])
-    moved = {
-        "flow.perceptual_from": config.flow.perceptual_from,
-        "sample.guidance_from": config.sample.guidance_from,
-        "sample.guidance_until": config.sample.guidance_until,
-    }
+    moved = {"flow.perceptual_from": config.flow.perceptual_from, "sample.guidance_until": config.sample.guidance_until}
     large = ["--flow.time_shift", str(shift), "--sample.shift", str(config.sample.shift * shift), *evaluated]
     for name, time in moved.items():  # as `--init` moves them
         large += [f"--{name}", str(shift_times(time, shift))]

@@ -54,7 +54,7 @@ RECIPES = {
     "quickstart-no-masks": Recipe("quickstart", ("--model.masks", "0", "--model.pixel_masks", "0"), "patches of a linear layer alone"),
     "quickstart-no-pixel-masks": Recipe("quickstart", ("--model.pixel_masks", "0"), "no masks that look at their pixel"),
     "quickstart-no-negatives": Recipe(
-        "quickstart", ("--model.negatives", "false", "--sample.guidance_from", "0"), "dark pictures as they are, guidance from the noise on"
+        "quickstart", ("--model.negatives", "false", "--sample.guidance_rule", "cfg"), "dark pictures as they are, guidance of all"
     ),
     "quickstart-no-text-window": Recipe("quickstart", ("--model.text_window", "0"), "a plain transformer as caption encoder"),
     "quickstart-no-pooled-text": Recipe("quickstart", ("--model.pooled_text", "false"), "no mean caption feature in the modulation"),

@@ -227,7 +227,9 @@ class SampleConfig(_Section):
     shift: float = Field(1.0, ge=0.01, le=100, description="solver times: above 1 steps are shorter next to the noise, where layout is decided")
     tolerance: float = Field(1e-3, ge=1e-8, le=1, description="solver dopri5: relative and absolute tolerance of a step")
     guidance: float = Field(3.0, ge=0, le=100, description="guidance scale; 1: none")
-    guidance_rule: Literal["cfg", "zero-star"] = Field("cfg", description="plain classifier-free guidance, or CFG-Zero*'s optimised scale")
+    guidance_rule: Literal["cfg", "zero-star", "mean-kept"] = Field(
+        "cfg", description="plain classifier-free guidance, CFG-Zero*'s optimised scale, or plain but for the mean colour, which guidance leaves as it is"
+    )
     guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the contrast added by guidance that is taken back")
     guidance_from: float = Field(0.0, ge=0, le=1, description="guidance from this time on (0: noise, 1: data)")
     guidance_until: float = Field(1.0, ge=0, le=1, description="guidance before this time only")
@@ -335,7 +337,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flow": {"logit_mean": -1.3, "floor": 0.4, "edges": 4.0},
         "optim": {"name": "muon", "lr": 1.5e-3, "muon_lr": 5e-3, "schedule": "linear", "final": 0.02, "decay": 0.5},
         "train": {"minutes": 13, "micro_batch": 0, "ema": 0.99, "eval_every": 0, "checkpoint_every": 500},
-        "sample": {"steps": 10, "shift": 3.0, "guidance": 3.0, "guidance_from": 0.05, "guidance_until": 0.3},
+        "sample": {"steps": 10, "shift": 3.0, "guidance": 3.0, "guidance_rule": "mean-kept", "guidance_until": 0.3},
     },
     "seed": SEED_RECIPE,
 }  # fmt: skip

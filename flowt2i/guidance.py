@@ -57,6 +57,21 @@ def zero_star(good: Tensor, bad: Tensor, scale: float) -> Tensor:
     return extrapolate(good, s.view(-1, 1, 1, 1) * bad, scale)
 
 
+def mean_kept(good: Tensor, bad: Tensor, scale: float) -> Tensor:
+    """`extrapolate`, but each channel's mean over a picture [B, C, 1, 1] stays `good`'s: guidance changes what is where, and not how bright it is at large.
+
+    A caption that names a ground says most about the mean. Amplified, the first steps go past it (the more so, the less the empty caption knows yet), to
+    darker than dark and to the other side of mid-grey, by which `model.negatives` goes.
+    """
+    velocity = extrapolate(good, bad, scale)
+    return velocity + (good - velocity).mean((2, 3), keepdim=True)
+
+
+def by_rule(name: str, good: Tensor, bad: Tensor, scale: float) -> Tensor:
+    """The rule of this name, as settings say it."""
+    return {"cfg": extrapolate, "zero-star": zero_star, "mean-kept": mean_kept}[name](good, bad, scale)
+
+
 def rescale(velocity: Tensor, good: Tensor, z: Tensor, t: Tensor, share: float) -> Tensor:
     """Take back the contrast that guidance adds: Lin et al. (2305.08891, sec. 3.4, eq. 15 and 16), applied to the predicted data.
 

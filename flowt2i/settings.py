@@ -110,10 +110,9 @@ def is_guided(settings: dict[str, Any]) -> bool:
 def guide(settings: dict[str, Any], alone: Velocity, pair: Branches) -> Velocity:
     """The velocity to follow: `alone` (no guidance) or the rule applied to `pair` = (good, bad), on the interval that is set."""
     scale, share = float(settings["guidance"]), float(settings["guidance_rescale"])
-    combine = {"cfg": guidance.extrapolate, "zero-star": guidance.zero_star}[settings["guidance_rule"]]
 
     def rule(good: Tensor, bad: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        velocity = combine(good, bad, scale)
+        velocity = guidance.by_rule(settings["guidance_rule"], good, bad, scale)
         return guidance.rescale(velocity, good, z, t, share) if share else velocity
 
     velocity = guidance.guided(pair, rule) if is_guided(settings) else alone

@@ -34,8 +34,7 @@ GOOD: dict[str, Any] = {"model": "tiny", "prompt": "a red circle", "steps": 6, "
 def write_model(folder: Path, seed: int = 0, step: int = 1, prompts: tuple[str, ...] = PROMPTS, buckets: tuple[Bucket, ...] = ()) -> Path:
     """A run folder with one checkpoint of a small model that draws noise of its own."""
     config = resolve("quickstart", ["--model.width", "32", "--model.depth", "1", "--model.heads", "1", "--model.text_width", "32", "--model.text_depth", "1",
-                                    "--train.precision", "fp32", "--sample.steps", "5",
-                                    "--sample.guidance_from", "0", "--sample.guidance_until", "1"])  # fmt: skip
+                                    "--train.precision", "fp32", "--sample.steps", "5", "--sample.guidance_until", "1"])  # fmt: skip
     tokenizer = make_tokenizer("builtin", captions=list(PROMPTS + OTHERS), max_tokens=12, vocab_size=300)
     description = DatasetDescription(
         source="folder", codec=CodecSpec(kind="pixels", image_size=32, shape=(3, 32, 32)), text=tokenizer.spec, latent_mean=(0.0,) * 3, latent_std=(0.5,) * 3,

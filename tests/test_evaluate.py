@@ -66,7 +66,7 @@ def test_kernel_distance_of_a_model(run, dinov2, scenes_data, capsys, small_bloc
     found = scores(words, capsys)
     name = "kid-dinov2-tiny-30@64"
     assert found["protocol"].startswith(f"{name}, reference ")
-    assert "euler 2 steps, guidance 3, shift 3, guidance from 0.05, guidance until 0.3, seed 0, EMA weights" in found["protocol"]
+    assert "euler 2 steps, guidance 3, shift 3, guidance rule mean-kept, guidance until 0.3, seed 0, EMA weights" in found["protocol"]
     heldout = ImageTextDataset(scenes_data, "heldout")
     order = spread(len(heldout))  # of prompts and of real pictures alike
     prompts = [heldout.caption(int(order[k % len(heldout)])) for k in range(30)]

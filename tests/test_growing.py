@@ -76,7 +76,7 @@ def test_enlarged_patches_are_seen_and_drawn_as_before(old, new):
 def test_with_the_same_data_it_predicts_as_before(tiny_run, scenes_data, tmp_path):
     config, folder = begin(tiny_run, scenes_data, SHORT)
     assert (config.flow.time_shift, config.sample.shift, config.preset) == (1, 3, "quickstart")
-    assert (config.sample.guidance_from, config.sample.guidance_until) == (0.05, 0.3)
+    assert (config.sample.guidance_from, config.sample.guidance_until) == (0, 0.3)
     trainer = Trainer(config, scenes_data, tmp_path / "run", progress=False, init=folder)
     trainer.close()
     assert trainer.step == 0 and not trainer.optimizer.state()

@@ -5,7 +5,7 @@ import torch
 
 from flowt2i import guidance
 from flowt2i.config import SampleConfig
-from flowt2i.guidance import conditional, extrapolate, guided, on_interval, rescale, together, zero_star
+from flowt2i.guidance import conditional, extrapolate, guided, mean_kept, on_interval, rescale, together, zero_star
 from flowt2i.settings import guide, resolve
 
 G = torch.Generator().manual_seed(0)
@@ -45,6 +45,13 @@ def test_several_captions_in_one_batch_keep_their_places():
     for expected, velocity in zip((1, 2, 3), together(field, captions(1), captions(2), captions(3))(z, T)):
         assert velocity.shape == z.shape and (velocity == expected).all()
     assert field.sizes == [6]
+
+
+def test_mean_kept_is_plain_but_for_the_mean_of_each_channel():
+    found, plain = mean_kept(GOOD, BAD, 3.0), extrapolate(GOOD, BAD, 3.0)
+    assert torch.allclose(found.mean((2, 3)), GOOD.mean((2, 3)), atol=1e-5) and not torch.allclose(plain.mean((2, 3)), GOOD.mean((2, 3)), atol=1e-2)
+    about = lambda v: v - v.mean((2, 3), keepdim=True)
+    assert torch.allclose(about(found), about(plain), atol=1e-5) and torch.allclose(mean_kept(GOOD, BAD, 1.0), GOOD, atol=1e-5)
 
 
 def test_zero_star_projects():
@@ -94,6 +101,7 @@ def test_a_weaker_model_guides_by_the_same_formula():
         ({"guidance": 1.0}, lambda: GOOD),
         ({"guidance": 3.0}, lambda: extrapolate(GOOD, BAD, 3.0)),
         ({"guidance": 3.0, "guidance_rule": "zero-star"}, lambda: zero_star(GOOD, BAD, 3.0)),
+        ({"guidance": 3.0, "guidance_rule": "mean-kept"}, lambda: mean_kept(GOOD, BAD, 3.0)),
         ({"guidance": 3.0, "guidance_rescale": 0.7}, lambda: rescale(extrapolate(GOOD, BAD, 3.0), GOOD, Z, T, 0.7)),
         ({"guidance": 3.0, "guidance_from": 0.5}, lambda: GOOD),
         ({"guidance": 3.0, "guidance_until": 0.3}, lambda: GOOD),

@@ -50,7 +50,7 @@ def test_evaluations_are_counted(pipeline, solver, guidance, evaluations):
     field = pipeline.field
     pipeline.field = lambda z, t, text, mask: calls.append(len(z)) or field(z, t, text, mask)
     try:
-        samples = pipeline.sample("a red circle", steps=4, solver=solver, guidance=guidance, guidance_from=0.0, guidance_until=1.0)
+        samples = pipeline.sample("a red circle", steps=4, solver=solver, guidance=guidance, guidance_until=1.0)
     finally:
         del pipeline.field
     assert sum(calls) == samples.evaluations == evaluations
@@ -110,7 +110,7 @@ class TestGenerate:
     def test_one_picture(self, run, tmp_path, capsys):
         assert main(["generate", "a red circle", "--model", str(run), "--out", str(tmp_path / "a.png"), "--steps", "2", "--json"]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert result["files"] == [str(tmp_path / "a.png")] and result["evaluations"] == 3 and result["seconds"] > 0
+        assert result["files"] == [str(tmp_path / "a.png")] and result["evaluations"] == 4 and result["seconds"] > 0
         picture = Image.open(tmp_path / "a.png")
         assert picture.size == (64, 64) and json.loads(picture.text["flowt2i"])["prompt"] == "a red circle"
 

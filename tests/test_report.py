@@ -86,8 +86,8 @@ def test_a_report_of_a_run(runs, scenes_data, tmp_path, capsys):
     assert {s["name"] for s in report["scores"]} >= {"scenes-prompts-12@64/all", "scenes-heldout-pairs-12@64/all"}
     assert all(s["protocol"] and "euler 2 steps, guidance 3" in s["protocol"] and "EMA weights" in s["protocol"] for s in report["scores"])
     assert [p["x"] for p in report["curves"]["evaluations"]] == [1, 2, 4, 8, 16, 50] and report["curves"]["n"] == 3
-    assert [p["evaluations"] for p in report["curves"]["evaluations"]] == [1, 3, 6, 11, 22, 72]  # guided, two passes a step, from t = 0.05 until 0.3
-    assert [p["evaluations"] for p in report["curves"]["guidance"]][:2] == [2, 3]  # guidance 1 needs one pass
+    assert [p["evaluations"] for p in report["curves"]["evaluations"]] == [2, 4, 7, 13, 25, 79]  # guided, two passes a step, until t = 0.3
+    assert [p["evaluations"] for p in report["curves"]["guidance"]][:2] == [2, 4]  # guidance 1 needs one pass
     assert [x for x, _ in report["training"]["validation"]] == [16, 32] and len(report["training"]["loss"]) == 4
     kinds = {name.partition(",")[0] for name in report["memorisation"]}
     assert "pixels" in kinds and all(len(m["pairs"]) == 8 and m["verdict"] and 0 <= m["near_copies"]["accuracy"] <= 1 for m in report["memorisation"].values())
@@ -100,7 +100,7 @@ def test_a_report_of_a_run(runs, scenes_data, tmp_path, capsys):
 
 @pytest.mark.parametrize("words, passes, told", [
     (["--solver", "dopri5", "--tolerance", "0.5"], None, "dopri5 chooses its own"),
-    (["--negative", "a red star"], [2, 3, 3, 3, 3, 3], ""),  # no guidance at 1: nothing to lead away from
+    (["--negative", "a red star"], [2, 4, 4, 4, 4, 4], ""),  # no guidance at 1: nothing to lead away from
     (["--solver", "heun", "--shift", "1", "--guidance-interval", "0.4", "1"], [3, 5, 5, 5, 5, 5], ""),  # guided in the last evaluations only, as counted
 ])  # fmt: skip
 def test_every_sampler_has_its_report(runs, tmp_path, words, passes, told):

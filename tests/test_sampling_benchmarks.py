@@ -146,7 +146,7 @@ def test_latency_of_ways_that_take_turns(script, tiny_run, tmp_path, monkeypatch
     script("latency", "--model", tiny_run, "--batches", 1, 2, "--repeats", 2, "--starts", 0, "--name", "s", "--results", tmp_path, "--device", "cpu")
     found = json.loads((tmp_path / "latency-s.json").read_text())
     assert [(row["pictures"], row["evaluations"], row["way"]) for row in found["drawings"]] == [
-        (n, evaluations, way) for n in (1, 2) for evaluations in (14, 6) for way in ("eager fp32", "eager bf16")
+        (n, evaluations, way) for n in (1, 2) for evaluations in (16, 6) for way in ("eager fp32", "eager bf16")
     ]
     assert all(len(row["seconds"]) == 2 and row["median"] > 0 for row in found["drawings"]) and found["drawings"][0]["ratio"] == 1
     assert set(found["encoding"]) == {"1", "2"} and not found["starts"]

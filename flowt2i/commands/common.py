@@ -52,7 +52,7 @@ def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first
     parser.add_argument("--shift", type=float, help="above 1: shorter steps next to the noise, where layout is decided; with --schedule 1: as it says")
     parser.add_argument("--tolerance", type=float, help="of dopri5, relative and absolute")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1: none")
-    parser.add_argument("--guidance-rule", help="cfg (plain) or zero-star (CFG-Zero*)")
+    parser.add_argument("--guidance-rule", help="cfg (plain), zero-star (CFG-Zero*) or mean-kept (plain, but for the mean colour)")
     parser.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="share of the contrast added by guidance that is taken back, 0 to 1")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "UNTIL"), help="guidance between these times only (0: noise, 1: data)")
     parser.add_argument("--analogy", type=float, metavar="SHARE", help='of prompts "SUBJECT, STYLE": at first as the subject is in the other styles, 0 to 1')

@@ -66,6 +66,7 @@ def as_diffusers(pipeline: Pipeline, dtype: torch.dtype = torch.float32) -> Flow
         caption_tokens=max(description.longest_caption, 1),
         steps=euler_steps(own),
         guidance=own["guidance"],
+        guidance_rule=own["guidance_rule"],
         guidance_interval=(own["guidance_from"], own["guidance_until"]),
         width=description.home[0],
         height=description.home[1],

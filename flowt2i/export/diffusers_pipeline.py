@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flowt2i.guidance import by_rule
 from flowt2i.text import token_ids
 
 
@@ -24,7 +25,7 @@ class FlowT2IPipeline(DiffusionPipeline):
 
     text_encoder: None where the transformer has its own, trained along. vae: None where the flow runs on pixels. max_tokens: longest
     caption read; caption_tokens: captions are padded to this many (a picture must not depend on its neighbours). steps, guidance, guidance_interval,
-    width, height: defaults.
+    width, height: defaults. guidance_rule: "cfg", "zero-star" or "mean-kept".
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
@@ -47,13 +48,14 @@ class FlowT2IPipeline(DiffusionPipeline):
         steps: int = 50,
         guidance: float = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rule: str = "cfg",
         width: int | None = None,
         height: int | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
         self.register_to_config(max_tokens=max_tokens, caption_tokens=caption_tokens, steps=steps, guidance=guidance, guidance_interval=guidance_interval)
-        self.register_to_config(width=width, height=height)
+        self.register_to_config(guidance_rule=guidance_rule, width=width, height=height)
 
     def encode_prompt(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, T, D] and mask [B, T] of captions."""
@@ -116,8 +118,8 @@ class FlowT2IPipeline(DiffusionPipeline):
         height, width: of the pictures, in pixels (None: the model's own); any that VAE and patches make, best those it was trained at.
         negative_prompt: what guidance leads away from, one for all prompts or one for each (None: the empty caption).
         generator: one, or one a picture (seed s as in flowt2i: `torch.Generator().manual_seed(s)`); latents: the noise [B, C, H, W] itself.
-        guidance_scale g: `v = v_negative + g (v - v_negative)` (2207.12598, eq. 6); 1: none. It acts at times from <= t < until of guidance_interval
-        (2404.07724; None: the model's own); elsewhere the captions go through the network alone, in half the work.
+        guidance_scale g: `v = v_negative + g (v - v_negative)` (2207.12598, eq. 6), or as `guidance_rule` has it; 1: none. It acts at times
+        from <= t < until of guidance_interval (2404.07724; None: the model's own); elsewhere the captions go through the network alone, in half the work.
         output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W]) or "latent" (normalised). The scheduler's shift s takes sigma to
         `s sigma / (1 + (s - 1) sigma)`, which is flowt2i's `t / (t + s (1 - t))` with t = 1 - sigma: the same s.
         """
@@ -150,7 +152,7 @@ class FlowT2IPipeline(DiffusionPipeline):
             velocity = self.transformer(both, timestep.expand(len(both)), text[: len(both)], mask[: len(both)], return_dict=False)[0]
             if now:
                 wanted, unwanted = velocity.chunk(2)
-                velocity = unwanted + guidance * (wanted - unwanted)
+                velocity = by_rule(self.config["guidance_rule"], wanted, unwanted, guidance)
             z = self.scheduler.step(velocity, timestep, z, return_dict=False)[0]
             if callback_on_step_end is not None:
                 z = callback_on_step_end(self, i, timestep, {"latents": z}).get("latents", z)

@@ -138,6 +138,7 @@ def _write_sampling(pipeline: Pipeline, folder: Path, longest: int) -> None:
         "pad_id": text.pad_id,
         "steps": euler_steps(own),  # sample.py steps as Euler does
         "guidance": own["guidance"],
+        "guidance_rule": own["guidance_rule"],
         "guidance_interval": [own["guidance_from"], own["guidance_until"]],
         "shift": own["shift"],
     }

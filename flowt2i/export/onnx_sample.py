@@ -32,8 +32,16 @@ def encode(prompts: list[str], settings: dict[str, Any], folder: Path) -> tuple[
     return session.run(None, {"ids": ids, "mask": mask})[0], mask
 
 
+def combined(rule: str, wanted: np.ndarray, unwanted: np.ndarray, scale: float) -> np.ndarray:
+    """Velocities [B, C, H, W] by classifier-free guidance (2207.12598, eq. 6), CFG-Zero*'s (2503.18886) or all of it but each channel's mean."""
+    if rule == "zero-star":
+        unwanted = unwanted * (wanted * unwanted).sum((1, 2, 3), keepdims=True) / np.maximum((unwanted**2).sum((1, 2, 3), keepdims=True), 1e-8)
+    velocity = unwanted + scale * (wanted - unwanted)
+    return velocity + (wanted - velocity).mean((2, 3), keepdims=True) if rule == "mean-kept" else velocity
+
+
 def draw(prompts: list[str], noise: np.ndarray, folder: Path = HERE, steps: int = 0, guidance: float | None = None) -> np.ndarray:
-    """Pictures [B, H, W, 3] in [0, 1] from noise [B, C, H, W], in Euler steps with classifier-free guidance (2207.12598, eq. 6) on an interval of times."""
+    """Pictures [B, H, W, 3] in [0, 1] from noise [B, C, H, W], in Euler steps with guidance on an interval of times."""
     settings = json.loads((folder / "sampling.json").read_text())
     steps, scale = steps or settings["steps"], settings["guidance"] if guidance is None else guidance
     text, mask = encode([*prompts, *[""] * len(prompts)], settings, folder)
@@ -46,8 +54,10 @@ def draw(prompts: list[str], noise: np.ndarray, folder: Path = HERE, steps: int 
         guided = first <= round(float(t), 6) < last
         both = np.concatenate([z, z]) if guided else z
         velocity = net.run(None, {"z": both, "t": np.full(len(both), t, np.float32), "text": text[: len(both)], "mask": mask[: len(both)]})[0]
-        wanted, unwanted = np.split(velocity, 2) if guided else (velocity, velocity)
-        z = z + (after - t) * (unwanted + scale * (wanted - unwanted))
+        if guided:
+            wanted, unwanted = np.split(velocity, 2)
+            velocity = combined(settings["guidance_rule"], wanted, unwanted, scale)
+        z = z + (after - t) * velocity
     mean, std = (np.array(settings[name], np.float32).reshape(1, -1, 1, 1) for name in ("latent_mean", "latent_std"))
     return (np.clip(z * std + mean, -1, 1).transpose(0, 2, 3, 1) + 1) / 2
 
