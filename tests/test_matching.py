@@ -179,7 +179,7 @@ def test_two_ranks_do_what_one_does(scenes_data, tiny, tmp_path):
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     for step in one:
         assert two[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)
-        assert two[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-3)  # of both ranks' pictures
+        assert two[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-2)  # of both ranks' pictures; rounding grows on their way back
         assert two[step]["statistics"]["match_distance_last"] == pytest.approx(one[step]["statistics"]["match_distance_last"], rel=1e-3)
 
 
