@@ -173,7 +173,7 @@ def test_make_goes_on_with_the_network_that_it_began_with(width, narrow, today, 
     words = ["make", "-s", "-f", str(tmp_path / "asking.mk"), "asked", f"OUT={tmp_path}"]
     told = subprocess.run(words, cwd=Path(__file__).parents[1], env=clean, capture_output=True, text=True, check=True).stdout
     assert ("--model.width 128" in told) == narrow and "told:" in told
-    assert ("--flow.edges 0" in told) == ("--model.pixel_masks 0" in told) == ("--model.negatives false" in told) == (not today), (
+    assert ("--flow.edges 0" in told) == ("--model.pixel_masks 0" in told) == ("--model.negatives false --sample.guidance_rule cfg" in told) == (not today), (
         "what the recipe has taken on since, a run from before goes on without"
     )
 
