@@ -6,7 +6,7 @@ be mirrored before the network and the prediction mirrored back behind it: of ea
 2211.06489). What differs between the two, the colours that words name, needs the network to be told which it sees. (Pictures about as dark as light fall to
 either side by chance: it learns both of those.)
 
-The mean of all pixels shows through all but the strongest noise: of 64 x 64 x 3 it has a deviation of 0.009, a hundredth of what lies between a dark
+The mean of all pixels shows through all but the strongest noise: of 64 x 64 x 3 it has a deviation of 0.009, half a hundredth of what lies between a dark
 ground and a light one. Nearer the noise than `seen_from` it would be told by chance, and a network that goes by it there, as it rightly does from there on,
 draws the ground that the noise seems to show and not the one that the caption names (docs/experiments.md, "Negatives"). So there nothing is mirrored, the
 mean is taken out, and the network is told that, too: what is left to go by is the caption.

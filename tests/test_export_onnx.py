@@ -14,7 +14,9 @@ from export_models import drawn, enliven, same
 from flowt2i import Pipeline
 from flowt2i.cli import main
 from flowt2i.config import ModelConfig
+from flowt2i.guidance import by_rule
 from flowt2i.model import FlowTransformer
+from flowt2i.settings import RULES
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="the optional extra onnx is not installed"
@@ -121,3 +123,12 @@ def test_the_command_prints_the_error(exported, run, tmp_path, capsys, monkeypat
     assert main(["export", str(run), "--to", str(tmp_path / "to"), "--format", "onnx", "--samples", "0"]) == 0
     assert "velocity.onnx: differs from torch by at most 3.0e-07" in capsys.readouterr().out
     assert json.loads((tmp_path / "to" / "export.json").read_text())["format"] == "onnx"
+
+
+def test_sample_py_guides_by_every_rule_as_flowt2i_does():
+    from flowt2i.export.onnx_sample import combined
+
+    good, bad = torch.randn(2, 2, 3, 8, 8)
+    for rule in RULES:
+        found = combined(rule, good.numpy(), bad.numpy(), 3.0)
+        assert np.allclose(found, by_rule(rule, good, bad, 3.0).numpy(), atol=1e-4), rule
