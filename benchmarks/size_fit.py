@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """What size of model a compute budget is worth, and which rates and batch a size wants: the fit behind `flowt2i train --size`.
 
-    python benchmarks/size_fit.py --data data/scenes --sizes 96,128,192,256 --budgets 20T,40T,80T,160T
-    python benchmarks/size_fit.py --data data/scenes --sizes 96,128,192,256 --budgets 80T --sweep lr=0.5,1,2 --sweep batch_size=0.5,1,2 --write
+    python benchmarks/size_fit.py --data data/scenes --sizes 96,128,192,256 --budgets 10T,20T,40T
+    python benchmarks/size_fit.py --data data/scenes --budgets 10T,20T,40T --sweep lr=0.5,1,2@20k --sweep depth=0.5,1,2@20T --write
 
 Trains the recipe at each width for each budget of model FLOPs, with what the rule of flowt2i/sizes.py sets for that width, and takes the held-out loss of its
 end (t < 0.8). A parabola in the logarithm of the size gives each budget's best size, power laws go through these: loss against FLOPs, size against FLOPs.
-`--sweep LAW=FACTORS` repeats the largest budget with one law of the rule (lr, batch_size, depth) multiplied, and refits that law through each width's best
-factor. Runs are resumed and never repeated, as in learning.py. Writes NAME.json and NAME.png into benchmarks/results; `--write` besides puts the refitted laws
-and the fit into flowt2i/sizes.json. Method: docs/learning.md.
+`--sweep LAW=FACTORS@BUDGET` trains each width with one law of the rule multiplied, and refits that law through each width's best factor: lr (both rates) and
+batch_size with BUDGET images, for what rate is best depends on how long it lasts, and depth with BUDGET FLOPs, for it costs them. Runs are resumed and never
+repeated, as in learning.py. Writes NAME.json and NAME.png into benchmarks/results; `--write` besides puts the refitted exponents and the fit
+into flowt2i/sizes.json. Method: docs/learning.md.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import learning_runs
 import machine
 import recipes
 from learning import RESULTS, numbers
-from learning_runs import Budget, Scoring
+from learning_runs import Budget, Equal, Scoring
 from size_laws import PowerLaw, lowest, power_law
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ from flowt2i.training.distributed import best_device
 
 LEAST_SIZES = 4
 SWEPT = {"lr": ("lr", "muon_lr"), "batch_size": ("batch_size",), "depth": ("depth",)}  # what is multiplied together
+SWEPT_EQUAL: dict[str, Equal] = {"lr": "data", "batch_size": "data", "depth": "flops"}  # what its trainings have in common
 
 
 def arguments() -> Parser:
@@ -44,7 +46,8 @@ def arguments() -> Parser:
     parser.add_argument("--sizes", default="96,128,192,256", help=f"widths, at least {LEAST_SIZES} (default 96,128,192,256)")
     parser.add_argument("--budgets", required=True, help="FLOPs of training, with commas between, such as 20T,40T,80T")
     parser.add_argument("--seeds", default="0", help="seeds, with commas between; losses are their mean (default 0)")
-    parser.add_argument("--sweep", action="append", default=[], metavar="LAW=FACTORS", help=f"one of {', '.join(SWEPT)}, such as lr=0.5,1,2; may be repeated")
+    parser.add_argument("--sweep", action="append", default=[], metavar="LAW=FACTORS@BUDGET",
+                        help="such as lr=0.5,1,2@20k or batch_size=0.5,1,2@20k (images), depth=0.5,1,2@20T (FLOPs); may be repeated")  # fmt: skip
     parser.add_argument("--loss-images", type=int, default=1024, help="held-out images of the loss (default 1024)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default runs/size-fit-DATA)")
     parser.add_argument("--results", type=Path, metavar="DIR", default=RESULTS, help="where the results are written (default benchmarks/results)")
@@ -63,7 +66,8 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     sweeps = dict(parse_sweep(word) for word in args.sweep)
     description = learning_runs.described(args.data)
     jobs: list[tuple[int, Budget, dict[str, float]]] = [(width, budget, {}) for budget in budgets for width in widths]
-    jobs += [(width, budgets[-1], {name: factor}) for name, factors in sweeps.items() for factor in factors if factor != 1 for width in widths]
+    jobs += [(width, budget, {name: factor} if factor != 1 else {}) for name, (factors, budget) in sweeps.items() for factor in factors for width in widths]
+    jobs = [job for i, job in enumerate(jobs) if job not in jobs[:i]]  # the rule itself, swept for several laws or in the plain part too
     configs = [recipe.config([*as_words(sizes.settings(width, laws(factors))), *more]) for width, _, factors in jobs]
     for config in configs:
         config.model.resolve(description.codec.kind, description.codec.shape)
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
         label = "-".join([f"width{width}", str(budget), *(f"{name}{factor:g}" for name, factor in factors.items())])
         found = [trained(out / f"{label}-seed{seed}", label, seed, budget, config, args) for seed in seeds]
         mean = {key: statistics.fmean(one[key] for one in found) for key in ("parameters", "flops", "images", "seconds", "loss")}
-        points.append({"width": width, "budget": budget.amount, "factors": factors} | mean | {"losses": [one["loss"] for one in found]})
+        points.append({"width": width, "equal": budget.equal, "budget": budget.amount, "factors": factors} | mean | {"losses": [one["loss"] for one in found]})
     name = args.name or f"size-fit-{args.data.resolve().name}"
     settings = {"recipe": args.recipe, "more": more, "seeds": seeds, "data": args.data.resolve().name, "fingerprint": description.fingerprint}
     return {
@@ -82,22 +86,27 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
         **settings,
         "points": points,
         "fit": fit(points),
-        "swept": {key: refit(key, points) for key in sweeps},
+        "swept": {key: refit(key, points, budget) for key, (_, budget) in sweeps.items()},
     }
 
 
-def parse_sweep(text: str) -> tuple[str, list[float]]:
-    """`lr=0.5,1,2` -> ("lr", [0.5, 1, 2])."""
+def parse_sweep(text: str) -> tuple[str, tuple[list[float], Budget]]:
+    """`lr=0.5,1,2@20k` -> ("lr", ([0.5, 1, 2], 20,000 images))."""
     name, equals, values = text.partition("=")
+    values, at, amount = values.partition("@")
     if name not in SWEPT:
         raise UserError(f"--sweep {text!r}: no law {name!r}{nearest(name, SWEPT)}")
+    equal = SWEPT_EQUAL[name]
+    example = f"{name}=0.5,1,2@{'20k' if equal == 'data' else '20T'}"
     try:
         factors = sorted({1.0, *(float(word) for word in values.split(","))})
     except ValueError:
         factors = []
     if not equals or len(factors) < 3 or factors[0] <= 0:
-        raise UserError(f"--sweep {text!r}: give two factors or more beside 1, such as {name}=0.5,1,2")
-    return name, factors
+        raise UserError(f"--sweep {text!r}: give two factors or more beside 1, such as {example}")
+    if not at:
+        raise UserError(f"--sweep {text!r}: say how long each trains, in {'images' if equal == 'data' else 'FLOPs'}, such as {example}")
+    return name, (factors, Budget.parse(equal, amount))
 
 
 def laws(factors: dict[str, float]) -> dict[str, float]:
@@ -124,7 +133,7 @@ def trained(folder: Path, label: str, seed: int, budget: Budget, config: Any, ar
 
 def fit(points: list[dict[str, Any]]) -> dict[str, Any]:
     """Of each budget its best size; over budgets (two or more) the laws of loss and of size against FLOPs."""
-    plain = [point for point in points if not point["factors"]]
+    plain = at_equal_flops(points)
     best = []
     for budget in sorted({point["budget"] for point in plain}):
         same = [point for point in plain if point["budget"] == budget]
@@ -138,12 +147,22 @@ def fit(points: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def refit(name: str, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """A swept law: each width's best factor, and the power law of the width through what these give."""
-    largest = max(point["budget"] for point in points)
+def at_equal_flops(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the plain rule at the budgets of FLOPs."""
+    return [point for point in points if not point["factors"] and point["equal"] == "flops"]
+
+
+def of_sweep(name: str, points: list[dict[str, Any]], width: int, equal: Equal, budget: float) -> list[dict[str, Any]]:
+    """What was measured of a swept law at one width: by factor, the rule's own among them."""
+    same = [p for p in points if (p["width"], p["equal"], p["budget"]) == (width, equal, budget) and set(p["factors"]) <= {name}]
+    return sorted(same, key=lambda point: point["factors"].get(name, 1.0))
+
+
+def refit(name: str, points: list[dict[str, Any]], budget: Budget) -> dict[str, Any]:
+    """A swept law: each width's best factor, and the power law of the width through what these give. A law's least value stays as it is."""
     best = []
     for width in sorted({point["width"] for point in points}):
-        same = [p for p in points if p["width"] == width and p["budget"] == largest and set(p["factors"]) <= {name}]
+        same = of_sweep(name, points, width, budget.equal, budget.amount)
         vertex = lowest([p["factors"].get(name, 1.0) for p in same], [p["loss"] for p in same])
         best.append({"width": width, "factor": vertex.at, "loss": vertex.value, "inside": vertex.inside})
     reference = sizes.constants()["reference_width"]
@@ -151,14 +170,21 @@ def refit(name: str, points: list[dict[str, Any]]) -> dict[str, Any]:
     for law in SWEPT[name]:
         through = power_law([one["width"] / reference for one in best], [sizes.power_law(law, one["width"]) * one["factor"] for one in best])
         refitted[law] = {"at": through.scale, "exponent": through.exponent}
-    return {"best": best, "laws": refitted}
+    return {"equal": budget.equal, "budget": budget.amount, "best": best, "laws": refitted}
 
 
 def write_constants(results: dict[str, Any], path: Path) -> None:
-    """The constants of the dial, with the refitted laws and a record of the fit."""
-    by = f"benchmarks/size_fit.py, {results['date'][:10]}, commit {results['commit']}"
+    """The constants of the dial, with the refitted exponents and a record of the fit.
+
+    What a law has at the reference width stays: that is the preset's, found at the preset's own length, and a sweep's rates are those of a shorter training.
+    """
+    by = f"exponent: benchmarks/size_fit.py, {results['date'][:10]}, commit {results['commit']}; at {sizes.constants()['reference_width']}: preset quickstart"
     found = dict(sizes.constants())
-    found["laws"] = found["laws"] | {law: value | {"from": by} for swept in results["swept"].values() for law, value in swept["laws"].items()}
+    found["laws"] = {law: dict(value) for law, value in found["laws"].items()}
+    for swept in results["swept"].values():
+        for law, value in swept["laws"].items():
+            *_, least = found["laws"][law]["from"].partition("; least: ")
+            found["laws"][law] |= {"exponent": value["exponent"], "from": by + (f"; least: {least}" if least else "")}
     found["fit"] = {key: results[key] for key in ("date", "machine", "versions", "commit", "recipe", "data", "seeds", "fit", "swept")}
     learning_runs.write_whole(path, json.dumps(found, indent=2))
 
@@ -196,7 +222,7 @@ def plot(results: dict[str, Any], path: Path) -> Path:
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.8 * columns, 3.9 * rows + 0.2), squeeze=False, layout="constrained")
     panels, colours = list(axes.flat), pyplot.colormaps["viridis"]
     for i, one in enumerate(found["best"]):
-        same = [p for p in points if not p["factors"] and p["budget"] == one["flops"]]
+        same = [p for p in at_equal_flops(points) if p["budget"] == one["flops"]]
         colour = colours(i / max(1, len(found["best"]) - 1) * 0.85)
         xs = np.geomspace(min(p["parameters"] for p in same), max(p["parameters"] for p in same), 100)
         panels[0].plot([p["parameters"] for p in same], [p["loss"] for p in same], "o", color=colour, markersize=5, label=f"{one['flops']:.2g} FLOPs")
@@ -205,7 +231,7 @@ def plot(results: dict[str, Any], path: Path) -> Path:
     panels[0].set(xscale="log", xlabel="parameters", ylabel="held-out loss, t < 0.8", title="equal compute")
     panels[0].legend(fontsize=8, frameon=False)
     flops = [one["flops"] for one in found["best"]]
-    plain = [p for p in points if not p["factors"]]
+    plain = at_equal_flops(points)
     panels[1].plot([p["budget"] for p in plain], [p["loss"] for p in plain], "o", color="0.75", markersize=4, label="all sizes")
     for panel, key, law in ((panels[1], "loss", "loss_law"), (panels[2], "parameters", "size_law")):
         panel.plot(flops, [one[key] for one in found["best"]], "*", color="C0", markersize=11, label="best size")
@@ -218,13 +244,12 @@ def plot(results: dict[str, Any], path: Path) -> Path:
     panels[1].set(ylabel="held-out loss, t < 0.8", title="loss against compute")
     best = [one["parameters"] for one in found["best"]]
     panels[2].set(ylabel="parameters", title="best size against compute", ylim=(min(best) / 2, max(best) * 2))
-    largest = max(p["budget"] for p in points)
     for panel, (name, swept) in zip(panels[3:], results["swept"].items()):
         for i, one in enumerate(swept["best"]):
-            same = sorted((p["factors"].get(name, 1.0), p["loss"]) for p in points
-                          if p["width"] == one["width"] and p["budget"] == largest and set(p["factors"]) <= {name})  # fmt: skip
+            same = [(p["factors"].get(name, 1.0), p["loss"]) for p in of_sweep(name, points, one["width"], swept["equal"], swept["budget"])]
             panel.plot(*zip(*same), "o-", color=colours(i / max(1, len(swept["best"]) - 1) * 0.85), markersize=4, linewidth=1, label=f"width {one['width']}")
-        panel.set(xscale="log", xlabel=f"{name} over the rule's", ylabel="held-out loss, t < 0.8", title=f"{name}, {largest:.2g} FLOPs")
+        each = f"{swept['budget']:,.0f} images" if swept["equal"] == "data" else f"{swept['budget']:.2g} FLOPs"
+        panel.set(xscale="log", xlabel=f"{name} over the rule's", ylabel="held-out loss, t < 0.8", title=f"{name}, {each}")
         panel.legend(fontsize=8, frameon=False)
     for panel in panels[:count]:
         panel.spines[["top", "right"]].set_visible(False)

@@ -283,10 +283,12 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
     fit, runs = benchmark("size_fit"), benchmark("learning_runs")
     made = []
 
-    def pretended(folder, label, seed, budget, config, args):  # what a training would have found: best at width 128, rates best at half of the rule's
+    def pretended(folder, label, seed, budget, config, args):  # what a training would have found: best at width 128; a better law of the rates
         made.append((label, config.model.width, config.optim.lr))
         rule = fit.sizes.settings(config.model.width)["optim.lr"]
-        loss = budget.amount**-0.1 * 100 + math.log(config.model.width / 128) ** 2 + 0.1 * math.log(config.optim.lr / rule * 2) ** 2
+        flops = budget.amount if budget.equal == "flops" else 1e12
+        best = 0.8 * rule * (config.model.width / 192) ** 0.3
+        loss = flops**-0.1 * 100 + math.log(config.model.width / 128) ** 2 + 0.1 * math.log(config.optim.lr / best) ** 2
         return {"parameters": config.model.width**2, "loss": loss, "flops": budget.amount, "images": 1.0, "seconds": 1.0}
 
     real = fit.trained
@@ -294,14 +296,19 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
     constants, before = tmp_path / "sizes.json", fit.sizes.constants()
     monkeypatch.setattr(fit.sizes, "CONSTANTS", constants)
     words = ["--data", scenes_data, "--sizes", "64,96,128,192", "--budgets", "1T,2T", "--results", tmp_path, "--out", tmp_path / "runs"]
-    assert fit.main([str(w) for w in [*words, "--sweep", "lr=0.25,0.5,2", "--write", "--name", "fit", "--json"]]) == 0
+    assert fit.main([str(w) for w in [*words, "--sweep", "lr=0.25,0.5,2@20k", "--sweep", "batch_size=0.5,2@20k", "--write", "--name", "fit", "--json"]]) == 0
     found = json.loads((tmp_path / "fit.json").read_text())
-    assert len(made) == 4 * 2 + 4 * 3 and len(found["points"]) == len(made)
-    assert all(one["inside"] and one["parameters"] == pytest.approx(128**2, rel=0.02) for one in found["fit"]["best"])
+    assert len(made) == 4 * 2 + 4 * (4 + 2) and len(found["points"]) == len(made)
+    assert all(one["inside"] and one["parameters"] == pytest.approx(128**2, rel=0.1) for one in found["fit"]["best"])
     assert found["fit"]["size_law"]["exponent"] == pytest.approx(0, abs=0.01) and found["fit"]["loss_law"]["exponent"] < 0
     written = json.loads(constants.read_text())
-    assert written["laws"]["lr"]["at"] == pytest.approx(before["laws"]["lr"]["at"] / 2, rel=0.02) and "size_fit.py" in written["laws"]["lr"]["from"]
-    assert written["laws"]["batch_size"] == before["laws"]["batch_size"] and written["fit"]["data"] == scenes_data.name
+    lr, law = before["laws"]["lr"], found["swept"]["lr"]["laws"]["lr"]
+    assert (law["at"], law["exponent"]) == (pytest.approx(0.8 * lr["at"], rel=0.02), pytest.approx(lr["exponent"] + 0.3, abs=0.01))
+    assert written["laws"]["lr"]["at"] == lr["at"] and written["laws"]["lr"]["exponent"] == law["exponent"], "a sweep sets no level, which hangs on its length"
+    assert "size_fit.py" in written["laws"]["lr"]["from"]
+    assert written["laws"]["batch_size"]["least"] == 32 and "size_fit.py" in written["laws"]["batch_size"]["from"]
+    assert written["laws"]["batch_size"]["from"].endswith(before["laws"]["batch_size"]["from"].partition("; ")[2])
+    assert written["laws"]["depth"] == before["laws"]["depth"] and written["fit"]["data"] == scenes_data.name
     assert (tmp_path / "fit.png").exists()
     # One of its trainings for real.
     config = benchmark("recipes").find("quickstart").config(SMALL)
@@ -310,6 +317,7 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
     point = real(tmp_path / "runs" / "one", "one", 0, budget, config, args)
     assert point["images"] == 32 and point["flops"] == pytest.approx(budget.amount) and math.isfinite(point["loss"])
     capsys.readouterr()
-    for wrong in (["--sizes", "64,96,128"], ["--budgets", "x"], ["--sweep", "rate=1,2,3"], ["--sweep", "lr=2"], ["--recipe", "quik"]):
+    sweeps = (["--sweep", sweep] for sweep in ("rate=1,2,3@20k", "lr=2@20k", "lr=0.5,2", "depth=0.5,2@x"))
+    for wrong in (["--sizes", "64,96,128"], ["--budgets", "x"], ["--recipe", "quik"], *sweeps):
         assert fit.main([str(w) for w in [*words, *wrong]]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -17,13 +17,14 @@ def printed(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.skipif(sizes.constants()["fit"] is not None, reason="the constants were fitted")
-def test_without_a_fit_the_dial_goes_through_the_presets():
+def test_the_dial_goes_through_the_presets():
+    """S is `quickstart`, whose rates and batch were found at its own length; L has the shape of `stability`, and the rates that the fit gives it."""
+    fitted = {name for name, law in sizes.constants()["laws"].items() if "size_fit.py" in law["from"]}
     for width, preset in ((192, "quickstart"), (768, "stability")):
         config = resolve(preset).model_dump()
         for name, value in sizes.settings(width).items():
             section, _, field = name.partition(".")
-            assert config[section][field] == value, name
+            assert config[section][field] == value or (preset == "stability" and field in fitted), name
 
 
 def test_every_width_is_a_model():
