@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from flowt2i import sizes
 from flowt2i.cli import Parser
+from flowt2i.config import Config
 from flowt2i.errors import UserError, nearest
 from flowt2i.training.distributed import best_device
 
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     jobs: list[tuple[int, Budget, dict[str, float]]] = [(width, budget, {}) for budget in budgets for width in widths]
     jobs += [(width, budget, {name: factor} if factor != 1 else {}) for name, (factors, budget) in sweeps.items() for factor in factors for width in widths]
     jobs = [job for i, job in enumerate(jobs) if job not in jobs[:i]]  # the rule itself, swept for several laws or in the plain part too
-    configs = [recipe.config([*as_words(sizes.settings(width, laws(factors))), *more]) for width, _, factors in jobs]
+    scaled = recipe.config([])
+    configs = [recipe.config([*as_words(sizes.settings(width, scaled, laws(factors))), *more]) for width, _, factors in jobs]
     for config in configs:
         config.model.resolve(description.codec.kind, description.codec.shape)
     out = args.out or Path("runs") / f"size-fit-{args.data.resolve().name}"
@@ -85,8 +87,9 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
         **machine.facts(best_device()),
         **settings,
         "points": points,
+        "scaled_width": scaled.model.width,
         "fit": fit(points),
-        "swept": {key: refit(key, points, budget) for key, (_, budget) in sweeps.items()},
+        "swept": {key: refit(key, points, budget, scaled) for key, (_, budget) in sweeps.items()},
     }
 
 
@@ -158,17 +161,17 @@ def of_sweep(name: str, points: list[dict[str, Any]], width: int, equal: Equal, 
     return sorted(same, key=lambda point: point["factors"].get(name, 1.0))
 
 
-def refit(name: str, points: list[dict[str, Any]], budget: Budget) -> dict[str, Any]:
-    """A swept law: each width's best factor, and the power law of the width through what these give. A law's least value stays as it is."""
+def refit(name: str, points: list[dict[str, Any]], budget: Budget, preset: Config) -> dict[str, Any]:
+    """A swept law: each width's best factor, and the power law through what these give: its value at the preset's width, and the exponent of the width."""
     best = []
     for width in sorted({point["width"] for point in points}):
         same = of_sweep(name, points, width, budget.equal, budget.amount)
         vertex = lowest([p["factors"].get(name, 1.0) for p in same], [p["loss"] for p in same])
         best.append({"width": width, "factor": vertex.at, "loss": vertex.value, "inside": vertex.inside})
-    reference = sizes.constants()["reference_width"]
     refitted: dict[str, Any] = {}
     for law in SWEPT[name]:
-        through = power_law([one["width"] / reference for one in best], [sizes.power_law(law, one["width"]) * one["factor"] for one in best])
+        ratios, own = [one["width"] / preset.model.width for one in best], sizes.values(preset)[law]
+        through = power_law(ratios, [sizes.scaled(law, own, ratio) * one["factor"] for ratio, one in zip(ratios, best)])
         refitted[law] = {"at": through.scale, "exponent": through.exponent}
     return {"equal": budget.equal, "budget": budget.amount, "best": best, "laws": refitted}
 
@@ -176,9 +179,9 @@ def refit(name: str, points: list[dict[str, Any]], budget: Budget) -> dict[str, 
 def write_constants(results: dict[str, Any], path: Path) -> None:
     """The constants of the dial, with the refitted exponents and a record of the fit.
 
-    What a law has at the reference width stays: that is the preset's, found at the preset's own length, and a sweep's rates are those of a shorter training.
+    Levels are the presets' own: the best rate of a sweep is that of trainings as short as the sweep's.
     """
-    by = f"exponent: benchmarks/size_fit.py, {results['date'][:10]}, commit {results['commit']}; at {sizes.constants()['reference_width']}: preset quickstart"
+    by = f"benchmarks/size_fit.py, {results['date'][:10]}, commit {results['commit']}"
     found = dict(sizes.constants())
     found["laws"] = {law: dict(value) for law, value in found["laws"].items()}
     for swept in results["swept"].values():
@@ -193,7 +196,7 @@ def write_constants(results: dict[str, Any], path: Path) -> None:
 
 
 def said(results: dict[str, Any]) -> list[str]:
-    lines, reference = [], sizes.constants()["reference_width"]
+    lines = []
     for one in results["fit"]["best"]:
         edge = "" if one["inside"] else " (no lowest point between the sizes: the best of them)"
         lines.append(f"{one['flops']:.3g} FLOPs: best size {one['parameters'] / 1e6:.2f}M parameters, loss {one['loss']:.4f}{edge}")
@@ -203,7 +206,7 @@ def said(results: dict[str, Any]) -> list[str]:
     for swept in results["swept"].values():
         for law, value in swept["laws"].items():
             factors = ", ".join(f"{one['width']}: {one['factor']:.2f}{'' if one['inside'] else ' (edge)'}" for one in swept["best"])
-            lines.append(f"{law} = {value['at']:.4g} (width / {reference})^{value['exponent']:.3f} (best factor by width: {factors})")
+            lines.append(f"{law} = {value['at']:.4g} (width / {results['scaled_width']})^{value['exponent']:.3f} (best factor by width: {factors})")
     return lines
 
 

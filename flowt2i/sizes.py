@@ -3,9 +3,9 @@
     flowt2i train --config quickstart --size M --data data/scenes --print-config
     flowt2i train --config quickstart --size 25M --data data/scenes
 
-The rule is a power law of the width for each setting, `at * (width / reference_width) ^ exponent`, some with a least value. Its constants lie in `sizes.json`,
-and beside each where it comes from: `benchmarks/size_fit.py --write` puts there what it measured; until then they run through the presets `quickstart` (S) and
-`stability` (L).
+The preset is scaled: each setting is its own, `value * (width / its width) ^ exponent`, some with a least value. So `quickstart` at S and `stability` at L are
+themselves, and how high a rate or how large a batch is stays a matter of the preset, which knows how long it trains. The exponents lie in `sizes.json`, and
+beside each where it comes from: `benchmarks/size_fit.py --write` puts there what it measured; the others run through the presets `quickstart` and `stability`.
 What is given by name (`--model.depth 10`) wins over the dial.
 """
 
@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flowt2i.config import ModelConfig
+from flowt2i.config import Config, ModelConfig
 from flowt2i.errors import UserError
 
 CONSTANTS = Path(__file__).with_name("sizes.json")
@@ -26,17 +26,20 @@ UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
 @functools.cache
 def constants() -> dict[str, Any]:
-    """`sizes.json`: `reference_width`, `widths` by name, and of each law `at` (its value at the reference width), `exponent`, `least` if any, and `from`."""
+    """`sizes.json`: `widths` by name, and of each law its `exponent`, `least` if any, and `from`."""
     found: dict[str, Any] = json.loads(CONSTANTS.read_text())
     return found
 
 
-def words(size: str, model: ModelConfig) -> list[str]:
-    """The settings of a size as `--section.field value`, to stand before those that are given by name. UserError for a size that cannot be."""
-    return [word for name, value in settings(width_of(size, model)).items() for word in (f"--{name}", f"{value:g}")]
+def words(size: str, preset: Config, model: ModelConfig) -> list[str]:
+    """The settings of a size as `--section.field value`, to stand before those that are given by name. UserError for a size that cannot be.
+
+    preset: what is scaled. model: the same with what is given by name, for the count of parameters.
+    """
+    return [word for name, value in settings(width_of(size, preset, model), preset).items() for word in (f"--{name}", f"{value:g}")]
 
 
-def width_of(size: str, model: ModelConfig) -> int:
+def width_of(size: str, preset: Config, model: ModelConfig) -> int:
     """The width that a size means: by its name, or the one whose model comes nearest to so many parameters (block and MLP ratio as in `model`)."""
     widths: dict[str, int] = constants()["widths"]
     if size.upper() in widths:
@@ -45,37 +48,46 @@ def width_of(size: str, model: ModelConfig) -> int:
     if not number:
         raise UserError(f"--size {size!r}: give {', '.join(widths)}, or a number of parameters such as 25M")
     wanted = float(number[1]) * UNITS[number[2].upper()]
-    count = lambda width: parameters(at_width(width, model))
+    count = lambda width: parameters(at_width(width, preset, model))
     if not count(WIDTHS[0]) / 1.2 <= wanted <= count(WIDTHS[-1]) * 1.2:
         raise UserError(f"--size {size}: the dial goes from {count(WIDTHS[0]) / 1e6:.1f}M to {count(WIDTHS[-1]) / 1e9:.0f}B parameters")
     return min(WIDTHS, key=lambda width: abs(math.log(count(width) / wanted)))
 
 
-def at_width(width: int, model: ModelConfig) -> ModelConfig:
-    """`model` with what the rule gives for a width."""
-    return model.model_copy(update={name.removeprefix("model."): value for name, value in settings(width).items() if name.startswith("model.")})
+def at_width(width: int, preset: Config, model: ModelConfig) -> ModelConfig:
+    """`model` with what the scaled preset has at a width."""
+    return model.model_copy(update={name.removeprefix("model."): value for name, value in settings(width, preset).items() if name.startswith("model.")})
 
 
-def settings(width: int, factors: dict[str, float] | None = None) -> dict[str, int | float]:
-    """What the rule sets at a width, by `section.field`. factors: what some laws are multiplied with, for measuring whether they are right."""
-    law = lambda name: power_law(name, width) * (factors or {}).get(name, 1.0)
+def settings(width: int, preset: Config, factors: dict[str, float] | None = None) -> dict[str, int | float]:
+    """A preset scaled to a width, by `section.field`. factors: what some laws are multiplied with, for measuring whether they are right."""
+    law = {name: scaled(name, value, width / preset.model.width) * (factors or {}).get(name, 1.0) for name, value in values(preset).items()}
     return {
         "model.width": width,
-        "model.depth": max(1, round(law("depth"))),
-        "model.heads": width // head_width(width, law("head")),
-        "model.time_width": to_multiple(law("time_width"), 64),
-        "model.text_width": to_multiple(law("text_width"), 64),
-        "model.text_depth": max(1, round(law("text_depth"))),
-        "data.batch_size": to_multiple(law("batch_size"), 32 if law("batch_size") > 64 else 8),
-        "optim.lr": to_digits(law("lr")),
-        "optim.muon_lr": to_digits(law("muon_lr")),
+        "model.depth": max(1, round(law["depth"])),
+        "model.heads": width // head_width(width, law["head"]),
+        "model.time_width": to_multiple(law["time_width"], 64),
+        "model.text_width": to_multiple(law["text_width"], 64),
+        "model.text_depth": max(min(1, preset.model.text_depth), round(law["text_depth"])),  # none stays none
+        "data.batch_size": to_multiple(law["batch_size"], 32 if law["batch_size"] > 64 else 8),
+        "optim.lr": to_digits(law["lr"]),
+        "optim.muon_lr": to_digits(law["muon_lr"]),
     }
 
 
-def power_law(name: str, width: int) -> float:
-    """`at * (width / reference_width) ^ exponent`, and no less than `least` where the law has one."""
+def values(preset: Config) -> dict[str, float]:
+    """What a preset has of each law, at its own width."""
+    model, optim = preset.model, preset.optim
+    return {
+        "depth": model.depth, "head": model.width / model.heads, "time_width": model.time_width, "text_width": model.text_width,
+        "text_depth": model.text_depth, "batch_size": preset.data.batch_size, "lr": optim.lr, "muon_lr": optim.muon_lr,
+    }  # fmt: skip
+
+
+def scaled(name: str, value: float, ratio: float) -> float:
+    """What a law makes of a preset's value when its width is multiplied by `ratio`; no less than the law's `least`, where the preset itself is not."""
     law = constants()["laws"][name]
-    return float(max(law["at"] * (width / constants()["reference_width"]) ** law["exponent"], law.get("least", 0.0)))
+    return float(max(value * ratio ** law["exponent"], min(value, law.get("least", 0.0))))
 
 
 def head_width(width: int, wanted: float) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from flowt2i import sizes
 from flowt2i.cli import main
-from flowt2i.config import resolve
+from flowt2i.config import PRESETS, resolve
 from flowt2i.errors import UserError
 from flowt2i.model import FlowTransformer, count_parameters
 
@@ -17,31 +17,37 @@ def printed(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_dial_goes_through_the_presets():
-    """S is `quickstart`, whose rates and batch were found at its own length; L has the shape of `stability`, and the rates that the fit gives it."""
-    fitted = {name for name, law in sizes.constants()["laws"].items() if "size_fit.py" in law["from"]}
-    for width, preset in ((192, "quickstart"), (768, "stability")):
-        config = resolve(preset).model_dump()
-        for name, value in sizes.settings(width).items():
-            section, _, field = name.partition(".")
-            assert config[section][field] == value or (preset == "stability" and field in fitted), name
+@pytest.mark.parametrize("preset", PRESETS)
+def test_at_its_own_width_a_preset_is_itself(preset):
+    config = resolve(preset)
+    for name, value in sizes.settings(config.model.width, config).items():
+        section, _, field = name.partition(".")
+        assert config.model_dump()[section][field] == value, name
+
+
+def test_shape_and_caption_encoder_run_through_quickstart_and_stability():
+    found, wanted = sizes.settings(768, resolve("quickstart")), resolve("stability").model_dump()
+    assert all(wanted["model"][name.removeprefix("model.")] == value for name, value in found.items() if name.startswith("model."))
 
 
 def test_every_width_is_a_model():
     for width in sizes.WIDTHS:
-        model = sizes.at_width(width, resolve("quickstart").model)
+        model = sizes.at_width(width, resolve("quickstart"), resolve("quickstart").model)
         assert model.resolve("pixels", (3, 64, 64)).width == width and model.width // model.heads % 8 == 0
 
 
 def test_small_sizes_keep_the_batch_that_was_found_for_them():
-    assert [sizes.settings(width)["data.batch_size"] for width in (64, 128, 192)] == [32, 32, 32]
-    assert sizes.settings(128, {"batch_size": 0.5})["data.batch_size"] == 16, "a sweep looks below it"
+    preset = resolve("quickstart")
+    assert [sizes.settings(width, preset)["data.batch_size"] for width in (64, 128, 192)] == [32, 32, 32]
+    assert sizes.settings(128, preset, {"batch_size": 0.5})["data.batch_size"] == 16, "a sweep looks below it"
+    small = resolve("quickstart", ["--data.batch_size", "8"])
+    assert sizes.settings(128, small)["data.batch_size"] == 8 and sizes.settings(192, small)["data.batch_size"] == 8, "nor does it rise"
 
 
 @pytest.mark.parametrize("preset", ["quickstart", "stability", "seed"])
 @pytest.mark.parametrize("size", ["XS", "S", "M", "L"])
 def test_the_count_of_parameters_is_near_the_models_own(preset, size):
-    config = resolve(preset, sizes.words(size, resolve(preset).model))
+    config = resolve(preset, sizes.words(size, resolve(preset), resolve(preset).model))
     with torch.device("meta"):
         model = FlowTransformer(config.model.resolve("pixels", (3, 64, 64)), (3, 64, 64), 0, 436, [0.0] * 3, [1.0] * 3)
     total = count_parameters(model)["total"]
@@ -49,14 +55,14 @@ def test_the_count_of_parameters_is_near_the_models_own(preset, size):
 
 
 def test_a_number_of_parameters_comes_near_itself():
-    model = resolve("quickstart").model
+    preset = resolve("quickstart")
     for text, number in (("4M", 4e6), ("25m", 25e6), ("0.1B", 1e8), ("120,000,000", 1.2e8), ("3e8", 3e8)):
-        assert abs(sizes.parameters(sizes.at_width(sizes.width_of(text, model), model)) / number - 1) < 0.15
+        assert abs(sizes.parameters(sizes.at_width(sizes.width_of(text, preset, preset.model), preset, preset.model)) / number - 1) < 0.15
 
 
 def test_more_parameters_never_mean_less_width():
-    model = resolve("quickstart").model
-    counts = [sizes.parameters(sizes.at_width(width, model)) for width in sizes.WIDTHS]
+    preset = resolve("quickstart")
+    counts = [sizes.parameters(sizes.at_width(width, preset, preset.model)) for width in sizes.WIDTHS]
     assert counts == sorted(counts)
 
 
@@ -86,8 +92,9 @@ def test_doctor_does_not_leave_a_size_unheard(capsys):
 
 
 def test_factors_multiply_laws():
-    plain, halved = sizes.settings(384), sizes.settings(384, {"lr": 0.5, "depth": 2})
+    preset = resolve("quickstart")
+    plain, halved = sizes.settings(384, preset), sizes.settings(384, preset, {"lr": 0.5, "depth": 2})
     assert halved["optim.lr"] == pytest.approx(plain["optim.lr"] / 2, rel=0.01) and halved["model.depth"] > 1.8 * plain["model.depth"]
     assert halved["optim.muon_lr"] == plain["optim.muon_lr"]
     with pytest.raises(UserError, match="parameters such as 25M"):
-        sizes.words("huge", resolve("quickstart").model)
+        sizes.words("huge", preset, preset.model)

@@ -88,7 +88,7 @@ def configuration(args: argparse.Namespace) -> Config:
     preset, base = (None, load_config(Path(args.config))) if args.config and args.config.endswith(".json") else (args.config, None)
     config = resolve(preset, args.rest, base)
     if getattr(args, "size", None):
-        args.rest = [*sizes.words(args.size, config.model), *args.rest]  # what was given by name comes later, and wins
+        args.rest = [*sizes.words(args.size, resolve(preset, [], base), config.model), *args.rest]  # what was given by name comes later, and wins
         config = resolve(preset, args.rest, base)
     return config
 
