@@ -2,14 +2,14 @@
 """What size of model a compute budget is worth, and which rates and batch a size wants: the fit behind `flowt2i train --size`.
 
     python benchmarks/size_fit.py --data data/scenes --sizes 96,128,192,256 --budgets 10T,20T,40T
-    python benchmarks/size_fit.py --data data/scenes --budgets 10T,20T,40T --sweep lr=0.5,1,2@20k --sweep depth=0.5,1,2@20T --write
+    python benchmarks/size_fit.py --data data/scenes --budgets 10T,20T,40T --sweep lr=0.5,1,2,4@20k --sweep depth=0.5,1,2@20T --write lr
 
 Trains the recipe at each width for each budget of model FLOPs, with what the rule of flowt2i/sizes.py sets for that width, and takes the held-out loss of its
 end (t < 0.8). A parabola in the logarithm of the size gives each budget's best size, power laws go through these: loss against FLOPs, size against FLOPs.
 `--sweep LAW=FACTORS@BUDGET` trains each width with one law of the rule multiplied, and refits that law through each width's best factor: lr (both rates) and
-batch_size with BUDGET images, for what rate is best depends on how long it lasts, and depth with BUDGET FLOPs, for it costs them. Runs are resumed and never
-repeated, as in learning.py. Writes NAME.json and NAME.png into benchmarks/results; `--write` besides puts the refitted exponents and the fit
-into flowt2i/sizes.json. Method: docs/learning.md.
+batch_size with BUDGET images, for what rate is best depends on how long it lasts; depth with BUDGET FLOPs, and best at equal size, for it costs them. Runs are
+resumed and never repeated, as in learning.py. Writes NAME.json and NAME.png into benchmarks/results; `--write LAWS` besides puts what was refitted of these
+and the fit into flowt2i/sizes.json. Method: docs/learning.md.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import machine
 import recipes
 from learning import RESULTS, numbers
 from learning_runs import Budget, Equal, Scoring
-from size_laws import PowerLaw, lowest, power_law
+from size_laws import PowerLaw, lowest, lowest_across, power_law
 from tqdm import tqdm
 
 from flowt2i import sizes
@@ -53,7 +53,7 @@ def arguments() -> Parser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default runs/size-fit-DATA)")
     parser.add_argument("--results", type=Path, metavar="DIR", default=RESULTS, help="where the results are written (default benchmarks/results)")
     parser.add_argument("--name", help="of the results (default size-fit-DATA)")
-    parser.add_argument("--write", action="store_true", help="put what was found into flowt2i/sizes.json")
+    parser.add_argument("--write", default="", metavar="LAWS", help="put what was found of these swept laws into flowt2i/sizes.json, such as lr or lr,depth")
     parser.add_argument("--json", action="store_true", help="print the fit as one JSON object on the last line")
     return parser
 
@@ -65,6 +65,9 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
         raise UserError(f"--sizes {args.sizes!r}: give {LEAST_SIZES} widths or more, multiples of 32 from {sizes.WIDTHS[0]}")
     budgets = sorted({Budget.parse("flops", word.strip()) for word in args.budgets.split(",")}, key=lambda budget: budget.amount)
     sweeps = dict(parse_sweep(word) for word in args.sweep)
+    for law in filter(None, args.write.split(",")):
+        if law not in sweeps:
+            raise UserError(f"--write {law}: it is not swept; give --sweep {law}=… besides")
     description = learning_runs.described(args.data)
     jobs: list[tuple[int, Budget, dict[str, float]]] = [(width, budget, {}) for budget in budgets for width in widths]
     jobs += [(width, budget, {name: factor} if factor != 1 else {}) for name, (factors, budget) in sweeps.items() for factor in factors for width in widths]
@@ -163,11 +166,16 @@ def of_sweep(name: str, points: list[dict[str, Any]], width: int, equal: Equal, 
 
 def refit(name: str, points: list[dict[str, Any]], budget: Budget, preset: Config) -> dict[str, Any]:
     """A swept law: each width's best factor, and the power law through what these give: its value at the preset's width, and the exponent of the width."""
-    best = []
-    for width in sorted({point["width"] for point in points}):
-        same = of_sweep(name, points, width, budget.equal, budget.amount)
-        vertex = lowest([p["factors"].get(name, 1.0) for p in same], [p["loss"] for p in same])
-        best.append({"width": width, "factor": vertex.at, "loss": vertex.value, "inside": vertex.inside})
+    widths = sorted({point["width"] for point in points})
+    by_width = [of_sweep(name, points, width, budget.equal, budget.amount) for width in widths]
+    factors = [[point["factors"].get(name, 1.0) for point in same] for same in by_width]
+    if name == "depth":  # at equal size: a deeper network of a width is a larger one, and which size is best is another question
+        rule = [point["parameters"] for same in by_width for point in same if not point["factors"]]
+        everything = [(point["parameters"], factor, point["loss"]) for some, same in zip(factors, by_width) for factor, point in zip(some, same)]
+        found = lowest_across(*zip(*everything), at=rule)
+    else:
+        found = [lowest(factor, [point["loss"] for point in same]) for factor, same in zip(factors, by_width)]
+    best = [{"width": width, "factor": vertex.at, "loss": vertex.value, "inside": vertex.inside} for width, vertex in zip(widths, found)]
     refitted: dict[str, Any] = {}
     for law in SWEPT[name]:
         ratios, own = [one["width"] / preset.model.width for one in best], sizes.values(preset)[law]
@@ -176,16 +184,16 @@ def refit(name: str, points: list[dict[str, Any]], budget: Budget, preset: Confi
     return {"equal": budget.equal, "budget": budget.amount, "best": best, "laws": refitted}
 
 
-def write_constants(results: dict[str, Any], path: Path) -> None:
-    """The constants of the dial, with the refitted exponents and a record of the fit.
+def write_constants(results: dict[str, Any], names: list[str], path: Path) -> None:
+    """The constants of the dial, with the refitted exponents of the swept laws `names` and a record of the fit.
 
     Levels are the presets' own: the best rate of a sweep is that of trainings as short as the sweep's.
     """
     by = f"benchmarks/size_fit.py, {results['date'][:10]}, commit {results['commit']}"
     found = dict(sizes.constants())
     found["laws"] = {law: dict(value) for law, value in found["laws"].items()}
-    for swept in results["swept"].values():
-        for law, value in swept["laws"].items():
+    for name in names:
+        for law, value in results["swept"][name]["laws"].items():
             *_, least = found["laws"][law]["from"].partition("; least: ")
             found["laws"][law] |= {"exponent": value["exponent"], "from": by + (f"; least: {least}" if least else "")}
     found["fit"] = {key: results[key] for key in ("date", "machine", "versions", "commit", "recipe", "data", "seeds", "fit", "swept")}
@@ -248,11 +256,16 @@ def plot(results: dict[str, Any], path: Path) -> Path:
     best = [one["parameters"] for one in found["best"]]
     panels[2].set(ylabel="parameters", title="best size against compute", ylim=(min(best) / 2, max(best) * 2))
     for panel, (name, swept) in zip(panels[3:], results["swept"].items()):
+        across = name == "depth"  # against the size: see refit
         for i, one in enumerate(swept["best"]):
-            same = [(p["factors"].get(name, 1.0), p["loss"]) for p in of_sweep(name, points, one["width"], swept["equal"], swept["budget"])]
-            panel.plot(*zip(*same), "o-", color=colours(i / max(1, len(swept["best"]) - 1) * 0.85), markersize=4, linewidth=1, label=f"width {one['width']}")
+            same = of_sweep(name, points, one["width"], swept["equal"], swept["budget"])
+            xs = [p["parameters"] if across else p["factors"].get(name, 1.0) for p in same]
+            colour = colours(i / max(1, len(swept["best"]) - 1) * 0.85)
+            panel.plot(xs, [p["loss"] for p in same], "o-", color=colour, markersize=4, linewidth=1, label=f"width {one['width']}")
         each = f"{swept['budget']:,.0f} images" if swept["equal"] == "data" else f"{swept['budget']:.2g} FLOPs"
-        panel.set(xscale="log", xlabel=f"{name} over the rule's", ylabel="held-out loss, t < 0.8", title=f"{name}, {each}")
+        given = ", ".join(f"{factor:g}" for factor in sorted({p["factors"].get(name, 1.0) for p in points}))
+        along = f"parameters ({name} {given} times the rule's)" if across else f"{name} over the rule's"
+        panel.set(xscale="log", xlabel=along, ylabel="held-out loss, t < 0.8", title=f"{name}, {each}")
         panel.legend(fontsize=8, frameon=False)
     for panel in panels[:count]:
         panel.spines[["top", "right"]].set_visible(False)
@@ -286,7 +299,7 @@ def main(words: list[str] | None = None) -> int:
     path = args.results / f"{results['name']}.json"
     learning_runs.write_whole(path, json.dumps(results, indent=1))
     if args.write:
-        write_constants(results, sizes.CONSTANTS)
+        write_constants(results, args.write.split(","), sizes.CONSTANTS)
     files = [path]
     try:
         files.append(plot(results, path.with_suffix(".png")))

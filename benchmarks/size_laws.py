@@ -4,6 +4,7 @@ After Hoffmann et al. (Chinchilla, 2203.15556): trainings of several sizes at eq
 and power laws through their lowest points.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -35,6 +36,32 @@ def lowest(xs: Sequence[float], ys: Sequence[float]) -> Vertex:
         return Vertex(float(np.exp(at)), float(c0 + c1 * at + c2 * at * at), True, curve)
     best = int(np.argmin(ys))
     return Vertex(float(xs[best]), float(ys[best]), False, curve)
+
+
+def lowest_across(sizes: Sequence[float], factors: Sequence[float], ys: Sequence[float], at: Sequence[float]) -> list[Vertex]:
+    """For each size of `at` the factor with the lowest y *at that size*, where a factor changes the size as well (more depth is more parameters).
+
+    Least squares of a quadratic surface log y = q(log size, log factor) through six points or more; where its course along the factor has no lowest point
+    between the least and the largest: the better end. ValueError for fewer than six points.
+    """
+    if len(ys) < 6:
+        raise ValueError(f"a quadratic surface needs six points, and there are {len(ys)}")
+    n, f = np.log(np.asarray(sizes, np.float64)), np.log(np.asarray(factors, np.float64))
+    centre = n.mean()
+    columns = lambda n, f: np.stack([np.ones_like(n), n - centre, (n - centre) ** 2, f, f**2, (n - centre) * f], axis=-1)
+    c = np.linalg.lstsq(columns(n, f), np.log(np.asarray(ys, np.float64)), rcond=None)[0]
+    found = []
+    for size in np.log(np.asarray(at, np.float64)) - centre:
+        curve = (c[0] + c[1] * size + c[2] * size**2, c[3] + c[5] * size, c[4])
+        vertex = -curve[1] / (2 * curve[2]) if curve[2] > 0 else math.nan
+        inside = bool(f.min() <= vertex <= f.max())
+        best = vertex if inside else min((f.min(), f.max()), key=functools.partial(polynomial, curve))
+        found.append(Vertex(math.exp(best), math.exp(polynomial(curve, best)), inside, curve))
+    return found
+
+
+def polynomial(coefficients: Sequence[float], x: float) -> float:
+    return sum(c * x**power for power, c in enumerate(coefficients))
 
 
 class PowerLaw(NamedTuple):

@@ -274,8 +274,15 @@ def test_the_fits_find_what_the_points_were_made_from(benchmark):
     law = laws.power_law(budgets, [0.1 + 500 * c**-0.2 for c in budgets], with_floor=True)
     assert law.exponent == pytest.approx(-0.2, abs=0.01) and law.floor == pytest.approx(0.1, abs=0.02)
     assert laws.power_law([1, 4], [2, 1]).exponent == pytest.approx(-0.5)
+    # Depth makes a network larger: the best depth at equal size is not the best at equal width.
+    grid = [(n * f, f) for n in (1e6, 2e6, 4e6) for f in (0.5, 1.0, 2.0)]
+    surface = lambda n, f: math.exp(0.1 * math.log(n / 1e6) ** 2 + 0.2 * math.log(f / 0.8) ** 2)
+    (found,) = laws.lowest_across([n for n, _ in grid], [f for _, f in grid], [surface(n, f) for n, f in grid], [2e6])
+    assert found.inside and found.at == pytest.approx(0.8) and found.value == pytest.approx(surface(2e6, 0.8))
     with pytest.raises(ValueError):
         laws.lowest([1, 2], [1, 2])
+    with pytest.raises(ValueError):
+        laws.lowest_across([1, 2], [1, 2], [1, 2], [1])
 
 
 def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_path, monkeypatch, capsys):
@@ -298,7 +305,12 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
     constants, before = tmp_path / "sizes.json", fit.sizes.constants()
     monkeypatch.setattr(fit.sizes, "CONSTANTS", constants)
     words = ["--data", scenes_data, "--sizes", "64,96,128,192", "--budgets", "1T,2T", "--results", tmp_path, "--out", tmp_path / "runs"]
-    assert fit.main([str(w) for w in [*words, "--sweep", "lr=0.25,0.5,2@20k", "--sweep", "batch_size=0.5,2@20k", "--write", "--name", "fit", "--json"]]) == 0
+    assert (
+        fit.main(
+            [str(w) for w in [*words, "--sweep", "lr=0.25,0.5,2@20k", "--sweep", "batch_size=0.5,2@20k", "--write", "lr,batch_size", "--name", "fit", "--json"]]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "fit.json").read_text())
     assert len(made) == 4 * 2 + 4 * (4 + 2) and len(found["points"]) == len(made)
     assert all(one["inside"] and one["parameters"] == pytest.approx(128**2, rel=0.1) for one in found["fit"]["best"])
@@ -320,6 +332,6 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
     assert point["images"] == 32 and point["flops"] == pytest.approx(budget.amount) and math.isfinite(point["loss"])
     capsys.readouterr()
     sweeps = (["--sweep", sweep] for sweep in ("rate=1,2,3@20k", "lr=2@20k", "lr=0.5,2", "depth=0.5,2@x"))
-    for wrong in (["--sizes", "64,96,128"], ["--budgets", "x"], ["--recipe", "quik"], *sweeps):
+    for wrong in (["--sizes", "64,96,128"], ["--budgets", "x"], ["--recipe", "quik"], ["--write", "lr"], *sweeps):
         assert fit.main([str(w) for w in [*words, *wrong]]) == 2
         assert capsys.readouterr().err.count("\n") == 1
