@@ -14,6 +14,7 @@ and the fit into flowt2i/sizes.json. Method: docs/learning.md.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ import machine
 import recipes
 from learning import RESULTS, numbers
 from learning_runs import Budget, Equal, Scoring
-from size_laws import PowerLaw, lowest, lowest_across, power_law
+from size_laws import PowerLaw, lowest, lowest_across, power_law, slope_error
 from tqdm import tqdm
 
 from flowt2i import sizes
@@ -37,6 +38,7 @@ from flowt2i.training.distributed import best_device
 
 LEAST_SIZES = 4
 SWEPT = {"lr": ("lr", "muon_lr"), "batch_size": ("batch_size",), "depth": ("depth",)}  # what is multiplied together
+LAWS = [law for laws in SWEPT.values() for law in laws]
 SWEPT_EQUAL: dict[str, Equal] = {"lr": "data", "batch_size": "data", "depth": "flops"}  # what its trainings have in common
 
 
@@ -63,9 +65,12 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     recipe, widths, seeds = recipes.find(args.recipe), sorted(numbers("--sizes", args.sizes)), numbers("--seeds", args.seeds)
     if len(widths) < LEAST_SIZES or any(width not in sizes.WIDTHS for width in widths):
         raise UserError(f"--sizes {args.sizes!r}: give {LEAST_SIZES} widths or more, multiples of 32 from {sizes.WIDTHS[0]}")
-    budgets = sorted({Budget.parse("flops", word.strip()) for word in args.budgets.split(",")}, key=lambda budget: budget.amount)
-    sweeps = dict(parse_sweep(word) for word in args.sweep)
-    for law in filter(None, args.write.split(",")):
+    budgets = sorted({parse_budget("--budgets", "flops", word.strip()) for word in args.budgets.split(",")}, key=lambda budget: budget.amount)
+    parsed = [parse_sweep(word) for word in args.sweep]
+    sweeps = dict(parsed)
+    if len(sweeps) < len(parsed):
+        raise UserError("--sweep: each law once, with all its factors")
+    for law in written(args):
         if law not in sweeps:
             raise UserError(f"--write {law}: it is not swept; give --sweep {law}=… besides")
     description = learning_runs.described(args.data)
@@ -82,7 +87,12 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
         label = "-".join([f"width{width}", str(budget), *(f"{name}{factor:g}" for name, factor in factors.items())])
         found = [trained(out / f"{label}-seed{seed}", label, seed, budget, config, args) for seed in seeds]
         mean = {key: statistics.fmean(one[key] for one in found) for key in ("parameters", "flops", "images", "seconds", "loss")}
-        points.append({"width": width, "equal": budget.equal, "budget": budget.amount, "factors": factors} | mean | {"losses": [one["loss"] for one in found]})
+        values = {law: value for law, value in sizes.values(config).items() if law in LAWS}
+        points.append(
+            {"width": width, "equal": budget.equal, "budget": budget.amount, "factors": factors, "values": values}
+            | mean
+            | {"losses": [one["loss"] for one in found]}
+        )
     name = args.name or f"size-fit-{args.data.resolve().name}"
     settings = {"recipe": args.recipe, "more": more, "seeds": seeds, "data": args.data.resolve().name, "fingerprint": description.fingerprint}
     return {
@@ -94,6 +104,17 @@ def run(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
         "fit": fit(points),
         "swept": {key: refit(key, points, budget, scaled) for key, (_, budget) in sweeps.items()},
     }
+
+
+def written(args: argparse.Namespace) -> list[str]:
+    return [law.strip() for law in args.write.split(",") if law.strip()]
+
+
+def parse_budget(option: str, equal: Equal, text: str) -> Budget:
+    try:
+        return Budget.parse(equal, text)
+    except UserError as error:
+        raise UserError(f"{option}: {text!r} is no number of {'images, such as 20k' if equal == 'data' else 'FLOPs, such as 20T'}") from error
 
 
 def parse_sweep(text: str) -> tuple[str, tuple[list[float], Budget]]:
@@ -108,11 +129,11 @@ def parse_sweep(text: str) -> tuple[str, tuple[list[float], Budget]]:
         factors = sorted({1.0, *(float(word) for word in values.split(","))})
     except ValueError:
         factors = []
-    if not equals or len(factors) < 3 or factors[0] <= 0:
+    if not equals or len(factors) < 3 or not all(0 < factor < math.inf for factor in factors):
         raise UserError(f"--sweep {text!r}: give two factors or more beside 1, such as {example}")
     if not at:
         raise UserError(f"--sweep {text!r}: say how long each trains, in {'images' if equal == 'data' else 'FLOPs'}, such as {example}")
-    return name, (factors, Budget.parse(equal, amount))
+    return name, (factors, parse_budget(f"--sweep {name}", equal, amount))
 
 
 def laws(factors: dict[str, float]) -> dict[str, float]:
@@ -165,37 +186,46 @@ def of_sweep(name: str, points: list[dict[str, Any]], width: int, equal: Equal, 
 
 
 def refit(name: str, points: list[dict[str, Any]], budget: Budget, preset: Config) -> dict[str, Any]:
-    """A swept law: each width's best factor, and the power law through what these give: its value at the preset's width, and the exponent of the width."""
+    """A swept law: each width's best factor, and the power law through what these give: its value at the preset's width, and the exponent of the width.
+
+    Factors are those that were trained, which rounding sets apart from those that were asked for (a depth of 5 halved is 2).
+    """
     widths = sorted({point["width"] for point in points})
     by_width = [of_sweep(name, points, width, budget.equal, budget.amount) for width in widths]
-    factors = [[point["factors"].get(name, 1.0) for point in same] for same in by_width]
+    rules = [next(point for point in same if not point["factors"]) for same in by_width]
+    factors = [[point["values"][name] / rule["values"][name] for point in same] for same, rule in zip(by_width, rules)]
     if name == "depth":  # at equal size: a deeper network of a width is a larger one, and which size is best is another question
-        rule = [point["parameters"] for same in by_width for point in same if not point["factors"]]
         everything = [(point["parameters"], factor, point["loss"]) for some, same in zip(factors, by_width) for factor, point in zip(some, same)]
-        found = lowest_across(*zip(*everything), at=rule)
+        found = lowest_across(*zip(*everything), at=[rule["parameters"] for rule in rules])
     else:
         found = [lowest(factor, [point["loss"] for point in same]) for factor, same in zip(factors, by_width)]
     best = [{"width": width, "factor": vertex.at, "loss": vertex.value, "inside": vertex.inside} for width, vertex in zip(widths, found)]
     refitted: dict[str, Any] = {}
     for law in SWEPT[name]:
-        ratios, own = [one["width"] / preset.model.width for one in best], sizes.values(preset)[law]
-        through = power_law(ratios, [sizes.scaled(law, own, ratio) * one["factor"] for ratio, one in zip(ratios, best)])
-        refitted[law] = {"at": through.scale, "exponent": through.exponent}
+        ratios, values = [width / preset.model.width for width in widths], [rule["values"][law] * vertex.at for rule, vertex in zip(rules, found)]
+        through = power_law(ratios, values)
+        refitted[law] = {"at": through.scale, "exponent": through.exponent, "error": slope_error(ratios, values)}
     return {"equal": budget.equal, "budget": budget.amount, "best": best, "laws": refitted}
 
 
 def write_constants(results: dict[str, Any], names: list[str], path: Path) -> None:
     """The constants of the dial, with the refitted exponents of the swept laws `names` and a record of the fit.
 
-    Levels are the presets' own: the best rate of a sweep is that of trainings as short as the sweep's.
+    Levels are the presets' own: the best rate of a sweep is that of trainings as short as the sweep's. UserError for a law whose best factor lies at the edge
+    of what was swept.
     """
     by = f"benchmarks/size_fit.py, {results['date'][:10]}, commit {results['commit']}"
     found = dict(sizes.constants())
     found["laws"] = {law: dict(value) for law, value in found["laws"].items()}
     for name in names:
+        edge = [str(one["width"]) for one in results["swept"][name]["best"] if not one["inside"]]
+        if edge:
+            raise UserError(
+                f"--write {name}: the best factor is the least or the largest one at width {', '.join(edge)}: sweep more factors (nothing was written)"
+            )
         for law, value in results["swept"][name]["laws"].items():
             *_, least = found["laws"][law]["from"].partition("; least: ")
-            found["laws"][law] |= {"exponent": value["exponent"], "from": by + (f"; least: {least}" if least else "")}
+            found["laws"][law] |= {"exponent": value["exponent"], "error": value["error"], "from": by + (f"; least: {least}" if least else "")}
     found["fit"] = {key: results[key] for key in ("date", "machine", "versions", "commit", "recipe", "data", "seeds", "fit", "swept")}
     learning_runs.write_whole(path, json.dumps(found, indent=2))
 
@@ -214,7 +244,8 @@ def said(results: dict[str, Any]) -> list[str]:
     for swept in results["swept"].values():
         for law, value in swept["laws"].items():
             factors = ", ".join(f"{one['width']}: {one['factor']:.2f}{'' if one['inside'] else ' (edge)'}" for one in swept["best"])
-            lines.append(f"{law} = {value['at']:.4g} (width / {results['scaled_width']})^{value['exponent']:.3f} (best factor by width: {factors})")
+            law_of = f"{law} = {value['at']:.4g} (width / {results['scaled_width']})^({value['exponent']:.3f} ± {value['error']:.3f})"
+            lines.append(f"{law_of} (best factor by width: {factors})")
     return lines
 
 
@@ -298,14 +329,15 @@ def main(words: list[str] | None = None) -> int:
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{results['name']}.json"
     learning_runs.write_whole(path, json.dumps(results, indent=1))
-    if args.write:
-        write_constants(results, args.write.split(","), sizes.CONSTANTS)
     files = [path]
     try:
         files.append(plot(results, path.with_suffix(".png")))
     except ImportError:
         print("no plot: pip install matplotlib, and run the same command again", file=sys.stderr)
-    print("\n".join([*said(results), *map(str, files), *([str(sizes.CONSTANTS)] if args.write else [])]))
+    print("\n".join([*said(results), *map(str, files)]))
+    if written(args):
+        write_constants(results, written(args), sizes.CONSTANTS)
+        print(sizes.CONSTANTS)
     if args.json:
         print(json.dumps({"files": [str(file) for file in files], "fit": results["fit"], "swept": results["swept"]}))
     return 0

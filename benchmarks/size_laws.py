@@ -91,3 +91,12 @@ def power_law(xs: Sequence[float], ys: Sequence[float], with_floor: bool = False
             best = error, PowerLaw(float(np.exp(intercept)), float(exponent), float(floor))
     assert best is not None
     return best[1]
+
+
+def slope_error(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Standard error of the exponent of `power_law(xs, ys)`, from how the points scatter about it; NaN for fewer than three points."""
+    x, y = np.log(np.asarray(xs, np.float64)), np.log(np.asarray(ys, np.float64))
+    if len(x) < 3:
+        return math.nan
+    residuals = y - np.polyval(np.polyfit(x, y, 1), x)
+    return float(np.sqrt(np.square(residuals).sum() / (len(x) - 2) / np.square(x - x.mean()).sum()))

@@ -1,11 +1,12 @@
-"""One dial for the size of a model: `--size M`, or a number of parameters, sets width, depth, heads, caption encoder, learning rates and batch.
+"""One dial for the size of a model: `--size M`, or a number of parameters, scales width, depth, heads, caption encoder, learning rates and batch.
 
     flowt2i train --config quickstart --size M --data data/scenes --print-config
     flowt2i train --config quickstart --size 25M --data data/scenes
 
 The preset is scaled: each setting is its own, `value * (width / its width) ^ exponent`, some with a least value. So `quickstart` at S and `stability` at L are
 themselves, and how high a rate or how large a batch is stays a matter of the preset, which knows how long it trains. The exponents lie in `sizes.json`, and
-beside each where it comes from: `benchmarks/size_fit.py --write` puts there what it measured; the others run through the presets `quickstart` and `stability`.
+beside each where it comes from: `benchmarks/size_fit.py --write LAWS` puts there what it measured; the others run through the presets `quickstart` and
+`stability`. Scale a preset rather than a run that was scaled down: a batch that was held at its least value would grow from there.
 What is given by name (`--model.depth 10`) wins over the dial.
 """
 
@@ -21,6 +22,7 @@ from flowt2i.errors import UserError
 
 CONSTANTS = Path(__file__).with_name("sizes.json")
 WIDTHS = range(64, 4_097, 32)  # what a number of parameters may choose from
+SET = ("model.width", "model.depth", "model.heads", "model.time_width", "model.text_width", "model.text_depth", "data.batch_size", "optim.lr", "optim.muon_lr")
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
 
@@ -34,9 +36,9 @@ def constants() -> dict[str, Any]:
 def words(size: str, preset: Config, model: ModelConfig) -> list[str]:
     """The settings of a size as `--section.field value`, to stand before those that are given by name. UserError for a size that cannot be.
 
-    preset: what is scaled. model: the same with what is given by name, for the count of parameters.
+    preset: what is scaled. model: the same with what is given by name, of which a number of parameters heeds block and MLP ratio.
     """
-    return [word for name, value in settings(width_of(size, preset, model), preset).items() for word in (f"--{name}", f"{value:g}")]
+    return [word for name, value in settings(width_of(size, preset, model), preset).items() for word in (f"--{name}", str(value))]
 
 
 def width_of(size: str, preset: Config, model: ModelConfig) -> int:
@@ -61,6 +63,9 @@ def at_width(width: int, preset: Config, model: ModelConfig) -> ModelConfig:
 
 def settings(width: int, preset: Config, factors: dict[str, float] | None = None) -> dict[str, int | float]:
     """A preset scaled to a width, by `section.field`. factors: what some laws are multiplied with, for measuring whether they are right."""
+    if width == preset.model.width and not factors:  # itself, with nothing rounded
+        own = preset.model_dump()
+        return {name: own[name.partition(".")[0]][name.partition(".")[2]] for name in SET}
     law = {name: scaled(name, value, width / preset.model.width) * (factors or {}).get(name, 1.0) for name, value in values(preset).items()}
     return {
         "model.width": width,
@@ -69,7 +74,7 @@ def settings(width: int, preset: Config, factors: dict[str, float] | None = None
         "model.time_width": to_multiple(law["time_width"], 64),
         "model.text_width": to_multiple(law["text_width"], 64),
         "model.text_depth": max(min(1, preset.model.text_depth), round(law["text_depth"])),  # none stays none
-        "data.batch_size": to_multiple(law["batch_size"], 32 if law["batch_size"] > 64 else 8),
+        "data.batch_size": to_multiple(law["batch_size"], 32 if law["batch_size"] > 64 else 8 if law["batch_size"] > 8 else 1),
         "optim.lr": to_digits(law["lr"]),
         "optim.muon_lr": to_digits(law["muon_lr"]),
     }

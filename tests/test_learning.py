@@ -298,6 +298,7 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
         flops = budget.amount if budget.equal == "flops" else 1e12
         best = 0.8 * rule * (config.model.width / 192) ** 0.3
         loss = flops**-0.1 * 100 + math.log(config.model.width / 128) ** 2 + 0.1 * math.log(config.optim.lr / best) ** 2
+        loss += 0.1 * math.log(config.data.batch_size / 36) ** 2
         return {"parameters": config.model.width**2, "loss": loss, "flops": budget.amount, "images": 1.0, "seconds": 1.0}
 
     real = fit.trained
@@ -324,6 +325,10 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
     assert written["laws"]["batch_size"]["from"].endswith(before["laws"]["batch_size"]["from"].partition("; ")[2])
     assert written["laws"]["depth"] == before["laws"]["depth"] and written["fit"]["data"] == scenes_data.name
     assert (tmp_path / "fit.png").exists()
+    # A best factor at the edge says nothing of where the best one is: all is kept but the constants.
+    constants.unlink()
+    assert fit.main([str(w) for w in [*words, "--sweep", "lr=1,2,4@20k", "--write", "lr", "--name", "edge"]]) == 2
+    assert "sweep more factors" in capsys.readouterr().err and (tmp_path / "edge.json").exists() and not constants.exists()
     # One of its trainings for real.
     config = benchmark("recipes").find("quickstart").config(SMALL)
     args = fit.arguments().parse_args([str(w) for w in [*words, "--loss-images", 16]])
@@ -331,7 +336,7 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
     point = real(tmp_path / "runs" / "one", "one", 0, budget, config, args)
     assert point["images"] == 32 and point["flops"] == pytest.approx(budget.amount) and math.isfinite(point["loss"])
     capsys.readouterr()
-    sweeps = (["--sweep", sweep] for sweep in ("rate=1,2,3@20k", "lr=2@20k", "lr=0.5,2", "depth=0.5,2@x"))
-    for wrong in (["--sizes", "64,96,128"], ["--budgets", "x"], ["--recipe", "quik"], ["--write", "lr"], *sweeps):
+    sweeps = (["--sweep", sweep] for sweep in ("rate=1,2,3@20k", "lr=2@20k", "lr=0.5,2", "depth=0.5,2@x", "depth=0.5,inf@1T", "lr=0.5,nan@20k"))
+    for wrong in (["--sizes", "64,96,128"], ["--budgets", "x"], ["--recipe", "quik"], ["--write", "lr"], ["--sweep", "lr=0.5,2@20k"] * 2, *sweeps):
         assert fit.main([str(w) for w in [*words, *wrong]]) == 2
         assert capsys.readouterr().err.count("\n") == 1

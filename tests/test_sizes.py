@@ -25,6 +25,14 @@ def test_at_its_own_width_a_preset_is_itself(preset):
         assert config.model_dump()[section][field] == value, name
 
 
+def test_nothing_is_rounded_at_the_own_width_and_no_small_batch_made_larger():
+    odd = resolve("quickstart", ["--data.batch_size", "20", "--model.text_width", "32", "--optim.lr", "1.23456e-3"])
+    found = sizes.settings(192, odd)
+    assert tuple(found) == sizes.SET == tuple(sizes.settings(128, odd)) and (found["data.batch_size"], found["model.text_width"]) == (20, 32)
+    assert found["optim.lr"] == 1.23456e-3
+    assert [sizes.settings(128, resolve("quickstart", ["--data.batch_size", n]))["data.batch_size"] for n in ("1", "4")] == [1, 4]
+
+
 def test_shape_and_caption_encoder_run_through_quickstart_and_stability():
     found, wanted = sizes.settings(768, resolve("quickstart")), resolve("stability").model_dump()
     assert all(wanted["model"][name.removeprefix("model.")] == value for name, value in found.items() if name.startswith("model."))

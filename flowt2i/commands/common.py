@@ -33,8 +33,8 @@ def add_config(parser: argparse.ArgumentParser, default: str = "") -> None:
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", metavar="S|M|L|25M", help="size of the model, by name (XS, S, M, L, XL) or as a number of parameters: sets width, depth, "
-                        "heads, caption encoder, learning rates and batch, but for what is given by --section.field (docs/learning.md)")  # fmt: skip
+    parser.add_argument("--size", metavar="S|M|L|25M", help="size of the model, by name (XS, S, M, L, XL) or as a number of parameters: scales width, depth, "
+                        "heads, caption encoder, rates and batch of the preset, but for what is given by --section.field (docs/learning.md)")  # fmt: skip
 
 
 MODEL = "run folder, checkpoint, exported model, name of a packaged model (`flowt2i models`; a folder of that name wins) or hub id"
