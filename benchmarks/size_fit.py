@@ -8,8 +8,8 @@ Trains the recipe at each width for each budget of model FLOPs, with what the ru
 end (t < 0.8). A parabola in the logarithm of the size gives each budget's best size, power laws go through these: loss against FLOPs, size against FLOPs.
 `--sweep LAW=FACTORS@BUDGET` trains each width with one law of the rule multiplied, and refits that law through each width's best factor: lr (both rates) and
 batch_size with BUDGET images, for what rate is best depends on how long it lasts; depth with BUDGET FLOPs, and best at equal size, for it costs them. Runs are
-resumed and never repeated, as in learning.py. Writes NAME.json and NAME.png into benchmarks/results; `--write LAWS` besides puts what was refitted of these
-and the fit into flowt2i/sizes.json. Method: docs/learning.md.
+resumed and never repeated, as in learning.py. Writes NAME.json and NAME.png into benchmarks/results; `--write LAWS` besides puts the exponents that were
+refitted of these into flowt2i/sizes.json. Method: docs/learning.md.
 """
 
 import argparse
@@ -209,24 +209,23 @@ def refit(name: str, points: list[dict[str, Any]], budget: Budget, preset: Confi
 
 
 def write_constants(results: dict[str, Any], names: list[str], path: Path) -> None:
-    """The constants of the dial, with the refitted exponents of the swept laws `names` and a record of the fit.
+    """The constants of the dial, with the refitted exponents of the swept laws `names`, and where they are from.
 
     Levels are the presets' own: the best rate of a sweep is that of trainings as short as the sweep's. UserError for a law whose best factor lies at the edge
     of what was swept.
     """
-    by = f"benchmarks/size_fit.py, {results['date'][:10]}, commit {results['commit']}"
+    by = f"benchmarks/size_fit.py, {results['name']}, {results['date'][:10]}, commit {results['commit']}"
     found = dict(sizes.constants())
     found["laws"] = {law: dict(value) for law, value in found["laws"].items()}
     for name in names:
         edge = [str(one["width"]) for one in results["swept"][name]["best"] if not one["inside"]]
         if edge:
             raise UserError(
-                f"--write {name}: the best factor is the least or the largest one at width {', '.join(edge)}: sweep more factors (nothing was written)"
+                f"--write {name}: the best factor is the least or the largest one at width {', '.join(edge)}: sweep more factors (sizes.json is as it was)"
             )
         for law, value in results["swept"][name]["laws"].items():
             *_, least = found["laws"][law]["from"].partition("; least: ")
             found["laws"][law] |= {"exponent": value["exponent"], "error": value["error"], "from": by + (f"; least: {least}" if least else "")}
-    found["fit"] = {key: results[key] for key in ("date", "machine", "versions", "commit", "recipe", "data", "seeds", "fit", "swept")}
     learning_runs.write_whole(path, json.dumps(found, indent=2))
 
 

@@ -28,7 +28,7 @@ UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
 @functools.cache
 def constants() -> dict[str, Any]:
-    """`sizes.json`: `widths` by name, and of each law its `exponent`, `least` if any, and `from`."""
+    """`sizes.json`: `widths` by name, and of each law its `exponent`, with `error` where it was fitted, `least` if any, and `from`."""
     found: dict[str, Any] = json.loads(CONSTANTS.read_text())
     return found
 

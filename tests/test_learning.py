@@ -306,12 +306,8 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
     constants, before = tmp_path / "sizes.json", fit.sizes.constants()
     monkeypatch.setattr(fit.sizes, "CONSTANTS", constants)
     words = ["--data", scenes_data, "--sizes", "64,96,128,192", "--budgets", "1T,2T", "--results", tmp_path, "--out", tmp_path / "runs"]
-    assert (
-        fit.main(
-            [str(w) for w in [*words, "--sweep", "lr=0.25,0.5,2@20k", "--sweep", "batch_size=0.5,2@20k", "--write", "lr,batch_size", "--name", "fit", "--json"]]
-        )
-        == 0
-    )
+    sweeps = ["--sweep", "lr=0.25,0.5,2@20k", "--sweep", "batch_size=0.5,2@20k", "--write", "lr,batch_size"]
+    assert fit.main([str(w) for w in [*words, *sweeps, "--name", "fit", "--json"]]) == 0
     found = json.loads((tmp_path / "fit.json").read_text())
     assert len(made) == 4 * 2 + 4 * (4 + 2) and len(found["points"]) == len(made)
     assert all(one["inside"] and one["parameters"] == pytest.approx(128**2, rel=0.1) for one in found["fit"]["best"])
@@ -323,7 +319,7 @@ def test_sizes_are_fitted_and_the_constants_written(benchmark, scenes_data, tmp_
     assert "size_fit.py" in written["laws"]["lr"]["from"]
     assert written["laws"]["batch_size"]["least"] == 32 and "size_fit.py" in written["laws"]["batch_size"]["from"]
     assert written["laws"]["batch_size"]["from"].endswith(before["laws"]["batch_size"]["from"].partition("; ")[2])
-    assert written["laws"]["depth"] == before["laws"]["depth"] and written["fit"]["data"] == scenes_data.name
+    assert written["laws"]["depth"] == before["laws"]["depth"] and written["widths"] == before["widths"]
     assert (tmp_path / "fit.png").exists()
     # A best factor at the edge says nothing of where the best one is: all is kept but the constants.
     constants.unlink()
