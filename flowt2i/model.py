@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from flowt2i.config import ModelConfig
 from flowt2i.negatives import SIDES, mid_grey, mirrored, seen_from, shown, side_of
 from flowt2i.positions import resize_table, rotation_2d, sincos_1d, sincos_2d
+from flowt2i.ragged import Packing, pack, packing_of, unpack
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
@@ -62,8 +63,13 @@ def time_features(t: Tensor, width: int = 256) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN: x [B, N, d], shift and scale [B, 1, d]."""
-    return x * (1 + scale) + shift
+    """AdaLN: `x (1 + scale) + shift` in one pass. x [B, N, d], shift and scale [B, 1, d]."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """`x + gate y` in one pass. x and y [B, N, d], gate [B, 1, d]."""
+    return torch.addcmul(x, gate, y)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -111,14 +117,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head) if qk_norm else nn.Identity()
         self.text_k_norm = RMSNorm(head) if qk_norm and text else nn.Identity()
 
-    def forward(self, x: Tensor, text: Tensor | None = None, bias: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
-        """x [B, N, d], text [B, T, d], bias [B, 1, 1, keys], rotation as in `rotate` -> [B, N, d]; keys are the caption's, then the image's."""
+    def forward(
+        self, x: Tensor, text: Tensor | None = None, bias: Tensor | None = None, rotation: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """x [B, N, d], text [B, T, d] (packed [S, d]), bias [B, 1, 1, keys], rotation as in `rotate` -> [B, N, d]; keys are the caption's, then the image's."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if self.text_kv is not None and text is not None:
-            text_k, text_v = self.text_kv(text).view(batch, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            k, v = torch.cat([self.text_k_norm(text_k), k], 2), torch.cat([text_v, v], 2)
+            text_k, text_v = self.text_kv(text).unflatten(-1, (2, self.heads, -1)).unbind(-3)  # [B, T, h, e] or [S, h, e]
+            text_k = self.text_k_norm(text_k)
+            if packing is not None:
+                text_k, text_v = unpack(text_k, packing, batch), unpack(text_v, packing, batch)
+            k, v = torch.cat([text_k.transpose(1, 2), k], 2), torch.cat([text_v.transpose(1, 2), v], 2)
         y = attend(q.to(v.dtype), k.to(v.dtype), v, bias)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
 
@@ -147,11 +158,13 @@ class ModernBlock(nn.Module):
         self.mlp = SwiGLU(d, swiglu_hidden(d, config.mlp_ratio))
         self.table = nn.Parameter(torch.zeros(6, d))  # this block's own offset to the shared modulation
 
-    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, N, d], text [B, T, d], text_bias [B, 1, 1, T + N], time [B, 6, d]: the shared modulation."""
+    def forward(
+        self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor, rotation: Tensor | None, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, N, d], text [B, T, d] (packed [S, d]), text_bias [B, 1, 1, T + N], time [B, 6, d]: the shared modulation."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.table).to(x.dtype).unsqueeze(2).unbind(1)
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), text, text_bias, rotation)
-        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = add_gated(x, gate1, self.attention(modulate(self.norm1(x), shift1, scale1), text, text_bias, rotation, packing))
+        x = add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
         return x, text
 
 
@@ -167,12 +180,12 @@ class SeedBlock(nn.Module):
         self.text_mlp = None if last else nn.Sequential(nn.LayerNorm(text_width), gelu_mlp(text_width, config.mlp_ratio))
         self.adaln = nn.Linear(config.time_width, 6 * d)
 
-    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor, rotation: Tensor | None, packing: None = None) -> tuple[Tensor, Tensor]:
         """x [B, N, d], text [B, T, D], text_bias [B, 1, 1, T], time [B, time_width]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(time)).unsqueeze(1).chunk(6, -1)
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), rotation=rotation)
+        x = add_gated(x, gate1, self.attention(modulate(self.norm1(x), shift1, scale1), rotation=rotation))
         x = x + self.cross(self.norm2(x), text, text_bias)
-        x = x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
+        x = add_gated(x, gate2, self.mlp(modulate(self.norm3(x), shift2, scale2)))
         return x, text if self.text_mlp is None else text + self.text_mlp(text)
 
 
@@ -370,8 +383,11 @@ class FlowTransformer(nn.Module):
             masks = torch.cat([linear, torch.tanh(masks[:, :, self.config.masks :] + looks)], 2)
         return y + (masks * colours).sum(2).reshape(b, n, -1)
 
-    def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """z [B, C, H, W], t [B] in [0, 1], text [B, T, D], mask [B, T] (True: a real token) -> [B, C, H, W]."""
+    def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor, room: int = 0) -> Tensor:
+        """z [B, C, H, W], t [B] in [0, 1], text [B, T, D], mask [B, T] (True: a real token) -> [B, C, H, W].
+
+        room: at least as many tokens as are real: the modern block then spends no products on most of the padding (`ragged.py`); 0: it does.
+        """
         height, width = z.shape[2:]
         positions, rotation = self.tables(height // self.patch, width // self.patch, z.device)
         time = self.time(time_features(t))
@@ -391,10 +407,11 @@ class FlowTransformer(nn.Module):
                 time = time + self.pooled((text * weights).sum(1) / weights.sum(1).clamp_min(1))
             modulation = self.shared_adaln(F.silu(time)).view(z.shape[0], 6, -1)
             bias = F.pad(bias, (0, x.shape[1]))  # image keys are never masked
-        text = self.text_embed(text)
+        packed = packing_of(mask, room) if room and not self.seed else None
+        text = self.text_embed(text if packed is None else pack(text, packed))
         again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            inputs = (x, text, bias, modulation, rotation)
+            inputs = (x, text, bias, modulation, rotation, packed)
             x, text = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
         shift, scale = self.final_adaln(F.silu(time)).unsqueeze(1).chunk(2, -1)
         out = self.unpatchify(self.patches(modulate(self.final_norm(x), shift, scale), patches), height, width)

@@ -7,7 +7,7 @@ keeps for the backward pass is counted once: so they follow the model as it is, 
 what lives only within an operation, and the network of a perceptual loss; `python benchmarks/scale.py` sets the sum beside measured peaks.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ def state_bytes(model: nn.Module, muon: bool, ema: bool) -> int:
     return 4 * (total * (2 + ema) + 2 * total - (matrices if muon else 0))
 
 
-def kept_bytes(objective: nn.Module, inputs: tuple[Tensor, ...], weights: set[int]) -> int:
+def kept_bytes(objective: nn.Module, inputs: tuple[Any, ...], weights: set[int]) -> int:
     """Bytes that autograd keeps of a forward pass for the backward one: each storage once, without the weights themselves (their storages' addresses)."""
     seen: dict[int, int] = {}
 

@@ -135,8 +135,8 @@ def ours(size: Size, batch: int, device: torch.device, lengths: dict[int, int] |
     config = resolve("stability", ["--model.width", str(size.width), "--model.depth", str(size.depth), "--model.heads", str(size.heads), "--train.ema", "0"])
     longest = int(max(lengths))
     step = BareStep(config, describe(True, longest), lengths, device, compiled=has_compiler())
-    text, mask = step.captions(batch)
-    loss: Loss = lambda data, noise, t: step.objective(data, noise, t, text, mask).losses.mean()
+    text, mask, room = step.captions(batch)
+    loss: Loss = lambda data, noise, t: step.objective(data, noise, t, text, mask, room).losses.mean()
     return Contender("ours", step.model, loss, lambda: compile_training(step.objective), text.shape[1])
 
 

@@ -1,12 +1,13 @@
 """The bare step: model, optimizer and EMA of a training, fed with what lies ready. What a training loop is measured against."""
 
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowt2i import flow, perceptual, precision
+from flowt2i import flow, perceptual, precision, ragged
 from flowt2i.bench.captions import draw_lengths, padded_width
 from flowt2i.bench.timing import clock, fastest_of, mean_of, one_shape_each
 from flowt2i.config import Config
@@ -44,6 +45,7 @@ class BareStep:
     def __init__(self, config: Config, description: DatasetDescription, lengths: dict[int, int] | np.ndarray, device: torch.device, compiled: bool = False):
         self.config, self.description, self.device, self.compiled = config, description, device, compiled
         self.lengths = lengths
+        self.all_lengths = ragged.Lengths.of(np.repeat(list(lengths), list(lengths.values())) if isinstance(lengths, dict) else lengths)
         torch.manual_seed(config.train.seed)
         try:
             self.model: FlowTransformer = build_model(config, description).to(device)
@@ -57,27 +59,28 @@ class BareStep:
         self.objective = Objective(self.model, config.flow, computes)
         self.perceptual = perceptual.of_run(config.flow, description, device)
 
-    def inputs(self, images: int) -> tuple[Tensor, ...]:
-        """Images, noise, times and captions of a micro-batch, as `Objective` takes them."""
+    def inputs(self, images: int) -> tuple[Any, ...]:
+        """Images, noise, times, captions and their room of a micro-batch, as `Objective` takes them."""
         config = self.config
         draw = stream.draw(config.train.seed, 0, images, self.description.codec.shape, config.flow.caption_dropout, False, self.device)
         f = config.flow
         t = flow.times(draw.uniform, draw.choice, f.times, f.logit_mean, f.logit_std, f.uniform_share, f.time_shift)
-        captions, mask = self.captions(images)
+        captions, mask, room = self.captions(images)
         null = captions[0, :1]  # an empty caption is one token, the end
-        return draw.noise.flip(0), draw.noise, t, *drop_captions(captions, mask, draw.dropped, null)
+        return draw.noise.flip(0), draw.noise, t, *drop_captions(captions, mask, draw.dropped, null), room
 
-    def captions(self, images: int) -> tuple[Tensor, Tensor]:
-        """Token ids [B, T], or features [B, T, D] of a frozen encoder, and their mask [B, T]; T as training pads a batch of such captions."""
+    def captions(self, images: int) -> tuple[Tensor, Tensor, int]:
+        """Token ids [B, T], or features [B, T, D] of a frozen encoder, their mask [B, T], and room for them; T as training pads a batch of such captions."""
         lengths = draw_lengths(images, self.lengths)
         width = padded_width(int(lengths.max()), self.description.longest_caption, self.compiled)
-        mask = torch.from_numpy(np.arange(width) < lengths[:, None]).to(self.device)
+        host = torch.from_numpy(np.arange(width) < lengths[:, None])
+        mask, room = host.to(self.device), self.all_lengths.room_for(host)
         text = self.description.text
         if text.dim:
-            return torch.randn(images, width, text.dim, device=self.device) * mask.unsqueeze(-1), mask
-        return torch.randint(2, text.vocab_size, (images, width), device=self.device) * mask, mask
+            return torch.randn(images, width, text.dim, device=self.device) * mask.unsqueeze(-1), mask, room
+        return torch.randint(2, text.vocab_size, (images, width), device=self.device) * mask, mask, room
 
-    def loss(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def loss(self, inputs: tuple[Any, ...]) -> Tensor:
         data, noise, t = inputs[:3]
         return with_perceptual(self.objective(*inputs), self.perceptual, data, noise, t, self.model.config.target, self.config.flow).mean()
 

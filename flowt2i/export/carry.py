@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ OURS = re.compile(r"^from (flowt2i[\w.]*) import ([\w, ]+)\n", re.MULTILINE)
 def self_contained(path: Path, replaced: dict[str, str] | None = None) -> str:
     """The text of a module in which every `from flowt2i… import f` is replaced by the text of f and all that f needs.
 
-    replaced: module name -> text that takes the place of imports from it. Functions, constants and regular expressions can be carried,
+    replaced: module name -> text that takes the place of imports from it. Functions, classes, constants and regular expressions can be carried,
     what other packages define is imported; ValueError for anything else.
     """
     done: dict[str, str] = {}
@@ -49,19 +50,19 @@ def _carry(name: str, value: Any, done: dict[str, str]) -> None:
         done[name] = f"{name} = {value!r}"
     elif isinstance(origin, str) and origin.split(".")[0] != "flowt2i":
         done[name] = f"from {origin} import {name}"
-    elif isinstance(value, FunctionType):
-        source = inspect.getsource(value)
+    elif isinstance(value, FunctionType | type):
+        source, around = inspect.getsource(value), vars(sys.modules[value.__module__])
         names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}  # annotations' too
-        for need in sorted(names & value.__globals__.keys() - {name}):
-            _carry(need, value.__globals__[need], done)
+        for need in sorted(names & around.keys() - {name}):
+            _carry(need, around[need], done)
         done[name] = source.rstrip()
     else:
         raise ValueError(f"{name} cannot be carried along: it is {type(value).__name__}")
 
 
 def _layout(texts: list[str]) -> str:
-    """Imports, constants, functions."""
+    """Imports, constants, functions and classes."""
     imports = sorted(t for t in texts if t.startswith(("import ", "from ")))
-    functions = [t for t in texts if t.startswith("def ")]
+    functions = [t for t in texts if t.startswith(("def ", "class "))]
     constants = [t for t in texts if t not in imports and t not in functions]
     return "\n".join(imports) + "\n\n" + "\n".join(constants) + "\n\n\n" + "\n\n\n".join(functions) + "\n"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flowt2i import flow, perceptual, precision, shapes
+from flowt2i import flow, perceptual, precision, ragged, shapes
 from flowt2i.codec import codec_from_spec, stored_to_latents
 from flowt2i.config import Config, seconds
 from flowt2i.data import feed
@@ -104,6 +104,7 @@ class Trainer:
         self.heldout = ImageTextDataset(self.data, "heldout", pad_to=pad) if self.description.heldout_count else self.dataset
         self.count = min(config.data.subset or len(self.dataset), len(self.dataset))
         self.buckets = self.dataset.by_bucket(self.count)
+        self.lengths = ragged.Lengths.of(self.dataset.token_lengths()[: self.count])
         self.shapes = [self.description.codec.latent_shape(size) for size in self.description.sizes]
         self.tokenizer = load_tokenizer(self.description.text, self.data)
         torch.manual_seed(config.train.seed)
@@ -388,10 +389,11 @@ class Trainer:
         if self.config.data.flip:
             data = torch.where(draw.flipped[part].view(-1, 1, 1, 1), data.flip(-1), data)
         batch, changed = self._keep_parts(batch, draw.part[part])
+        room = self.lengths.room_for(batch.mask, self.null.shape[0])
         mask = batch.mask.to(self.world.device, non_blocking=True)
         text, mask = drop_captions(self.text_of(batch, changed), mask, draw.dropped[part], self.null)
         noise, t = draw.noise[part], t[part]
-        terms = module(data, noise, t, text, mask)
+        terms = module(data, noise, t, text, mask, room)
         return data, with_perceptual(terms, self.perceptual, data, noise, t, self.model_config.target, self.config.flow)
 
     def _keep_parts(self, batch: Batch, chance: Tensor) -> tuple[Batch, list[int]]:

@@ -34,12 +34,12 @@ class Objective(nn.Module):
         """As the model's: `errors` compiled in place stays with the original."""
         return {name: value for name, value in super().__getstate__().items() if name != "errors"}
 
-    def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Terms:
-        """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]."""
+    def forward(self, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor, room: int = 0) -> Terms:
+        """data, noise [b, C, H, W]; t [b]; text: token ids [b, T] (built-in encoder) or features [b, T, D]; mask [b, T]; room: see the model."""
         z = flow.interpolate(data, noise, t)
         with precision.autocast(self.computes, data.device):
             features = self.model.encode_captions(text, mask) if text.dtype == torch.int64 else text
-            output = self.model(z, t, features, mask)
+            output = self.model(z, t, features, mask, room)
         losses, edges = self.errors(output, data, noise, t)
         return Terms(losses, output, edges)
 
