@@ -5,14 +5,16 @@ tar cannot reach outside. `tarfile` reads a tar that was cut between members, or
 both are found and told.
 """
 
+import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from flowt2i.data.sample import CAPTION_SUFFIXES, IMAGE_SUFFIXES, CaptionFile, RawSample, Span, clean_key
 
 _BLOCK = 512
+SUFFIXES = IMAGE_SUFFIXES | CAPTION_SUFFIXES
 # What tarfile raises on hostile headers; RecursionError: a chain of thousands of extension headers.
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, MemoryError, IndexError, KeyError)
 
@@ -104,11 +106,11 @@ def _scan(path: Path) -> tuple[dict[str, _Pair], list[tuple[str, str]]]:
 
 
 def _place(pairs: dict[str, _Pair], path: str, member: tarfile.TarInfo) -> None:
-    name = PurePosixPath(member.name)
-    suffix = name.suffix.lower()
-    if member.isdir() or suffix not in IMAGE_SUFFIXES | CAPTION_SUFFIXES or name.name.startswith("._"):
+    stem, suffix = posixpath.splitext(member.name)
+    suffix = suffix.lower()
+    if suffix not in SUFFIXES or member.isdir() or posixpath.basename(stem).startswith("._"):
         return  # others (.pkl, .npy, macOS's ._ copies) are none of ours, and never opened
-    pair = pairs.setdefault(member.name[: -len(suffix)], _Pair())
+    pair = pairs.setdefault(stem, _Pair())
     if not member.isreg() or member.issparse():
         pair.problem = "not a regular file"
         return
