@@ -95,6 +95,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
+    if image.mode == "RGB":  # most are: a copy costs time
+        image.load()
+        return image
     return image.convert("RGB")
 
 
