@@ -9,7 +9,7 @@ Two blocks, chosen by `ModelConfig.block`:
   one AdaLN shared by all blocks plus a table a block (PixArt-alpha, 2310.00426, sec. 2.3), fixed 2D sin-cos positions at
   unit scale and rotary ones in the attention. The caption is read, never updated: at 64 image tokens a second stream costs more than it gives.
 
-Shapes: B images, N = (H/p)(W/p) image tokens, T caption tokens, d width, D width of the caption features.
+Shapes: B images, N = (H/p)(W/p) image tokens, T caption tokens, S of a packed batch (`ragged.py`), d width, D width of the caption features.
 """
 
 import math
@@ -125,11 +125,11 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if self.text_kv is not None and text is not None:
-            text_k, text_v = self.text_kv(text).unflatten(-1, (2, self.heads, -1)).unbind(-3)  # [B, T, h, e] or [S, h, e]
-            text_k = self.text_k_norm(text_k)
+            kv = self.text_kv(text)
             if packing is not None:
-                text_k, text_v = unpack(text_k, packing, batch), unpack(text_v, packing, batch)
-            k, v = torch.cat([text_k.transpose(1, 2), k], 2), torch.cat([text_v.transpose(1, 2), v], 2)
+                kv = unpack(kv, packing, batch)
+            text_k, text_v = kv.view(batch, kv.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            k, v = torch.cat([self.text_k_norm(text_k), k], 2), torch.cat([text_v, v], 2)
         y = attend(q.to(v.dtype), k.to(v.dtype), v, bias)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
 
@@ -180,7 +180,7 @@ class SeedBlock(nn.Module):
         self.text_mlp = None if last else nn.Sequential(nn.LayerNorm(text_width), gelu_mlp(text_width, config.mlp_ratio))
         self.adaln = nn.Linear(config.time_width, 6 * d)
 
-    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor, rotation: Tensor | None, packing: None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, time: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, N, d], text [B, T, D], text_bias [B, 1, 1, T], time [B, time_width]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(time)).unsqueeze(1).chunk(6, -1)
         x = add_gated(x, gate1, self.attention(modulate(self.norm1(x), shift1, scale1), rotation=rotation))
@@ -386,7 +386,8 @@ class FlowTransformer(nn.Module):
     def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor, room: int = 0) -> Tensor:
         """z [B, C, H, W], t [B] in [0, 1], text [B, T, D], mask [B, T] (True: a real token) -> [B, C, H, W].
 
-        room: at least as many tokens as are real: the modern block then spends no products on most of the padding (`ragged.py`); 0: it does.
+        room: S, at least as many tokens as are real in the whole batch (fewer is an index error): the modern block then spends no products on most of the
+        padding (`ragged.py`). 0: captions stay padded.
         """
         height, width = z.shape[2:]
         positions, rotation = self.tables(height // self.patch, width // self.patch, z.device)
@@ -411,7 +412,7 @@ class FlowTransformer(nn.Module):
         text = self.text_embed(text if packed is None else pack(text, packed))
         again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            inputs = (x, text, bias, modulation, rotation, packed)
+            inputs = (x, text, bias, modulation, rotation, *([] if packed is None else [packed]))
             x, text = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
         shift, scale = self.final_adaln(F.silu(time)).unsqueeze(1).chunk(2, -1)
         out = self.unpatchify(self.patches(modulate(self.final_norm(x), shift, scale), patches), height, width)

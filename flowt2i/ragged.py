@@ -1,8 +1,9 @@
-"""Captions of several lengths: layers that look at one token at a time work on the real tokens of a batch alone, one after the other.
+"""Captions of several lengths in training: keys and values of the caption are made of its real tokens, packed one after the other, not of the padding.
 
 A batch of captions is [B, T], padded to its longest. Which tokens are real is known on the device only, once captions were dropped, and a shape that
 follows from it would make the host wait. So `room`, how many tokens the packed batch has, is settled beforehand, from the lengths of all captions: it is the
-same for every batch, which `torch.compile` likes too. A batch that holds more than that stays padded.
+same for every batch, which `torch.compile` likes too. A batch that holds more than that stays padded (as those of a bucket of shapes whose captions are
+longer than others may). Drawing and validation always pad.
 
 Shapes: B captions, T tokens with padding, S tokens packed (`room`).
 """
@@ -47,7 +48,7 @@ class Lengths(NamedTuple):
 
 
 def packing_of(mask: Tensor, room: int) -> Packing:
-    """How to pack a batch whose mask [B, T] has at most `room` real tokens."""
+    """How to pack a batch whose mask [B, T] has at most `room` real tokens: the caller knows that, since looking would make the host wait."""
     real = mask.flatten()
     return Packing((~real).to(torch.uint8).argsort(stable=True)[:room], (real.cumsum(0) - 1).clamp(min=0))
 

@@ -200,6 +200,13 @@ def test_every_peer_is_trained_beside_ours(monkeypatch):
     assert "against the best of them" in peers.table(rows)
 
 
+def test_our_wider_preset_is_timed_but_is_no_peer():
+    assert peers.chosen("all") == [peers.OWN, "pixart", "prx", "sd3"]
+    rows = peers.compare([peers.OWN], batch=2, rounds=1, size=SMALL, modes=["eager"])
+    assert [row["name"] for row in rows] == ["ours", peers.OWN] and rows[1]["parameters"] > rows[0]["parameters"]
+    assert peers.ratios(rows).keys() == {f"{peers.OWN}, eager"} and "best" not in peers.table(rows)
+
+
 def test_peers_learn():
     """Each step is a training step: the loss goes down on one batch."""
     import diffusers

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowt2i.data.images import MAX_PIXELS, load_square
+from flowt2i.data.images import MAX_PIXELS, load_fitted, load_square
 from flowt2i.data.sample import Dropped
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (20, 180, 60), (30, 60, 220), (255, 255, 255)
@@ -65,8 +65,9 @@ def test_same_size_is_untouched():
     assert np.array_equal(load_square(encode(image), 32), np.asarray(image))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])  # Pillow turns TIFFs by itself
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation):
+def test_exif_orientation(orientation, kind):
     upright = quarters(64, 96)
     # how a camera stores the upright picture under each orientation: the inverse of the turn a viewer makes
     back = {
@@ -81,7 +82,8 @@ def test_exif_orientation(orientation):
     stored = upright.transpose(back[orientation]) if orientation in back else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    array = load_square(encode(stored, "JPEG", quality=95, exif=exif.tobytes()), 32)
+    array, seen = load_fitted(encode(stored, kind, quality=95, exif=exif if kind == "TIFF" else exif.tobytes()), [(32, 32)])
+    assert seen == upright.size
     for found, wanted in zip(corners(array), (RED, GREEN, BLUE, WHITE)):
         assert np.abs(np.subtract(found, wanted)).max() <= 20
 

@@ -8,6 +8,7 @@ from flowt2i import ragged
 from flowt2i.config import resolve
 from flowt2i.model import FlowTransformer
 from flowt2i.ragged import Lengths, pack, packing_of, unpack
+from flowt2i.training.loop import Trainer
 
 LENGTHS = torch.tensor([9, 1, 3, 2, 5, 4])  # 24 tokens of 54
 SMALL = ["--model.width", "64", "--model.depth", "2", "--model.heads", "4", "--model.time_width", "64"]
@@ -90,7 +91,6 @@ def test_room_only_where_it_fits_and_pays():
 
 
 def test_training_packs_and_learns_as_with_padding(scenes_data, tmp_path, monkeypatch):
-    from flowt2i.training.loop import Trainer
 
     words = ["--train.steps", "2", "--data.batch_size", "16", "--train.precision", "fp32", *SMALL]
     rooms, weights = [], []
@@ -106,3 +106,37 @@ def test_training_packs_and_learns_as_with_padding(scenes_data, tmp_path, monkey
         trainer.close()
     assert any(rooms[: len(rooms) // 2]) and not any(rooms[len(rooms) // 2 :])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*weights))
+
+
+def test_empty_captions_and_autocast():
+    net, (z, t, text, _) = model(), inputs()
+    for lengths in (torch.tensor([0, 5, 0, 1, 9, 2]), torch.zeros(6, dtype=torch.int64)):
+        mask = torch.arange(9) < lengths[:, None]
+        assert torch.allclose(net(z, t, text, mask, 32), net(z, t, text, mask), atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(net(z, t, text, mask, 32), net(z, t, text, mask), atol=2e-2)
+
+
+def test_a_resumed_run_packs_as_an_uninterrupted_one(scenes_data, tmp_path):
+    words = ["--data.batch_size", "16", "--train.precision", "fp32", "--train.compile", "off", "--optim.schedule_steps", "4", *SMALL]
+    found = []
+    for run, steps in (("whole", [4]), ("parts", [2, 4])):
+        for number, end in enumerate(steps):
+            config = resolve("quickstart", [*words, "--train.steps", str(end)])
+            trainer = Trainer(config, scenes_data, tmp_path / run, "latest" if number else None, progress=False)
+            assert trainer.lengths.room_for(trainer.dataset.fetch(range(16)).mask), "batches of 16 scenes are worth packing"
+            trainer.train()
+            found.append([p.detach().clone() for p in trainer.model.parameters()])
+            trainer.close()
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[2]))
+
+
+def test_compiled_blocks_give_the_same():
+    net = model()
+    out, gradients = output_and_gradients(net, 24)
+    for block in net.blocks:
+        block.compile()
+    packed, theirs = output_and_gradients(net, 24)
+    padded, _ = output_and_gradients(net, 0)
+    assert torch.allclose(packed, out, atol=1e-5) and torch.allclose(padded, out, atol=1e-5)
+    assert all(torch.allclose(theirs[name], gradients[name], atol=1e-5) for name in gradients)

@@ -3,8 +3,9 @@
 Size: 12 blocks of width 768, 12 heads, 64 image tokens of 8x8x4 latents, 512-wide caption features. Every contender gets the same noise, times and
 latents, runs under bf16 autocast (in fp32 where there are no units for bf16) and is updated by the same fused AdamW over all its parameters. The peers are
 trained the plain way: captions padded to 128 tokens, no mask (which would only slow them down). Ours is the `stability` preset with what its training does:
-captions padded to the longest of the batch, masked. Eager is set against eager, compiled (peers: `torch.compile` of the whole model; ours: of blocks
-and loss, as in training) against compiled.
+captions padded to the longest of the batch, masked, their keys and values made of the real tokens (`ragged.py`). Its MLP is half as wide as the peers', as
+that of the model the project began from; the preset `full_scale`, whose MLP is as wide as theirs, is timed as well. Eager is set against eager, compiled
+(peers: `torch.compile` of the whole model; ours: of blocks and loss, as in training) against compiled.
 
 The order of the turns is reversed each round, so that a machine that drifts does so for all alike; the rate is that of the median step.
 """
@@ -43,6 +44,7 @@ class Size(NamedTuple):
 
 
 SEED_SIZE = Size()
+OWN = "full_scale"  # timed among the peers: our preset with an MLP as wide as theirs
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of data [B, 4, 8, 8], noise, times [B]
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # of a peer: z [B, 4, 8, 8], times [B], captions [B, T, D] -> [B, 4, 8, 8]
 
@@ -84,10 +86,11 @@ PEERS: dict[str, Callable[[Any, Size], tuple[nn.Module, Call]]] = {"pixart": pix
 
 def chosen(words: str) -> list[str]:
     """The peers that a user names: "all", or some with commas between. UserError for one that is not known."""
-    names = list(PEERS) if words == "all" else words.split(",")
+    known = [OWN, *PEERS]
+    names = known if words == "all" else words.split(",")
     for name in names:
-        if name not in PEERS:
-            raise UserError(f"no peer {name!r}{nearest(name, PEERS)}")
+        if name not in known:
+            raise UserError(f"no peer {name!r}{nearest(name, known)}")
     return names
 
 
@@ -131,13 +134,13 @@ def peer(name: str, library: Any, size: Size, batch: int, device: torch.device) 
     return Contender(name, model, loss, model.compile, LONGEST)
 
 
-def ours(size: Size, batch: int, device: torch.device, lengths: dict[int, int] | np.ndarray) -> Contender:
-    config = resolve("stability", ["--model.width", str(size.width), "--model.depth", str(size.depth), "--model.heads", str(size.heads), "--train.ema", "0"])
+def ours(size: Size, batch: int, device: torch.device, lengths: dict[int, int] | np.ndarray, preset: str = "stability") -> Contender:
+    config = resolve(preset, ["--model.width", str(size.width), "--model.depth", str(size.depth), "--model.heads", str(size.heads), "--train.ema", "0"])
     longest = int(max(lengths))
     step = BareStep(config, describe(True, longest), lengths, device, compiled=has_compiler())
     text, mask, room = step.captions(batch)
     loss: Loss = lambda data, noise, t: step.objective(data, noise, t, text, mask, room).losses.mean()
-    return Contender("ours", step.model, loss, lambda: compile_training(step.objective), text.shape[1])
+    return Contender("ours" if preset == "stability" else preset, step.model, loss, lambda: compile_training(step.objective), text.shape[1])
 
 
 # ---- the comparison -----------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def compare(
     contenders = [ours(size, batch, device, lengths)]
     for name in names:
         try:
-            contenders.append(peer(name, library, size, batch, device))
+            contenders.append(ours(size, batch, device, lengths, OWN) if name == OWN else peer(name, library, size, batch, device))
         except (AttributeError, ImportError, TypeError) as error:  # an older or newer diffusers
             _say(f"{name} is left out: diffusers {library.__version__} has it not, or in another form ({str(error).splitlines()[0]})")
         except (RuntimeError, MemoryError) as error:
@@ -224,9 +227,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in here:
             ratio = "" if row["name"] == "ours" else f", ours is {own / row['images_per_s']:.2f} times as fast"
             lines.append(
-                f"{mode:9s} {row['name']:7s} {row['images_per_s']:9.3f} images/s  ({row['parameters'] / 1e6:.0f}M, captions of {row['text_tokens']}){ratio}"
+                f"{mode:9s} {row['name']:10s} {row['images_per_s']:9.3f} images/s  ({row['parameters'] / 1e6:.0f}M, captions of {row['text_tokens']}){ratio}"
             )
-        best = max((row["images_per_s"] for row in here if row["name"] != "ours"), default=0.0)
+        best = max((row["images_per_s"] for row in here if row["name"] in PEERS), default=0.0)
         lines += [f"{mode:9s} against the best of them: {own / best:.2f}"] if best else []
     return "\n".join(lines)
 

@@ -33,7 +33,13 @@ def add(commands: Any) -> None:
         help="without --data: 8x8x4 latents and 512-wide features of a frozen encoder, or pixels and the built-in encoder (default: as the preset is meant)",
     )
     parser.add_argument("--seconds", type=float, default=80, help="about how long it may take, peers not counted (default 80)")
-    parser.add_argument("--peers", nargs="?", const="all", metavar="NAMES", help="also time other transformers: all (default), or some of pixart,prx,sd3")
+    parser.add_argument(
+        "--peers",
+        nargs="?",
+        const="all",
+        metavar="NAMES",
+        help="also time other transformers: all (default), or some of full_scale (our own preset with the wider MLP), pixart, prx, sd3, with commas between",
+    )
     parser.add_argument("--peer-batch", type=int, metavar="N", help="images in a step of the comparison (default 32 on a CPU, 96 on a GPU)")
     parser.add_argument("--peer-rounds", type=int, metavar="N", help="timed steps of each, by turns (default 5)")
     add_json(parser)

@@ -71,7 +71,7 @@ def _check_size(image: Image.Image, min_side: int, max_aspect: float) -> None:
 
 
 def _fitted(image: Image.Image, shapes: Sequence[Shape]) -> tuple[NDArray[np.uint8], Shape]:
-    orientation = _orientation(image)
+    orientation = _orientation(image) if image.format != "TIFF" else None  # Pillow turns these by itself
     seen = (image.height, image.width) if _is_sideways(orientation) else image.size  # as it is seen
     shape = fitting(*seen, shapes)
     lying = (shape[1], shape[0]) if _is_sideways(orientation) else shape  # as the file has it
@@ -87,7 +87,7 @@ def _fitted(image: Image.Image, shapes: Sequence[Shape]) -> tuple[NDArray[np.uin
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16-bit scaled down rather than clipped, transparency laid on white."""
+    """Any mode to RGB: 16-bit scaled down rather than clipped, transparency laid on white. An RGB picture comes back itself, loaded."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_grey(image)
     if image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:

@@ -37,7 +37,7 @@ class Span:
             size = found.st_size if self.size is None else self.size
             if size > limit:
                 raise Dropped("file too large", f"{size} bytes")
-            with open(self.path, "rb", buffering=0) as file:
+            with open(self.path, "rb") as file:
                 file.seek(self.offset)
                 data = file.read(size)
         except OSError as error:

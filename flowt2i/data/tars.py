@@ -14,7 +14,7 @@ from pathlib import Path
 from flowt2i.data.sample import CAPTION_SUFFIXES, IMAGE_SUFFIXES, CaptionFile, RawSample, Span, clean_key
 
 _BLOCK = 512
-SUFFIXES = IMAGE_SUFFIXES | CAPTION_SUFFIXES
+_SUFFIXES = IMAGE_SUFFIXES | CAPTION_SUFFIXES
 # What tarfile raises on hostile headers; RecursionError: a chain of thousands of extension headers.
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, MemoryError, IndexError, KeyError)
 
@@ -108,7 +108,7 @@ def _scan(path: Path) -> tuple[dict[str, _Pair], list[tuple[str, str]]]:
 def _place(pairs: dict[str, _Pair], path: str, member: tarfile.TarInfo) -> None:
     stem, suffix = posixpath.splitext(member.name)
     suffix = suffix.lower()
-    if suffix not in SUFFIXES or member.isdir() or posixpath.basename(stem).startswith("._"):
+    if suffix not in _SUFFIXES or member.isdir() or posixpath.basename(stem).startswith("._"):
         return  # others (.pkl, .npy, macOS's ._ copies) are none of ours, and never opened
     pair = pairs.setdefault(stem, _Pair())
     if not member.isreg() or member.issparse():

@@ -63,6 +63,6 @@ def _carry(name: str, value: Any, done: dict[str, str]) -> None:
 def _layout(texts: list[str]) -> str:
     """Imports, constants, functions and classes."""
     imports = sorted(t for t in texts if t.startswith(("import ", "from ")))
-    functions = [t for t in texts if t.startswith(("def ", "class "))]
+    functions = [t for t in texts if t.startswith(("def ", "class ", "@"))]
     constants = [t for t in texts if t not in imports and t not in functions]
     return "\n".join(imports) + "\n\n" + "\n".join(constants) + "\n\n\n" + "\n\n\n".join(functions) + "\n"
