@@ -75,7 +75,7 @@ def folder_of(tmp_path):
 def given(trainer):
     """Text and mask of the first micro-batch as the network gets them."""
     seen = []
-    trainer.objective.forward = lambda data, noise, t, text, mask: seen.append((text, mask)) or (_ for _ in ()).throw(StopIteration)
+    trainer.objective.forward = lambda data, noise, t, text, mask, room: seen.append((text, mask)) or (_ for _ in ()).throw(StopIteration)
     with pytest.raises((StopIteration, RuntimeError)):
         trainer._step(iter(trainer._loader()), 1.0, False)
     trainer.close()

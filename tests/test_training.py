@@ -234,7 +234,7 @@ def test_flips_and_dropout_are_applied(scenes_data, tiny, tmp_path):
     assert fit_losses(scenes_data, tiny, tmp_path / "flip", "--data.flip", "true") != base
     trainer = Trainer(resolve("quickstart", [*tiny, "--flow.caption_dropout", "0.5"]), scenes_data, tmp_path / "drop", progress=False)
     seen = []
-    trainer.objective.forward = lambda data, noise, t, text, mask: seen.append((text, mask)) or (_ for _ in ()).throw(StopIteration)  # type: ignore[method-assign]
+    trainer.objective.forward = lambda data, noise, t, text, mask, room: seen.append((text, mask)) or (_ for _ in ()).throw(StopIteration)  # type: ignore[method-assign]
     with pytest.raises((StopIteration, RuntimeError)):
         trainer._step(iter(trainer._loader()), 1.0, False)
     text, mask = seen[0]
