@@ -91,7 +91,6 @@ def test_room_only_where_it_fits_and_pays():
 
 
 def test_training_packs_and_learns_as_with_padding(scenes_data, tmp_path, monkeypatch):
-
     words = ["--train.steps", "2", "--data.batch_size", "16", "--train.precision", "fp32", *SMALL]
     rooms, weights = [], []
     monkeypatch.setattr(ragged, "WORTH", 1.1)
@@ -139,4 +138,5 @@ def test_compiled_blocks_give_the_same():
     packed, theirs = output_and_gradients(net, 24)
     padded, _ = output_and_gradients(net, 0)
     assert torch.allclose(packed, out, atol=1e-5) and torch.allclose(padded, out, atol=1e-5)
-    assert all(torch.allclose(theirs[name], gradients[name], atol=1e-5) for name in gradients)
+    for name, gradient in gradients.items():
+        assert torch.allclose(theirs[name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max()), name

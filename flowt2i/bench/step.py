@@ -45,7 +45,7 @@ class BareStep:
     def __init__(self, config: Config, description: DatasetDescription, lengths: dict[int, int] | np.ndarray, device: torch.device, compiled: bool = False):
         self.config, self.description, self.device, self.compiled = config, description, device, compiled
         self.lengths = lengths
-        self.all_lengths = ragged.Lengths.of(np.repeat(list(lengths), list(lengths.values())) if isinstance(lengths, dict) else lengths)
+        self.room_for = ragged.Lengths.of(np.repeat(list(lengths), list(lengths.values())) if isinstance(lengths, dict) else lengths).room_for
         torch.manual_seed(config.train.seed)
         try:
             self.model: FlowTransformer = build_model(config, description).to(device)
@@ -74,7 +74,7 @@ class BareStep:
         lengths = draw_lengths(images, self.lengths)
         width = padded_width(int(lengths.max()), self.description.longest_caption, self.compiled)
         host = torch.from_numpy(np.arange(width) < lengths[:, None])
-        mask, room = host.to(self.device), self.all_lengths.room_for(host)
+        mask, room = host.to(self.device), self.room_for(host)
         text = self.description.text
         if text.dim:
             return torch.randn(images, width, text.dim, device=self.device) * mask.unsqueeze(-1), mask, room
